@@ -1,0 +1,5 @@
+"""`python -m mlxlora_cli`."""
+
+from . import main
+
+main()

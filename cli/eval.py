@@ -1,0 +1,36 @@
+"""`mlxlora eval`."""
+
+from typing import Literal
+
+import typer
+from attrs import frozen
+from attrs import validators as v
+
+from mlxlora.config import DataOptions, ModelOptions, option
+
+from .options import flags
+
+
+@frozen
+class EvalOptions:
+    """Evaluation"""
+
+    adapter_path: str | None = option(None, "Folder of adapters; default: the model as it is.")
+    split: Literal["valid", "test", "train"] = option("test", "Which rows to score.", v.in_(("valid", "test", "train")))
+    batch_size: int = option(4, "Rows in a batch.", v.ge(1))
+
+
+@flags(starter="sft")
+def evaluate(model: ModelOptions, data: DataOptions, evaluation: EvalOptions) -> None:
+    """Loss (nats per scored token) and perplexity of a whole split."""
+    from mlxlora import recipes
+
+    metrics = recipes.evaluate_split(
+        model_options=model,
+        data_options=data,
+        adapter_path=evaluation.adapter_path,
+        split=evaluation.split,
+        batch_size=evaluation.batch_size,
+    )
+    for name, value in metrics.items():
+        typer.echo(f"{name} {value:.6g}")

@@ -1,0 +1,92 @@
+"""`mlxlora generate`."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+from attrs import frozen
+from attrs import validators as v
+
+from mlxlora.config import ModelOptions, option
+from mlxlora.errors import InputError
+
+from .options import flags
+
+
+@frozen
+class Generation:
+    """Generation"""
+
+    adapter_path: str | None = option(None, "Folder of adapters; default: the model as it is.")
+    prompt: str | None = option(None, "What to continue or answer; - reads it from standard input.")
+    system: str | None = option(None, "System message, for a model with a chat template.")
+    max_tokens: int = option(256, "Most tokens to generate.", v.ge(1))
+    temperature: float = option(0.0, "Temperature of sampling; 0 = always the likeliest token.", v.ge(0))
+    top_p: float = option(1.0, "Sample among the likeliest tokens that together have this probability.", v.gt(0), v.le(1))
+    seed: int = option(0, "Seed of sampling.", v.ge(0))
+    use_chat_template: bool | None = option(None, "Wrap the prompt in the chat template; default: if the tokenizer has one.")
+
+
+@flags()
+def generate(model: ModelOptions, generation: Generation) -> None:
+    """Print what a model, with or without adapters, makes of a prompt."""
+    if generation.prompt is None:
+        raise InputError("--prompt is missing; give the text, or - to read it from standard input")
+    for text in _stream(_model(model, generation), model, generation):
+        typer.echo(text, nl=False)
+    typer.echo()
+
+
+def _model(model: ModelOptions, generation: Generation) -> str:
+    """--model, else the model that the adapters were trained on, else the starter."""
+    if model.model is not None:
+        return model.model
+    if generation.adapter_path is not None:
+        try:
+            trained_on = json.loads((Path(generation.adapter_path) / "adapter_config.json").read_text()).get("model")
+        except (OSError, ValueError) as error:
+            raise InputError(f"--adapter-path {generation.adapter_path}: no adapters there ({error})") from None
+        if trained_on:
+            return trained_on
+    from mlxlora import starter
+
+    return str(starter.model_path())
+
+
+def _stream(path: str, model: ModelOptions, generation: Generation) -> Iterator[str]:
+    import mlx.core as mx
+    from mlx_lm import load, stream_generate
+    from mlx_lm.sample_utils import make_sampler
+
+    trust = model.trust_remote_code
+    try:
+        network, tokenizer, *_ = load(
+            path, tokenizer_config={"trust_remote_code": trust}, adapter_path=generation.adapter_path, trust_remote_code=trust
+        )
+    except (OSError, ValueError) as error:
+        adapters = f" with adapters {generation.adapter_path}" if generation.adapter_path else ""
+        raise InputError(f"cannot load --model {path}{adapters}: {' '.join(str(error).split())}") from None
+    mx.random.seed(generation.seed)
+    sampler = make_sampler(generation.temperature, generation.top_p)
+    prompt = _prompt(tokenizer, generation)
+    for response in stream_generate(network, tokenizer, prompt, generation.max_tokens, sampler=sampler):
+        yield response.text
+
+
+def _prompt(tokenizer: Any, generation: Generation) -> list[int]:
+    """Token ids, with the beginning-of-sequence token once: a chat template writes its own."""
+    text = sys.stdin.read() if generation.prompt == "-" else generation.prompt
+    wrapped = generation.use_chat_template if generation.use_chat_template is not None else tokenizer.has_chat_template
+    if wrapped and not tokenizer.has_chat_template:
+        raise InputError("--use-chat-template: this tokenizer has no chat template; leave the flag out")
+    if not wrapped and generation.system is not None:
+        raise InputError("--system needs a chat template; put the text into --prompt instead")
+    if not wrapped:
+        return tokenizer.encode(text)
+    system = [{"role": "system", "content": generation.system}] if generation.system is not None else []
+    messages = [*system, {"role": "user", "content": text}]
+    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer.encode(rendered, add_special_tokens=False)

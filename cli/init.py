@@ -1,0 +1,23 @@
+"""`mlxlora init`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from mlxlora.blas import load_fast_blas
+
+
+def init(
+    config_file: Annotated[Path, typer.Option(help="config.json of any architecture that mlx-lm knows.")],
+    tokenizer: Annotated[Path, typer.Option(help="Folder with the tokenizer's files.")],
+    output: Annotated[Path, typer.Option(help="Model folder to write; must not hold anything yet.")],
+    seed: Annotated[int, typer.Option(help="Seed of the weights.", min=0)] = 0,
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of the weights.")] = "float32",
+) -> None:
+    """Write a model with random weights, to train from scratch with `mlxlora sft --train-type full`."""
+    load_fast_blas()
+    from mlxlora.initialise import init_model
+
+    parameters = init_model(config_file, tokenizer, output, seed, dtype)
+    typer.echo(f"{output}: {parameters:,} parameters, {dtype}")

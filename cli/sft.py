@@ -1,0 +1,22 @@
+"""`mlxlora sft`."""
+
+from mlxlora.config import AdapterOptions, DataOptions, ModelOptions, Output, SFTOptions, Training
+
+from .options import flags
+
+
+@flags(starter="sft")
+def sft(
+    model: ModelOptions, adapter: AdapterOptions, data: DataOptions, training: Training, output: Output, objective: SFTOptions
+) -> None:
+    """Supervised fine-tuning: raise the likelihood of completions, conversations or plain text."""
+    from mlxlora import recipes
+
+    recipes.sft(
+        model_options=model,
+        adapter_options=adapter,
+        data_options=data,
+        training=training,
+        output=output,
+        objective_options=objective,
+    )

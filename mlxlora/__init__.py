@@ -1,0 +1,40 @@
+"""mlxlora: fine-tune language models on MLX with objectives that add up.
+
+The names below are loaded when they are first used, so that importing the package (and `mlxlora --help`) costs nothing.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "types": ("Batch", "chosen", "completions", "everything", "rejected"),
+    "config": ("AdapterOptions", "DataOptions", "ModelOptions", "Output", "SFTOptions", "Training"),
+    "errors": ("InputError", "RunError"),
+    "compose": ("Objective", "Term", "term", "watch", "token_mean", "sequence_mean", "sequence_sum", "fixed_length"),
+    "logprobs": ("scorer", "token_logps"),
+    "scores": ("sum_logps", "mean_logps", "log_ratio", "mean_log_ratio", "log_odds"),
+    "losses": ("sigmoid", "hinge", "ipo", "dpop"),
+    "terms": ("nll", "dft", "preference"),
+    "step": ("make_step",),
+    "adapters": ("prepare", "disabled", "save"),
+    "sources": ("rows",),
+    "recipes": ("run", "sft", "load"),
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
+_MODULES = ("advantages", "losses", "objectives", "scores", "terms", "compose")
+
+__all__ = sorted([*_HOME, *_MODULES])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

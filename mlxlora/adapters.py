@@ -1,0 +1,156 @@
+"""What is trained: low-rank adapters on an mlx-lm model or its own weights, in the files that mlx-lm reads."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import orjson
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
+from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from .config import AdapterOptions
+from .errors import InputError
+from .files import atomic_file
+
+WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
+_BASE = {LoRALinear: "linear", DoRALinear: "linear", LoRASwitchLinear: "linear", LoRAEmbedding: "embedding", DoRAEmbedding: "embedding"}
+
+
+def prepare(model: nn.Module, options: AdapterOptions) -> nn.Module:
+    """Freezes `model` and makes what `options` name trainable: adapters, or its own weights.
+
+    Raises:
+        InputError: more layers than the model has, modules that do not exist, quantised weights to be trained in full.
+    """
+    layers = _layers(model, options.num_layers)
+    model.freeze()
+    if options.train_type == "full":
+        _unfreeze(model, layers, everything=options.num_layers == -1)
+    else:
+        _convert(model, layers, options)
+    if not tree_flatten(model.trainable_parameters()):
+        raise InputError(f"--train-type {options.train_type} leaves nothing to train in this model; try --num-layers -1")
+    return model
+
+
+def _layers(model: nn.Module, asked: int) -> int:
+    depth = len(model.layers)  # type: ignore[arg-type]
+    if asked > depth:
+        raise InputError(f"--num-layers {asked}: the model has {depth} layers; use {depth} or -1 for all")
+    return depth if asked == -1 else asked
+
+
+def _unfreeze(model: nn.Module, layers: int, *, everything: bool) -> None:
+    if any(hasattr(m, "bits") and "scales" in m for m in model.modules()):
+        raise InputError("--train-type full cannot train quantised weights; use lora, or a model that is not quantised")
+    model.unfreeze() if everything else [layer.unfreeze() for layer in model.layers[-layers:]]  # type: ignore[union-attr]
+
+
+def _convert(model: nn.Module, layers: int, options: AdapterOptions) -> None:
+    if options.lora_keys:
+        known = {name for name, _ in model.named_modules()} | {n for b in model.layers for n, _ in b.named_modules()}  # type: ignore[union-attr]
+        if missing := [key for key in options.lora_keys if key not in known]:
+            raise InputError(f"--lora-keys: the model has no module {', '.join(missing)}; a block has {', '.join(_linear(model))}")
+    try:
+        linear_to_lora_layers(model, layers, lora_parameters(options), use_dora=options.train_type == "dora")
+    except ValueError as error:  # a kind of layer that mlx-lm cannot adapt
+        raise InputError(f"--train-type {options.train_type}: {error}; name other modules with --lora-keys") from None
+
+
+def _linear(model: nn.Module) -> list[str]:
+    kinds = (nn.Linear, nn.QuantizedLinear)
+    return [name for name, m in model.layers[-1].named_modules() if isinstance(m, kinds)]  # type: ignore[union-attr]
+
+
+def lora_parameters(options: AdapterOptions) -> dict[str, Any]:
+    """mlx-lm's `lora_parameters`."""
+    parameters: dict[str, Any] = {"rank": options.rank, "dropout": options.dropout, "scale": options.scale}
+    return {**parameters, "keys": list(options.lora_keys)} if options.lora_keys else parameters
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """The model before its adapters, bit for bit: each adapted module is its own base while the context lasts.
+
+    (Setting the scale to 0 would be exact for LoRA and wrong for DoRA.) A function compiled inside keeps the base, so
+    compile the scoring of a reference apart from that of the policy.
+    """
+    adapted = [(name, m, getattr(m, _BASE[type(m)])) for name, m in model.named_modules() if type(m) in _BASE]
+    try:
+        model.update_modules(tree_unflatten([(name, base) for name, _, base in adapted]))
+        yield model
+    finally:
+        model.update_modules(tree_unflatten([(name, m) for name, m, _ in adapted]))
+
+
+# --- files ----------------------------------------------------------------------------------
+
+
+def save(model: nn.Module, directory: str | Path, options: AdapterOptions, name: str = "") -> None:
+    """Writes adapters.safetensors and adapter_config.json as mlx-lm writes them, each through a temporary name.
+
+    The `name` of the model is kept there too, as mlx-lm keeps it.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {
+        "model": name,
+        "fine_tune_type": options.train_type,
+        "num_layers": len(model.layers) if options.num_layers == -1 else options.num_layers,  # type: ignore[arg-type]
+        "lora_parameters": None if options.train_type == "full" else lora_parameters(options),
+    }
+    with atomic_file(directory / CONFIG) as path:
+        path.write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
+    with atomic_file(directory / WEIGHTS) as path:
+        save_arrays(path, dict(tree_flatten(model.trainable_parameters())))
+
+
+def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file at exactly `path` (MLX would append the suffix)."""
+    with path.open("wb") as file:
+        mx.save_safetensors(file, arrays, metadata or {})  # type: ignore[arg-type]
+
+
+def load_weights(model: nn.Module, file: str | Path) -> None:
+    """Loads trainable weights that an earlier run saved.
+
+    Raises:
+        InputError: the file is missing or damaged, or does not fit; all mismatches are in one message.
+    """
+    arrays = read_arrays(file)
+    wanted = dict(tree_flatten(model.trainable_parameters()))
+    if problems := mismatches(arrays, wanted):
+        raise InputError(f"{file} does not fit the model as configured: {problems}")
+    model.load_weights(list(arrays.items()), strict=False)
+
+
+def read_arrays(file: str | Path) -> dict[str, mx.array]:
+    """The arrays of a safetensors file.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    path = Path(file) / WEIGHTS if Path(file).is_dir() else Path(file)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected a safetensors file such as adapters/{WEIGHTS}")
+    try:
+        with path.open("rb") as handle:
+            arrays = mx.load(handle, format="safetensors")  # type: ignore[call-overload]
+            mx.eval(arrays)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({str(error).splitlines()[0]})") from None
+    return arrays
+
+
+def mismatches(arrays: dict[str, mx.array], wanted: dict[str, mx.array], shown: int = 4) -> str:
+    """What is missing, superfluous or of another shape, in one line; empty if nothing is."""
+    found = [f"{n} has shape {list(a.shape)}, not {list(wanted[n].shape)}" for n, a in arrays.items() if n in wanted and a.shape != wanted[n].shape]
+    found += [f"{n} is not trainable in the model" for n in arrays if n not in wanted]
+    found += [f"{n} is missing" for n in wanted if n not in arrays]
+    more = f" and {len(found) - shown} more" if len(found) > shown else ""
+    return "; ".join(found[:shown]) + more

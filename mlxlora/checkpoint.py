@@ -1,0 +1,123 @@
+"""Atomic checkpoints and exact resume: weights, optimiser, random state, position in the data."""
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import orjson
+from attrs import asdict, define, field
+from mlx.utils import tree_flatten, tree_unflatten
+
+from .adapters import WEIGHTS, mismatches, read_arrays, save, save_arrays
+from .config import AdapterOptions
+from .errors import InputError
+from .files import atomic_directory
+
+FOLDER, OPTIMISER, STATE, RANDOM = "checkpoints", "optimizer.safetensors", "state.json", "random_state"
+
+
+@define
+class Progress:
+    """Where a run is; all of it is saved, so that a resumed run reports what an uninterrupted one would.
+
+    Attributes:
+        step: optimiser steps done.
+        tokens: tokens that the model read so far.
+        window: sums of the metrics since the last report, with their number of steps.
+        best: lowest validation loss so far.
+        waited: validations since then.
+        stop: why the run ends early, or empty.
+        key: the random state after the last step.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    window: dict[str, float] = field(factory=dict)
+    best: float | None = None
+    waited: int = 0
+    stop: str = ""
+    key: mx.array = field(factory=lambda: mx.random.state[0], metadata={"array": True})
+
+
+def save_checkpoint(
+    directory: Path, model: nn.Module, optimiser: optim.Optimizer, progress: Progress, options: AdapterOptions, *, keep: int = 0
+) -> Path:
+    """Writes `checkpoints/<step>`, an adapter directory with the optimiser and the run's state; then drops old ones."""
+    path = directory / FOLDER / f"{progress.step:07d}"
+    with atomic_directory(path) as temporary:
+        save(model, temporary, options)
+        save_arrays(temporary / OPTIMISER, {RANDOM: progress.key, **dict(tree_flatten(optimiser.state))})
+        state = asdict(progress, filter=lambda a, _: "array" not in a.metadata)
+        state["sha256"] = {name: _digest(temporary / name) for name in (WEIGHTS, OPTIMISER)}
+        (temporary / STATE).write_bytes(orjson.dumps(state, option=orjson.OPT_INDENT_2))
+    for old in checkpoints(directory)[keep:] if keep else []:
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """Checkpoints of a run, the newest first."""
+    return sorted((p for p in (directory / FOLDER).glob("[0-9]*") if p.is_dir()), reverse=True)
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimiser: optim.Optimizer) -> Progress:
+    """Puts model, optimiser and random state back to where they were; the optimiser must not have run yet.
+
+    Raises:
+        InputError: the checkpoint is damaged, or does not fit the model and optimiser.
+    """
+    state = _read_state(path)
+    weights, arrays = read_arrays(path / WEIGHTS), read_arrays(path / OPTIMISER)
+    key = arrays.pop(RANDOM)
+    optimiser.init(model.trainable_parameters())
+    wanted = dict(tree_flatten(model.trainable_parameters()))
+    if problems := mismatches(weights, wanted) or mismatches(arrays, dict(tree_flatten(optimiser.state))):
+        raise InputError(f"{path} does not fit this run: {problems}")
+    model.load_weights(list(weights.items()), strict=False)
+    _update(optimiser.state, tree_unflatten(list(arrays.items())))
+    high, low = key.tolist()  # type: ignore[misc]
+    mx.random.seed((high << 32) | low)  # the key of a seed is its two halves
+    return Progress(key=key, **state)
+
+
+def newest(directory: Path) -> tuple[Path | None, list[str]]:
+    """The newest undamaged checkpoint and what is wrong with those that are newer."""
+    problems: list[str] = []
+    for path in checkpoints(directory):
+        try:
+            _read_state(path)
+            return path, problems
+        except InputError as error:
+            problems.append(str(error))
+    return None, problems
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """The checked state of a checkpoint, without its digests."""
+    try:
+        state = orjson.loads((path / STATE).read_bytes())
+        digests = state.pop("sha256")
+        damaged = [name for name, digest in digests.items() if _digest(path / name) != digest]
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"{path}: damaged checkpoint ({error})") from None
+    if damaged:
+        raise InputError(f"{path}: damaged checkpoint ({', '.join(damaged)} changed since it was written)")
+    return state
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _update(target: Any, values: Any) -> None:
+    """Copies leaves into the same containers."""
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        if isinstance(value, mx.array):
+            target[key] = value
+        else:
+            _update(target[key], value)

@@ -1,0 +1,140 @@
+"""What a run may be told: small frozen groups of options, one per concern.
+
+Every field is a flag of the command line, a key of the YAML file and an argument in Python, with one default and one
+validator. This module imports neither mlx nor transformers, so `mlxlora --help` stays instant.
+"""
+
+from typing import Any, Literal
+
+import attrs
+from attrs import frozen
+from attrs import validators as v
+
+from .errors import InputError
+
+
+def option(default: Any, help: str, *checks: Any) -> Any:
+    """A field with the help text that the command line shows."""
+    return attrs.field(default=default, validator=[_named(check) for check in checks], metadata={"help": help})
+
+
+def _named(check: Any) -> Any:
+    """Makes a validator's error name the flag, the rule and the value: one line for the user."""
+
+    def run(group: Any, field: Any, value: Any) -> None:
+        if value is None:
+            return
+        try:
+            check(group, field, value)
+        except (ValueError, TypeError):
+            flag = "--" + field.name.replace("_", "-")
+            raise InputError(f"{flag} must be {_rule(check)}, got {value!r}") from None
+
+    return run
+
+
+def _rule(check: Any) -> str:
+    bound = getattr(check, "bound", None)
+    if bound is not None:
+        return f"{check.compare_op} {bound}"
+    return f"one of {', '.join(map(str, check.options))}" if hasattr(check, "options") else repr(check)
+
+
+class _NotZero:
+    """-1 stands for all, 0 for nothing sensible."""
+
+    bound, compare_op = "1", "-1 or >="
+
+    def __call__(self, group: Any, field: Any, value: int) -> None:
+        if value != -1 and value < 1:
+            raise ValueError
+
+
+@frozen
+class ModelOptions:
+    """Model"""
+
+    model: str | None = option(None, "Model folder or hub name. Without --model and --data the bundled starter is trained.")
+    trust_remote_code: bool = option(False, "Run Python code that comes with the model or its tokenizer.")
+
+
+@frozen
+class AdapterOptions:
+    """Adapter"""
+
+    train_type: Literal["lora", "dora", "full"] = option(
+        "lora", "What is trained: low-rank adapters or the weights themselves.", v.in_(("lora", "dora", "full"))
+    )
+    num_layers: int = option(16, "Blocks to train, counted from the last; -1 = all (full: also embeddings, norms and head).", _NotZero())
+    rank: int = option(8, "Rank of each update.", v.ge(1))
+    scale: float = option(20.0, "Multiplier of the update (alpha / rank elsewhere).", v.gt(0))
+    dropout: float = option(0.0, "Dropout on the input of an update.", v.ge(0), v.lt(1))
+    lora_keys: tuple[str, ...] | None = option(
+        None, "Modules to adapt, as paths inside a block (self_attn.q_proj) or inside the model (lm_head); default: all linear ones."
+    )
+    resume_adapter_file: str | None = option(None, "Start from these weights (adapters.safetensors); optimiser and data start anew.")
+
+
+@frozen
+class DataOptions:
+    """Data"""
+
+    data: str | None = option(None, "Folder with train/valid/test.jsonl, one JSONL or JSON file, or a hub data set name.")
+    max_seq_length: int = option(2048, "Rows are cut to this many tokens, on the right.", v.ge(2))
+    mask_prompt: bool = option(False, "Score only completions and assistant turns.")
+    use_chat_template: bool = option(False, "Wrap plain-text rows in the model's chat template.")
+    valid_fraction: float = option(0.0, "Without a validation split, set this share of the training rows aside.", v.ge(0), v.lt(1))
+    shuffle: bool = option(True, "Shuffle the rows anew in every epoch.")
+    text_key: str = option("text", "Name of the field that holds plain text.")
+    messages_key: str = option("messages", "Name of the field that holds messages.")
+    prompt_key: str = option("prompt", "Name of the field that holds the prompt.")
+    completion_key: str = option("completion", "Name of the field that holds the completion.")
+
+
+@frozen
+class Training:
+    """Training"""
+
+    iters: int = option(600, "Optimiser steps.", v.ge(1))
+    epochs: float | None = option(None, "Passes over the data, instead of --iters (--num-epochs is the same).", v.gt(0))
+    batch_size: int = option(4, "Rows in a batch.", v.ge(1))
+    grad_accumulation_steps: int = option(1, "Batches in an optimiser step; exactly one large batch in pieces.", v.ge(1))
+    learning_rate: float = option(1e-5, "Peak learning rate.", v.gt(0))
+    optimizer: Literal["adam", "adamw", "sgd", "adafactor", "lion", "muon"] = option(
+        "adam", "Update rule; Adam and AdamW are the published ones, with bias correction.",
+        v.in_(("adam", "adamw", "sgd", "adafactor", "lion", "muon")),
+    )  # fmt: skip
+    weight_decay: float = option(0.0, "Weight decay, decoupled in adamw and lion; adam has none.", v.ge(0))
+    lr_schedule: Literal["constant", "linear", "cosine"] = option(
+        "constant", "How the learning rate falls to 0 by the last step.", v.in_(("constant", "linear", "cosine"))
+    )
+    warmup: int = option(0, "Steps over which the learning rate rises from 0.", v.ge(0))
+    max_grad_norm: float = option(1.0, "Clip the global norm of the gradient to this; 0 = off.", v.ge(0))
+    grad_checkpoint: bool = option(False, "Recompute each block in the backward pass: less memory, more time.")
+    seed: int = option(0, "Seed of data order, adapters, dropout and sampling.", v.ge(0))
+
+
+@frozen
+class Output:
+    """Output"""
+
+    adapter_path: str = option("adapters", "Where adapters, metrics, configuration and checkpoints go.")
+    overwrite: bool = option(False, "Replace what an earlier run left in --adapter-path.")
+    resume: bool = option(False, "Continue the run in --adapter-path from its last checkpoint, exactly.")
+    steps_per_report: int = option(10, "Steps between two reports.", v.ge(1))
+    steps_per_eval: int = option(200, "Steps between two validations; 0 = only after the last step.", v.ge(0))
+    val_batches: int = option(25, "Batches of a validation; -1 = all, 0 = none.", v.ge(-1))
+    save_every: int = option(100, "Steps between two checkpoints; 0 = only after the last step.", v.ge(0))
+    save_total_limit: int = option(2, "Checkpoints kept, the oldest go first; 0 = all.", v.ge(0))
+    keep_best: bool = option(False, "Write the adapters of the best validation loss, not of the last step.")
+    patience: int = option(0, "Stop after this many validations without a better loss; 0 = off.", v.ge(0))
+    test: bool = option(False, "Evaluate on the test split after training.")
+    quiet: bool = option(False, "Print results and warnings only.")
+
+
+@frozen
+class SFTOptions:
+    """Objective"""
+
+    loss_type: Literal["nll", "dft"] = option("nll", "nll: cross entropy; dft: dynamic fine-tuning.", v.in_(("nll", "dft")))
+    objective: str | None = option(None, "Your own objective: file.py:name.")

@@ -1,0 +1,58 @@
+"""Means over a whole split, pooled: every row counts, every token weighs the same."""
+
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .batching import Piece
+from .compose import Metrics, Objective
+from .logprobs import Scorer
+from .types import Batch
+
+Evaluate = Callable[[Iterable[Piece]], dict[str, float]]
+
+
+def make_evaluate(model: nn.Module, objective: Objective, score: Scorer) -> Evaluate:
+    """Compiles `evaluate(pieces) -> {name: mean}`: Σ of every term over the pieces / Σ of its counts.
+
+    The loss is Σ coefficient·mean of the pooled means; `perplexity` = exp(nll) is added where `nll` is a term.
+    """
+    state = [model.state]
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def sums(batch: Batch) -> tuple[Metrics, Metrics]:
+        logps, seen = score(batch, gradient=False)
+        counts = objective.counts(seen)
+        _, means = objective(logps, seen, counts)
+        return {name: means[name] * mx.maximum(counts[name], 1) for name in counts}, counts
+
+    def evaluate(pieces: Iterable[Piece]) -> dict[str, float]:
+        training = model.training
+        model.eval()
+        total: dict[str, float] = {}
+        count: dict[str, float] = {}
+        for piece in pieces:
+            parts = sums(piece.batch)
+            mx.eval(parts)
+            for pooled, part in zip((total, count), parts, strict=True):
+                pooled.update({name: pooled.get(name, 0.0) + value.item() for name, value in part.items()})
+        model.train(training)
+        return _with_loss(objective, {name: total[name] / max(count[name], 1) for name in total})
+
+    return evaluate
+
+
+def _with_loss(objective: Objective, means: dict[str, float]) -> dict[str, float]:
+    loss = sum(c * means[t.name] for c, t in objective.terms)
+    perplexity = {"perplexity": _exp(means["nll"])} if "nll" in means else {}
+    return {"loss": loss, **means, **perplexity}
+
+
+def _exp(x: float) -> float:
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,238 @@
+"""From a model and a batch to log-probabilities [N]; nothing of size [N, V] is ever kept."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from attrs import frozen
+from mlx.utils import tree_flatten, tree_unflatten
+
+from .split import Split, find_split
+from .types import Batch
+
+Head = Callable[..., mx.array]
+
+# Bytes of logits-sized temporaries that one chunk of the head may hold, by device. A chunk of n tokens holds about
+# ten float32 arrays [n, V]. Measured on 2 CPU cores and on an H200; not on a Mac.
+CHUNK_BYTES = {"cpu": 96 << 20, "gpu": 2 << 30}
+
+
+@frozen(eq=False)
+class Scorer:
+    """Scores batches with one model: `scorer(batch) -> (logps [N], batch)`, the batch with what the objective needs.
+
+    Attributes:
+        model: maps [R, T] token ids to [R, T, V] logits.
+        split: the model's backbone and head; None computes the logits of every position.
+        trainable: names of the trainable parameters that the head reads.
+        temperature: logits are divided by it (what sampling used).
+        entropy: also compute `batch.entropy`.
+        chunk: scored tokens that pass through the head at once.
+    """
+
+    model: nn.Module
+    split: Split | None
+    trainable: tuple[str, ...] = ()
+    temperature: float = 1.0
+    entropy: bool = False
+    chunk: int = 0
+
+    def __call__(self, batch: Batch, *, gradient: bool = True) -> tuple[mx.array, Batch]:
+        if self.split is None:
+            logits = self.model(batch.tokens)
+            hidden, head = logits.reshape(-1, logits.shape[-1])[batch.where], lambda h: h
+        else:
+            hidden = self.split.hidden(batch.tokens)
+            hidden, head = hidden.reshape(-1, hidden.shape[-1])[batch.where], self.split.head
+        inner = partial(_scores, head, self.temperature, self.entropy)
+        scores = self._head(inner, gradient)(hidden, batch.targets)
+        scores = mx.where(batch.sequence < batch.sequences, scores, 0.0)
+        return scores[0], batch._replace(entropy=scores[1]) if self.entropy else batch
+
+    def _head(self, inner: Head, gradient: bool) -> Head:
+        if self.split is None:
+            return inner
+        if not gradient:
+            return partial(_chunked, inner, self.chunk)
+        if self.trainable:
+            return _recomputed(inner, self.model, self.trainable, self.chunk)
+        return _rows(inner, self.chunk)
+
+
+def scorer(model: nn.Module, *, temperature: float = 1.0, entropy: bool = False, chunk: int | None = None) -> Scorer:
+    """Splits `model`, checks the split on a tiny input and sizes the head's chunks by a byte budget."""
+    split = find_split(model)
+    if split is None:
+        return Scorer(model, None, temperature=temperature, entropy=entropy)
+    vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1]
+    device = "cpu" if mx.default_device() == mx.Device(mx.cpu) else "gpu"
+    chunk = chunk or max(32, CHUNK_BYTES[device] // (40 * vocabulary) // 32 * 32)
+    return Scorer(model, split, _head_parameters(split), temperature, entropy, chunk)
+
+
+def token_logps(model: nn.Module, batch: Batch) -> mx.array:
+    """log π(y_t | x, y_<t) of every scored token, in nats; 0 where `batch.sequence` marks filler.
+
+    Returns:
+        [N] float32.
+    """
+    return scorer(model)(batch)[0]
+
+
+# --- log-probabilities from logits ---------------------------------------------------------
+
+
+def _scores(head: Head, temperature: float, entropy: bool, hidden: mx.array, targets: mx.array) -> mx.array:
+    """[n, D], [n] to [1, n] log-probabilities, or [2, n] with entropies."""
+    logits = head(hidden)
+    if temperature != 1.0:
+        logits = logits.astype(mx.float32) / temperature
+    logps, lse = _logps(logits, targets)
+    if not entropy:
+        return logps[None]
+    return mx.stack([logps, _entropy(logits, lse)])
+
+
+@mx.custom_function
+def _logps(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+    lse = mx.logsumexp(logits.astype(mx.float32), axis=-1)
+    return mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0].astype(mx.float32) - lse, lse
+
+
+@_logps.vjp
+def _logps_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array]:
+    logits, targets = primals
+    return _dlogits(logits, outputs[1], targets, cotangents[0], cotangents[1]), mx.zeros_like(targets)
+
+
+@mx.compile
+def _dlogits(logits: mx.array, lse: mx.array, targets: mx.array, dlogps: mx.array, dlse: mx.array) -> mx.array:
+    """One buffer: d log p/d z = onehot - softmax, d lse/d z = softmax."""
+    onehot = mx.arange(logits.shape[-1], dtype=targets.dtype)[None] == targets[:, None]
+    softmax = mx.exp(logits.astype(mx.float32) - lse[:, None])
+    return (dlogps[:, None] * onehot.astype(mx.float32) + (dlse - dlogps)[:, None] * softmax).astype(logits.dtype)
+
+
+def _entropy(logits: mx.array, lse: mx.array) -> mx.array:
+    """[n, V], [n] to [n]: lse - Σ p z, in nats."""
+    logits = logits.astype(mx.float32)
+    return lse - (mx.exp(logits - lse[:, None]) * logits).sum(axis=-1)
+
+
+# --- the head in chunks, one after the other ------------------------------------------------
+
+
+def _chunks(hidden: mx.array, targets: mx.array, chunk: int, work: Callable[..., list[mx.array]]) -> list[list[mx.array]]:
+    """`work` on each chunk. `mx.depends` chains them: the scheduler would hold ten at once."""
+    done: list[list[mx.array]] = []
+    for start in range(0, hidden.shape[0], chunk):
+        piece = hidden[start : start + chunk]
+        if done:
+            piece = mx.depends(piece, done[-1])
+        done.append(work(piece, targets[start : start + chunk], start))
+    return done
+
+
+def _chunked(inner: Head, chunk: int, hidden: mx.array, targets: mx.array) -> mx.array:
+    """Without a gradient: nothing is kept but the scores."""
+    done = _chunks(hidden, targets, chunk, lambda h, y, _: [inner(h, y)])
+    return mx.concatenate([scores for (scores,) in done], axis=1)
+
+
+def _rows(inner: Head, chunk: int) -> Head:
+    """Keeps J = ∂score/∂h, [k, N, D], built in the forward pass; the backward pass is g·J, without recomputing."""
+
+    def with_rows(hidden: mx.array, targets: mx.array, _: int) -> list[mx.array]:
+        (scores,), (first,) = mx.vjp(lambda h: inner(h, targets)[:1], [hidden], [mx.ones((1, *targets.shape))])
+        rows = [first]
+        whole = scores
+        if (kinds := inner(hidden, targets).shape[0]) > 1:  # the entropy too
+            (whole,), (second,) = mx.vjp(lambda h: inner(h, targets), [hidden], [_only(1, kinds, targets.shape[0])])
+            rows.append(second)
+        return [whole, mx.stack(rows)]
+
+    @mx.custom_function
+    def forward(hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+        done = _chunks(hidden, targets, chunk, with_rows)
+        return mx.concatenate([d[0] for d in done], axis=1), mx.concatenate([d[1] for d in done], axis=1)
+
+    @forward.vjp
+    def backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array]:
+        hidden, targets = primals
+        gradient = (cotangents[0][..., None] * outputs[1]).sum(axis=0)
+        return gradient.astype(hidden.dtype), mx.zeros_like(targets)
+
+    return lambda hidden, targets: forward(hidden, targets)[0]
+
+
+def _only(kind: int, kinds: int, tokens: int) -> mx.array:
+    return mx.broadcast_to((mx.arange(kinds) == kind).astype(mx.float32)[:, None], (kinds, tokens))
+
+
+def _recomputed(inner: Head, model: nn.Module, names: tuple[str, ...], chunk: int) -> Head:
+    """A head with trainable parameters: they are inputs, and the backward pass computes each chunk again."""
+
+    def run(hidden: mx.array, targets: mx.array, *values: mx.array) -> mx.array:
+        before = _parameters(model, names)
+        model.update(tree_unflatten(list(zip(names, values, strict=True))))
+        scores = inner(hidden, targets)
+        model.update(tree_unflatten(list(zip(names, before, strict=True))))
+        return scores
+
+    @mx.custom_function
+    def forward(hidden: mx.array, targets: mx.array, *values: mx.array) -> mx.array:
+        done = _chunks(hidden, targets, chunk, lambda h, y, _: [run(h, y, *values)])
+        return mx.concatenate([scores for (scores,) in done], axis=1)
+
+    @forward.vjp
+    def backward(primals: Any, cotangent: mx.array, _: Any) -> tuple[mx.array, ...]:
+        hidden, targets, *values = primals
+        sums = [mx.zeros_like(value) for value in values]
+
+        def piece(h: mx.array, y: mx.array, start: int) -> list[mx.array]:
+            g = cotangent[:, start : start + y.shape[0]]
+            _, (dh, *dvalues) = mx.vjp(lambda h, *v: run(h, y, *v), [h, *values], [g])
+            sums[:] = [a + b for a, b in zip(sums, dvalues, strict=True)]
+            return [dh, *sums]
+
+        done = _chunks(hidden, targets, chunk, piece)
+        return mx.concatenate([d[0] for d in done]), mx.zeros_like(targets), *done[-1][1:]
+
+    return lambda hidden, targets: forward(hidden, targets, *_parameters(model, names))
+
+
+def _parameters(model: nn.Module, names: tuple[str, ...]) -> list[mx.array]:
+    flat = dict(tree_flatten(model.trainable_parameters()))
+    return [flat[name] for name in names]
+
+
+def _head_parameters(split: Split) -> tuple[str, ...]:
+    """Trainable parameters that the head reads: those outside the backbone, and tied ones.
+
+    A module is tied if the head has a gradient with respect to one of its parameters; all of them then belong to it
+    (the gradient of a fresh adapter's first factor is 0).
+    """
+    trainable = dict(tree_flatten(split.model.trainable_parameters()))
+    if not trainable:
+        return ()
+    outside = {name for name in trainable if not name.startswith(split.path + ".")}
+    modules = {name.rpartition(".")[0] for name in _moved_by(split, trainable)}
+    return tuple(name for name in trainable if name in outside or name.rpartition(".")[0] in modules)
+
+
+def _moved_by(split: Split, trainable: dict[str, mx.array]) -> list[str]:
+    candidates = {n: v for n, v in trainable.items() if "layers." not in n}
+    if not candidates:
+        return []
+    hidden = mx.random.normal(split.hidden(mx.array([[1, 2]]))[0].shape, key=mx.random.key(0))
+
+    def total(values: dict[str, mx.array]) -> mx.array:
+        split.model.update(tree_unflatten(list(values.items())))
+        return split.head(hidden).astype(mx.float32).sum()
+
+    gradients = mx.grad(total)(candidates)
+    split.model.update(tree_unflatten(list(candidates.items())))
+    return [name for name, g in gradients.items() if mx.any(g != 0).item()]
+

@@ -1,0 +1,112 @@
+"""Pull batches, take steps, call hooks. What is left out: everything that differs between methods."""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+
+import mlx.core as mx
+from attrs import define
+
+from .batching import Piece
+from .checkpoint import Progress
+from .errors import RunError
+from .step import Step
+
+Hook = Callable[[Progress], None]
+
+
+def train(step: Step, stream: Iterator[tuple[Piece, ...]], progress: Progress, total: int, hooks: Sequence[Hook]) -> None:
+    """Steps until `total`, or until a hook sets `progress.stop`; each hook sees every finished step, in order.
+
+    Ctrl-C while a batch is made ends the run at once, during a step or its hooks after them: `progress` is always the
+    state after a whole step. A second Ctrl-C does not wait.
+
+    Raises:
+        RunError: the loss or the gradient is not finite; weights and optimiser are those of the step before.
+        KeyboardInterrupt: Ctrl-C.
+    """
+    with Interruptible() as interrupt:
+        while progress.step < total and not progress.stop:
+            start = time.perf_counter()
+            pieces = next(stream)
+            with interrupt.held():
+                metrics = {name: value.item() for name, value in step(*(p.batch for p in pieces)).items()}
+                _check(metrics, progress, pieces)
+                _advance(progress, metrics, pieces, time.perf_counter() - start)
+                for hook in hooks:
+                    hook(progress)
+
+
+def every(steps: int, hook: Hook, total: int) -> Hook:
+    """`hook` at every multiple of `steps` (0 = none) and at the end."""
+
+    def run(progress: Progress) -> None:
+        if progress.step == total or (steps and progress.step % steps == 0):
+            hook(progress)
+
+    return run
+
+
+def _check(metrics: dict[str, float], progress: Progress, pieces: Sequence[Piece]) -> None:
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(metrics[name]):
+            rows = [row for piece in pieces for row in piece.rows]
+            more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+            raise RunError(
+                f"step {progress.step + 1}: {name} is {metrics[name]} (rows {', '.join(rows[:8])}{more}); "
+                f"the weights are those of step {progress.step}. Try a lower --learning-rate or --max-grad-norm 1"
+            )
+
+
+def _advance(progress: Progress, metrics: dict[str, float], pieces: Sequence[Piece], seconds: float) -> None:
+    tokens = sum(p.tokens for p in pieces)
+    sourced = {name: sum(p.metrics[name] for p in pieces) / len(pieces) for name in pieces[0].metrics}
+    seen = {**metrics, **sourced, "seconds": seconds, "window_tokens": tokens, "steps": 1}
+    progress.window = {name: progress.window.get(name, 0.0) + value for name, value in seen.items()}
+    progress.window["learning_rate"] = metrics["learning_rate"]
+    progress.step += 1
+    progress.tokens += tokens
+    progress.key = mx.random.state[0]
+
+
+@define
+class Interruptible:
+    """Ctrl-C, but not in the middle of what is held; outside the main thread the default stays."""
+
+    _held: bool = False
+    _asked: bool = False
+    _before: object = None
+
+    def __enter__(self) -> "Interruptible":
+        try:
+            self._before = signal.signal(signal.SIGINT, self._handle)
+        except ValueError:  # not the main thread
+            self._before = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)  # type: ignore[arg-type]
+
+    def _handle(self, _: int, __: FrameType | None) -> None:
+        if not self._held or self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+
+    def held(self) -> "_Held":
+        return _Held(self)
+
+
+@define
+class _Held:
+    interrupt: Interruptible
+
+    def __enter__(self) -> None:
+        self.interrupt._held = True
+
+    def __exit__(self, *_: object) -> None:
+        self.interrupt._held = False
+        if self.interrupt._asked:
+            raise KeyboardInterrupt

@@ -1,0 +1,226 @@
+"""The methods as users call them: load, prepare, run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from attrs import evolve
+
+from . import objectives, settings, sources
+from .compose import Objective
+from .config import AdapterOptions, DataOptions, ModelOptions, Output, SFTOptions, Training
+from .data import Counts, Example
+from .errors import InputError
+from .evaluate import make_evaluate
+from .logprobs import scorer
+from .report import Terminal
+from .run import Run, claim, execute, reporters, split_pieces
+from .sources import Source, Split
+from .userfile import load_object
+
+
+def sft(
+    *,
+    model_options: ModelOptions,
+    data_options: DataOptions,
+    adapter_options: AdapterOptions = AdapterOptions(),
+    training: Training = Training(),
+    output: Output = Output(),
+    objective_options: SFTOptions = SFTOptions(),
+) -> dict[str, Any]:
+    """Supervised fine-tuning; see `run` for what is returned and raised."""
+    objective = user_objective(objective_options.objective) or objectives.sft(loss_type=objective_options.loss_type)
+    groups = (model_options, data_options, adapter_options, training, output, objective_options)
+    return _load_and_run(sources.rows(data_options), objective, groups)
+
+
+def run(
+    model: nn.Module,
+    tokenizer: Any,
+    objective: Objective,
+    source: Source,
+    training: Training = Training(),
+    *,
+    adapter: AdapterOptions = AdapterOptions(),
+    **output: Any,
+) -> dict[str, Any]:
+    """Trains a loaded model: what every method comes down to.
+
+    Args:
+        model: an mlx-lm model; `prepare` makes its adapters.
+        tokenizer: its tokenizer.
+        objective: what is minimised.
+        source: how rows become batches.
+        training: options of the optimisation.
+        adapter: what is trained.
+        output: fields of `Output`, such as `adapter_path="adapters"`.
+
+    Returns:
+        The results: steps, losses, where the adapters are.
+
+    Raises:
+        InputError: bad options or data.
+        RunError: a loss or gradient that is not finite; the last good state was saved.
+    """
+    files = Output(**output)
+    claim(files)
+    rows = sources.read(source.data, training.seed)
+    return _run(model, tokenizer, objective, source, rows, (ModelOptions(), source.data, adapter, training, files))
+
+
+def evaluate_split(
+    *, model_options: ModelOptions, data_options: DataOptions, adapter_path: str | None, split: str, batch_size: int
+) -> dict[str, float]:
+    """Loss [nats per scored token] and perplexity of a whole split, every row counted once.
+
+    Raises:
+        InputError: no such split, model or adapters.
+    """
+    source, rows = sources.rows(data_options), sources.read(data_options, 0)
+    if not rows.get(split):
+        raise InputError(f"{data_options.data}: no {split} split; found {', '.join(k for k in rows if rows[k])}")
+    model, tokenizer = load(model_options, adapter_path)
+    splits = sources.tokenize(source, {split: rows[split]}, tokenizer)
+    objective = objectives.sft()
+    whole = Run(model, tokenizer, objective, source, splits, Training(batch_size=batch_size), AdapterOptions(), Output())
+    return make_evaluate(model, objective, scorer(model))(split_pieces(whole, split))
+
+
+def load(options: ModelOptions, adapter_path: str | None = None) -> tuple[nn.Module, Any]:
+    """The model and tokenizer of a folder or hub name, through mlx-lm.
+
+    Raises:
+        InputError: there is no such model, it is damaged, or the adapters do not fit.
+    """
+    from mlx_lm.utils import load as load_model
+
+    if options.model is None:
+        raise InputError("--model is missing: a model folder or a hub name such as mlx-community/Qwen3-0.6B-4bit")
+    _check_folder(options.model)
+    trust = options.trust_remote_code
+    try:
+        return load_model(  # type: ignore[return-value]
+            options.model, tokenizer_config={"trust_remote_code": trust}, adapter_path=adapter_path, trust_remote_code=trust
+        )
+    except Exception as error:  # the hub, the network, any file of the model: the user can act on each of their messages
+        raise InputError(f"--model {options.model}: cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def _check_folder(model: str) -> None:
+    path = Path(model)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise InputError(f"--model {model}: no config.json in this folder")
+    if not path.exists() and (path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1):
+        raise InputError(f"--model {model}: no such folder, and not a hub name such as org/name")
+
+
+def user_objective(reference: str | None) -> Objective | None:
+    """The objective that --objective file.py:name names; a function without arguments may return it.
+
+    Raises:
+        InputError: there is none.
+    """
+    if reference is None:
+        return None
+    found = load_object(reference, "--objective")
+    found = found() if callable(found) and not isinstance(found, Objective) else found
+    if not isinstance(found, Objective):
+        raise InputError(f"--objective {reference}: expected an Objective, got {type(found).__name__}")
+    return found
+
+
+# --- what every method does --------------------------------------------------------------------
+
+
+def _load_and_run(source: Source, objective: Objective, groups: tuple[Any, ...]) -> dict[str, Any]:
+    options, output, training = (_group(groups, kind) for kind in (ModelOptions, Output, Training))
+    claim(output)
+    rows = sources.read(source.data, training.seed)
+    model, tokenizer = load(options)
+    return _run(model, tokenizer, objective, source, rows, groups)
+
+
+def _run(
+    model: nn.Module, tokenizer: Any, objective: Objective, source: Source, rows: dict[str, list], groups: tuple[Any, ...]
+) -> dict[str, Any]:
+    adapter, training, output = (_group(groups, kind) for kind in (AdapterOptions, Training, Output))
+    whole = Run(
+        model=model,
+        tokenizer=tokenizer,
+        objective=objective,
+        source=source,
+        splits=sources.tokenize(source, rows, tokenizer),
+        training=training,
+        adapter=adapter,
+        output=output,
+        config=settings.dump(*groups),
+        name=_group(groups, ModelOptions).model or "",
+        reporters=reporters(output),
+    )
+    _introduce(whole)
+    before = _sample(whole)
+    results = execute(whole)
+    if before:
+        results = {"question": before[0], "answer before": before[1], "answer after": _sample(whole)[1], **results}  # type: ignore[index]
+    whole.tell("finish", results)
+    return results
+
+
+def _group(groups: Sequence[Any], kind: type) -> Any:
+    return next(group for group in groups if isinstance(group, kind))
+
+
+def _introduce(run: Run) -> None:
+    """What will be trained on: counts, what was cut, the first example with its scored part marked."""
+    for name, split in run.splits.items():
+        _count(run, name, split)
+    if not run.splits["valid"].items:
+        run.tell("note", "no validation split: --valid-fraction 0.1 would make one")
+    if run.tokenizer.has_chat_template and not run.source.data.use_chat_template and _plain(run):
+        run.tell("note", "rows are plain text; the model has a chat template: --use-chat-template would wrap them")
+    first = run.source.example(run.splits["train"].items[0])
+    for reporter in run.reporters:
+        if isinstance(reporter, Terminal):
+            reporter.example(first.tokens.tolist(), first.scored.tolist(), run.tokenizer.decode)
+
+
+def _count(run: Run, name: str, split: Split) -> None:
+    counts: Counts = split.counts
+    if not counts.rows:
+        return
+    run.tell("note", f"{name}: {counts.rows} rows")
+    limit = f"--max-seq-length {run.source.data.max_seq_length}"
+    if counts.truncated:
+        run.tell("note", f"{name}: {counts.truncated} rows were cut to {limit}", warning=True)
+    if counts.dropped:
+        run.tell("note", f"{name}: {counts.dropped} rows dropped, nothing scored was left within {limit}", warning=True)
+
+
+def _plain(run: Run) -> bool:
+    """Whether the first row, which stands for all, was not rendered by the template."""
+    first = run.source.example(run.splits["train"].items[0])
+    return "<|" not in run.tokenizer.decode(first.tokens.tolist()[:8])
+
+
+def _sample(run: Run) -> tuple[str, str] | None:
+    """A question of the validation rows and the model's greedy answer, where rows have a prompt."""
+    from mlx_lm import generate
+
+    items = run.splits["valid"].items or run.splits["train"].items
+    first: Example = run.source.example(items[0])
+    start = int(first.scored.argmax())
+    if start < 2 or not _is_starter(run.name):
+        return None
+    run.model.eval()
+    prompt = first.tokens[:start].tolist()
+    answer = generate(run.model, run.tokenizer, prompt, max_tokens=40)
+    run.model.train()
+    return run.tokenizer.decode(prompt).strip(), answer.strip()
+
+
+def _is_starter(name: str) -> bool:
+    from . import starter
+
+    return Path(name) == Path(starter.model_path())

@@ -1,0 +1,330 @@
+"""One run, the same for every method: rows, adapters, step, hooks, loop, files."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import yaml
+from attrs import evolve, field, frozen
+
+from . import settings
+from .adapters import CONFIG, WEIGHTS, load_weights, prepare, save
+from .batching import Order, Piece, grouped, stream
+from .checkpoint import Progress, load_checkpoint, newest, save_checkpoint
+from .compose import Objective
+from .config import AdapterOptions, Output, Training
+from .errors import InputError, RunError
+from .evaluate import Evaluate, make_evaluate
+from .files import atomic_file
+from .logprobs import Scorer, scorer
+from .loop import every, train
+from .optimisers import make_optimiser
+from .recompute import checkpointed
+from .report import MetricsFile, Reporter, Terminal, truncate_after
+from .sources import Source, Split
+from .step import Step, make_step
+
+METRICS, SETTINGS = "metrics.jsonl", "config.yaml"
+_MAY_DIFFER = {
+    *("iters", "epochs", "steps_per_report", "steps_per_eval", "val_batches", "save_every", "save_total_limit", "keep_best"),
+    *("patience", "test", "quiet", "resume", "overwrite", "adapter_path", "resume_adapter_file"),
+}  # what a resumed run may change
+
+
+@frozen
+class Run:
+    """All that a run is made of.
+
+    Attributes:
+        model: an mlx-lm model.
+        tokenizer: its tokenizer.
+        objective: what is minimised.
+        source: how rows become batches.
+        splits: the items of train, valid and test.
+        training: options of the optimisation.
+        adapter: what is trained.
+        output: options of files and reports.
+        config: the resolved configuration, saved beside the adapters.
+        name: the model's, for messages and the adapter's configuration.
+        score: log-probabilities of a batch.
+        reporters: who is told what happens.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    objective: Objective
+    source: Source
+    splits: Mapping[str, Split]
+    training: Training
+    adapter: AdapterOptions
+    output: Output
+    config: Mapping[str, Any] = field(factory=dict)
+    name: str = ""
+    score: Scorer | None = None
+    reporters: tuple[Reporter, ...] = ()
+
+    @property
+    def directory(self) -> Path:
+        """Where everything goes."""
+        return Path(self.output.adapter_path)
+
+    def tell(self, event: str, *args: Any, **kwargs: Any) -> None:
+        """Calls one method of every reporter."""
+        for reporter in self.reporters:
+            getattr(reporter, event)(*args, **kwargs)
+
+
+# --- before anything is loaded ----------------------------------------------------------------
+
+
+def claim(output: Output) -> None:
+    """Checks that a run may write to its folder, before anything expensive happens.
+
+    Raises:
+        InputError: an earlier run is there and neither --resume nor --overwrite was given, or nothing can be written.
+    """
+    directory = Path(output.adapter_path)
+    used = [name for name in (WEIGHTS, METRICS, "checkpoints") if (directory / name).exists()]
+    if used and not (output.resume or output.overwrite):
+        raise InputError(
+            f"--adapter-path {directory} already holds a run ({', '.join(used)}); "
+            "continue it with --resume, replace it with --overwrite, or name another folder"
+        )
+    if output.resume and output.overwrite:
+        raise InputError("--resume and --overwrite exclude each other")
+    _check_writable(directory)
+
+
+def _check_writable(directory: Path) -> None:
+    existing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise InputError(f"--adapter-path {directory}: {existing} is a file")
+    try:
+        probe = existing / ".mlxlora-probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"--adapter-path {directory}: cannot write to {existing} ({error.strerror})") from None
+
+
+# --- the run ----------------------------------------------------------------------------------
+
+
+def execute(run: Run) -> dict[str, Any]:
+    """Trains until the last step and writes everything that a run leaves.
+
+    Returns:
+        The results: steps, losses, where the adapters are.
+
+    Raises:
+        InputError: options that do not fit the data, the model or the run to be resumed.
+        RunError: a loss or gradient that is not finite; the last good state was saved.
+    """
+    _check_splits(run)
+    mx.random.seed(run.training.seed)
+    prepare(run.model, run.adapter)
+    if run.adapter.resume_adapter_file:
+        load_weights(run.model, run.adapter.resume_adapter_file)
+    if run.training.grad_checkpoint:
+        checkpointed(run.model)
+    run.model.train()
+    run = evolve(run, score=run.score or scorer(run.model, entropy="entropy" in run.objective.needs))
+    total = total_steps(run.training, len(run.splits["train"].items))
+    optimiser = make_optimiser(run.training, total)
+    progress = _start(run, optimiser)
+    step = make_step(run.model, optimiser, run.objective, score=run.score, max_grad_norm=run.training.max_grad_norm)
+    evaluate = make_evaluate(run.model, run.objective, run.score)
+    began = time.perf_counter()
+    _train(run, step, evaluate, optimiser, progress, total)
+    return _finish(run, step, evaluate, progress, time.perf_counter() - began)
+
+
+def _check_splits(run: Run) -> None:
+    rows, size = len(run.splits["train"].items), run.training.batch_size
+    if size > rows:
+        raise InputError(f"--batch-size {size} is larger than the training set of {rows} rows; use --batch-size {rows} or less")
+    for flag, wanted in (("--keep-best", run.output.keep_best), ("--patience", run.output.patience)):
+        if wanted and not (run.splits["valid"].items and run.output.val_batches):
+            raise InputError(f"{flag} needs validation: add valid.jsonl or --valid-fraction, and --val-batches other than 0")
+    if run.output.test and not run.splits["test"].items:
+        raise InputError("--test needs a test split: add test.jsonl to the data folder")
+
+
+def total_steps(training: Training, rows: int) -> int:
+    """Optimiser steps of a run; the last one may have fewer batches.
+
+    >>> total_steps(Training(epochs=2, batch_size=4, grad_accumulation_steps=2), rows=10)
+    3
+    """
+    return -(-_batches(training, rows) // training.grad_accumulation_steps)
+
+
+def _batches(training: Training, rows: int) -> int:
+    if training.epochs is None:
+        return training.iters * training.grad_accumulation_steps
+    return max(1, math.ceil(training.epochs * -(-rows // training.batch_size)))
+
+
+def _start(run: Run, optimiser: Any) -> Progress:
+    """A new run's progress, or that of the newest good checkpoint."""
+    path, problems = newest(run.directory) if run.output.resume else (None, [])
+    for problem in problems:
+        run.tell("note", f"{problem}; an earlier one is used", warning=True)
+    if run.output.resume:
+        _check_same(run)
+    if path is None:
+        if run.output.resume:
+            run.tell("note", f"no checkpoint in {run.directory}: starting from the beginning", warning=True)
+        _clean(run.directory)
+        progress = Progress()
+    else:
+        progress = load_checkpoint(path, run.model, optimiser)
+        truncate_after(run.directory / METRICS, progress.step)
+        run.tell("note", f"resuming {path} after step {progress.step}")
+    run.directory.mkdir(parents=True, exist_ok=True)
+    with atomic_file(run.directory / SETTINGS) as file:
+        file.write_text(yaml.safe_dump(dict(run.config), sort_keys=False))
+    return progress
+
+
+def _check_same(run: Run) -> None:
+    """A resumed run has to be the run that was stopped."""
+    file = run.directory / SETTINGS
+    before = yaml.safe_load(file.read_text()) if file.exists() else {}
+    changed = [k for k, v in run.config.items() if k not in _MAY_DIFFER and k in before and before[k] != v]
+    if changed:
+        told = "; ".join(f"{k} was {before[k]!r} and is {run.config[k]!r}" for k in changed)
+        raise InputError(f"--resume: {told}; give the options of {file}, or start another run")
+
+
+def _clean(directory: Path) -> None:
+    """Removes what an earlier run left, and nothing else."""
+    import shutil
+
+    for name in (WEIGHTS, CONFIG, METRICS, SETTINGS):
+        (directory / name).unlink(missing_ok=True)
+    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+
+
+def _train(run: Run, step: Step, evaluate: Evaluate, optimiser: Any, progress: Progress, total: int) -> None:
+    run.tell("progress", progress.step, total)
+    if progress.step == 0:
+        _validate(run, evaluate, progress, first=True)
+
+    def report(progress: Progress) -> None:
+        _report(run, progress)
+
+    def checkpoint(progress: Progress) -> None:
+        save_checkpoint(run.directory, run.model, optimiser, progress, run.adapter, keep=run.output.save_total_limit)
+        if not run.output.keep_best:
+            save(run.model, run.directory, run.adapter, run.name)
+
+    hooks = (
+        lambda progress: run.tell("progress", progress.step, total),
+        every(run.output.steps_per_report, report, total),
+        every(run.output.steps_per_eval, lambda progress: _validate(run, evaluate, progress), total),
+        every(run.output.save_every, checkpoint, total),
+    )
+    try:
+        train(step, _pieces(run, progress.step), progress, total, hooks)
+    except (KeyboardInterrupt, RunError):
+        checkpoint(progress)
+        run.tell("finish", {"stopped": f"after step {progress.step}", "to go on": "the same command with --resume"})
+        raise
+
+
+def _pieces(run: Run, done: int) -> Iterator[tuple[Piece, ...]]:
+    """The batches of each optimiser step after `done`."""
+    items, training = run.splits["train"].items, run.training
+    seed = training.seed if run.source.data.shuffle else None
+    order = Order(tuple(map(run.source.length, items)), training.batch_size, seed)
+    start = done * training.grad_accumulation_steps
+    left = _batches(training, len(items)) - start
+    return grouped(islice(stream(items, order, run.source.piece, start), max(left, 0)), training.grad_accumulation_steps)
+
+
+# --- hooks ------------------------------------------------------------------------------------
+
+
+def _report(run: Run, progress: Progress) -> None:
+    """The means since the last report."""
+    window, progress.window = dict(progress.window), {}
+    steps, seconds, tokens = window.pop("steps"), window.pop("seconds"), window.pop("window_tokens")
+    rate = window.pop("learning_rate")
+    means = {name: value / steps for name, value in window.items()}
+    run.tell(
+        "record",
+        {
+            "step": progress.step,
+            "split": "train",
+            "loss": means.pop("loss"),
+            "grad_norm": means.pop("grad_norm"),
+            "learning_rate": rate,
+            "tokens": progress.tokens,
+            "tokens_per_second": tokens / seconds,
+            "peak_memory_gb": mx.get_peak_memory() / 1e9,
+            **means,
+        },
+    )
+
+
+def _validate(run: Run, evaluate: Evaluate, progress: Progress, *, first: bool = False) -> None:
+    """Pooled means of the validation split; keeps the best and counts how long ago it was."""
+    if not (run.splits["valid"].items and run.output.val_batches):
+        return
+    metrics = evaluate(split_pieces(run, "valid", run.output.val_batches))
+    run.tell("record", {"step": progress.step, "split": "valid", **metrics})
+    if first:
+        return
+    if progress.best is None or metrics["loss"] < progress.best:
+        progress.best, progress.waited = metrics["loss"], 0
+        if run.output.keep_best:
+            save(run.model, run.directory, run.adapter, run.name)
+    else:
+        progress.waited += 1
+    if run.output.patience and progress.waited >= run.output.patience:
+        progress.stop = f"no better validation loss in {progress.waited} validations"
+
+
+def split_pieces(run: Run, split: str, limit: int = -1) -> Iterator[Piece]:
+    """The batches of a split, once and in order; at most `limit` of them (-1 = all)."""
+    items = run.splits[split].items
+    order = Order(tuple(map(run.source.length, items)), run.training.batch_size)
+    count = order.per_epoch() if limit < 0 else min(limit, order.per_epoch())
+    return islice(stream(items, order, run.source.piece), count)
+
+
+def _finish(run: Run, step: Step, evaluate: Evaluate, progress: Progress, seconds: float) -> dict[str, Any]:
+    if progress.window:
+        _report(run, progress)
+    results: dict[str, Any] = {"steps": progress.step, "shapes compiled": step.compilations, "seconds": round(seconds, 1)}
+    if progress.stop:
+        results["stopped early"] = progress.stop
+    if progress.best is not None:
+        results["best valid loss"] = round(progress.best, 4)
+    if run.output.test:
+        if run.output.keep_best:
+            load_weights(run.model, run.directory)
+        metrics = evaluate(split_pieces(run, "test"))
+        run.tell("record", {"step": progress.step, "split": "test", **metrics})
+        results |= {f"test {name}": round(metrics[name], 4) for name in ("loss", "perplexity") if name in metrics}
+    results["adapters"] = str(run.directory)
+    return results
+
+
+def reporters(output: Output) -> tuple[Reporter, ...]:
+    """The terminal and metrics.jsonl."""
+    return (Terminal(quiet=output.quiet), MetricsFile(Path(output.adapter_path) / METRICS))
+
+
+def resolved(*groups: Any) -> dict[str, Any]:
+    """Groups of options as one flat mapping: a valid configuration file."""
+    return settings.dump(*groups)
+
+
+Notes = Callable[[str], None]

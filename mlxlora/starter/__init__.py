@@ -1,0 +1,25 @@
+"""The bundled starter: a tiny Llama that half knows its sums, and data for each mode. Made by examples/starter."""
+
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+_DATA = {"sft": "sft", "dpo": "pairs", "orpo": "pairs", "cpo": "pairs", "grpo": "grpo"}
+
+
+def model_path() -> Path:
+    """The model folder."""
+    return _HERE / "model"
+
+
+def data_path(mode: str) -> Path:
+    """The folder with train.jsonl and valid.jsonl for sft, dpo, orpo, cpo or grpo.
+
+    >>> data_path("orpo").name
+    'pairs'
+    """
+    return _HERE / "data" / _DATA[mode]
+
+
+def defaults(mode: str) -> Path:
+    """The YAML file with the options of a run in that mode."""
+    return _HERE / f"{mode}.yaml"

@@ -1,0 +1,153 @@
+"""One optimiser step, the same for every objective."""
+
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from attrs import define
+from mlx.utils import tree_flatten, tree_map
+
+from .compose import Metrics, Objective
+from .logprobs import Scorer, scorer
+from .types import Batch
+
+
+@define
+class Step:
+    """`step(*batches) -> metrics` updates the model once; several batches are one large batch in pieces.
+
+    Every mean is taken over the pooled count of its term, so the update does not depend on how the rows are split. A
+    step whose loss or gradient is not finite changes nothing: weights and optimiser stay at the last good state.
+
+    Attributes:
+        whole: forward, backward and update of one batch.
+        backward: forward and backward of a piece.
+        update: applies a gradient, in place.
+        objective: what is minimised.
+        state: arrays that a step changes.
+        compilations: shapes traced so far.
+    """
+
+    whole: Callable[[Batch], Metrics]
+    backward: Callable[..., Any]
+    update: Callable[[Any, Metrics], Metrics]
+    objective: Objective
+    state: list[Any]
+    compilations: int = 0
+
+    def __call__(self, *batches: Batch) -> Metrics:
+        metrics = self.whole(batches[0]) if len(batches) == 1 else self._pieces(batches)
+        mx.eval(self.state, metrics)
+        return metrics
+
+    def _pieces(self, batches: Sequence[Batch]) -> Metrics:
+        counts = reduce(_add, map(self.objective.counts, batches))
+        total = None
+        for batch in batches:
+            part = self.backward(batch, counts)
+            total = part if total is None else _add(total, part)
+            mx.eval(total)  # one piece's activations at a time
+        assert total is not None
+        return self.update(*total)
+
+
+def make_step(
+    model: nn.Module,
+    optimizer: optim.Optimizer,
+    objective: Objective,
+    *,
+    score: Scorer | None = None,
+    max_grad_norm: float = 0.0,
+) -> Step:
+    """Compiles `objective` into a step that trains the trainable parameters of `model`.
+
+    Args:
+        model: an mlx-lm model, frozen but for what is trained.
+        optimizer: updates the trainable parameters.
+        objective: what is minimised.
+        score: log-probabilities of a batch; made from the model and what the objective needs by default.
+        max_grad_norm: clip the global norm of the gradient to this; 0 = off.
+
+    Returns:
+        A step; its metrics are the mean of every term, `loss`, `grad_norm` (before clipping) and `learning_rate`.
+    """
+    score = score or scorer(model, entropy="entropy" in objective.needs)
+    optimizer.init(model.trainable_parameters())
+    state = [model.state, optimizer.state, mx.random.state]
+    compiled = partial(mx.compile, inputs=state, outputs=state)
+
+    def gradient(batch: Batch, counts: Metrics) -> tuple[Any, Metrics]:
+        step.compilations += 1  # this line runs when a new shape is traced
+        masters = model.trainable_parameters()
+
+        def loss(parameters: Any) -> tuple[mx.array, Metrics]:
+            model.update(cast(parameters))
+            return objective(*score(batch), counts)
+
+        (_, metrics), grads = mx.value_and_grad(loss)(masters)
+        model.update(masters)
+        return grads, metrics
+
+    def apply(grads: Any, metrics: Metrics) -> Metrics:
+        grads, norm = _clipped(grads, max_grad_norm)
+        before = tree_map(lambda leaf: leaf, [model.trainable_parameters(), optimizer.state])  # new containers
+        optimizer.update(model, grads)
+        finite = mx.isfinite(metrics["loss"]) & mx.isfinite(norm)
+        _keep_unless(finite, before, model, optimizer)
+        return {**metrics, "grad_norm": norm, "learning_rate": optimizer.learning_rate}
+
+    @compiled
+    def whole(batch: Batch) -> Metrics:
+        return apply(*gradient(batch, objective.counts(batch)))
+
+    cast = compute_cast(model)
+    step = Step(whole, compiled(gradient), compiled(apply), objective, state)
+    return step
+
+
+def compute_cast(model: nn.Module) -> Callable[[Any], Any]:
+    """Trainable parameters to the dtype the frozen weights compute in, inside the differentiated function.
+
+    float32 adapters would promote every activation of a bfloat16 model; so the masters stay float32 and their copies
+    are cast. Without frozen floating-point weights nothing is cast.
+    """
+    trainable = dict(tree_flatten(model.trainable_parameters()))
+    frozen = {k: v for k, v in tree_flatten(model.parameters()) if k not in trainable}
+    dtypes = [v.dtype for v in frozen.values() if mx.issubdtype(v.dtype, mx.floating)]
+    if not dtypes:
+        return lambda parameters: parameters
+    dtype = max(set(dtypes), key=dtypes.count)
+    return lambda parameters: tree_map(lambda p: p.astype(dtype), parameters)
+
+
+def _clipped(grads: Any, max_grad_norm: float) -> tuple[Any, mx.array]:
+    """(gradient, its global norm before clipping)."""
+    norm = mx.sqrt(sum(mx.square(g.astype(mx.float32)).sum() for _, g in tree_flatten(grads)))  # type: ignore[arg-type]
+    if not max_grad_norm:
+        return grads, norm
+    scale = mx.minimum(1.0, max_grad_norm / (norm + 1e-6))
+    return tree_map(lambda g: (g * scale).astype(g.dtype), grads), norm
+
+
+def _keep_unless(good: mx.array, before: Any, model: nn.Module, optimizer: optim.Optimizer) -> None:
+    """Puts parameters and optimiser back, in place, to `before` unless `good`."""
+    now = [model.trainable_parameters(), optimizer.state]
+    parameters, state = tree_map(lambda new, old: mx.where(good, new, old), now, before)
+    model.update(parameters)
+    _assign(optimizer.state, state)
+
+
+def _assign(target: Any, values: Any) -> None:
+    """Copies the leaves of `values` into the containers of `target`, which stay the same objects."""
+    for key in target if isinstance(target, dict) else range(len(target)):
+        if isinstance(target[key], dict | list):
+            _assign(target[key], values[key])
+        else:
+            target[key] = values[key]
+
+
+def _add(a: Any, b: Any) -> Any:
+    return tree_map(mx.add, a, b)

@@ -1,0 +1,126 @@
+"""The batch that every stage reads and writes, and the alphabet of its shapes.
+
+    R  rows fed to the model          N  scored tokens (targets that are trained on)
+    T  positions of a row             S  sequences (completions)
+    D  hidden size                    P  preference pairs (S = 2P: all chosen, then all rejected)
+    V  vocabulary                     G  completions per prompt (S = prompts x G)
+
+Log-probabilities are natural (nats) and float32.
+"""
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+
+class Batch(NamedTuple):
+    """Token rows, which of their tokens are scored, and the constants an objective compares the policy with.
+
+    A NamedTuple of arrays, because that is what `mx.compile` accepts.
+
+    Attributes:
+        tokens: [R, T] int32, what the model reads; right-padded.
+        where: [N] int32, index into the R*T positions: the one that predicts the target.
+        targets: [N] int32, the scored tokens.
+        sequence: [N] int32, which sequence a scored token belongs to; S marks bucket filler.
+        lengths: [S] int32, scored completion tokens of each sequence.
+        prompt: [N] bool, scored tokens that belong to the prompt; None if none does.
+        ref_logps: [N] log-probabilities under the reference policy.
+        old_logps: [N] log-probabilities under the policy that sampled the rows.
+        advantages: [S] advantage of each completion.
+        preference_score: [P] weight of each pair.
+        entropy: [N] entropy of the policy's distribution at each target, if the objective asks for it.
+        log_sum_sq_probs: [N] log Σ_v π(v)² of the policy's distribution at each target, if the objective asks for it.
+    """
+
+    tokens: mx.array
+    where: mx.array
+    targets: mx.array
+    sequence: mx.array
+    lengths: mx.array
+    prompt: mx.array | None = None
+    ref_logps: mx.array | None = None
+    old_logps: mx.array | None = None
+    advantages: mx.array | None = None
+    preference_score: mx.array | None = None
+    entropy: mx.array | None = None
+    log_sum_sq_probs: mx.array | None = None
+
+    @property
+    def sequences(self) -> int:
+        """S, a number known when the batch is traced."""
+        return self.lengths.shape[0]
+
+
+def completions(batch: Batch) -> mx.array:
+    """[N] bool: the scored tokens of completions."""
+    real = batch.sequence < batch.sequences
+    return real if batch.prompt is None else real & ~batch.prompt
+
+
+def everything(batch: Batch) -> mx.array:
+    """[N] bool: every scored token, of prompts too."""
+    return batch.sequence < batch.sequences
+
+
+def chosen(batch: Batch) -> mx.array:
+    """[N] bool: the scored tokens of the chosen completions."""
+    return completions(batch) & (batch.sequence < batch.sequences // 2)
+
+
+def chosen_rows(batch: Batch) -> mx.array:
+    """[N] bool: the scored tokens of the chosen completions and of their prompts."""
+    return batch.sequence < batch.sequences // 2
+
+
+def rejected(batch: Batch) -> mx.array:
+    """[N] bool: the scored tokens of the rejected completions."""
+    return completions(batch) & (batch.sequence >= batch.sequences // 2)
+
+
+def halves(scores: mx.array) -> tuple[mx.array, mx.array]:
+    """[2P] to ([P] chosen, [P] rejected)."""
+    pairs = scores.shape[0] // 2
+    return scores[:pairs], scores[pairs:]  # not mx.split: two equal splits do not compile (mlx 0.32.4)
+
+
+def token_sum(values: mx.array, batch: Batch) -> mx.array:
+    """[N] to [S]: the sum over each sequence's completion tokens.
+
+    A product with a one-hot matrix, because it is deterministic; scatter-add on a GPU is not.
+    """
+    return mx.where(_member(batch), values[None], 0.0).sum(axis=-1)
+
+
+def positions(batch: Batch) -> mx.array:
+    """[N] int32: the place of each completion token in its completion, from 0 (tokens of a sequence lie in reading order)."""
+    member = _member(batch).astype(mx.int32)
+    return (member.cumsum(axis=-1) * member).sum(axis=0) - 1
+
+
+def _member(batch: Batch) -> mx.array:
+    """[S, N] bool: which completion tokens belong to which sequence."""
+    member = batch.sequence[None] == mx.arange(batch.sequences)[:, None]
+    return member if batch.prompt is None else member & ~batch.prompt[None]
+
+
+_ADDED_BY = {
+    "ref_logps": "with_reference(...)",
+    "old_logps": "rollouts(...)",
+    "advantages": "rollouts(...)",
+    "preference_score": "pairs(...)",
+    "entropy": "the scorer, for a term that needs it",
+    "log_sum_sq_probs": "the scorer, for a term that needs it",
+}
+
+
+def column(batch: Batch, name: str) -> mx.array:
+    """A column that an objective cannot do without.
+
+    Raises:
+        ValueError: the batch lacks it; the message says what adds it.
+    """
+    value = getattr(batch, name)
+    if value is None:
+        raise ValueError(f"this objective needs batch.{name}, which {_ADDED_BY[name]} adds")
+    return value
