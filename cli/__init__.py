@@ -8,13 +8,19 @@ import typer
 from mlxlora import __version__
 from mlxlora.errors import InputError, RunError
 
+from .cpo import cpo
+from .dpo import dpo
 from .eval import evaluate
 from .generate import generate
 from .init import init
+from .orpo import orpo
 from .sft import sft
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, rich_markup_mode="rich")
 app.command("sft")(sft)
+app.command("dpo")(dpo)
+app.command("orpo")(orpo)
+app.command("cpo")(cpo)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("init")(init)

@@ -12,11 +12,4 @@ def sft(
     """Supervised fine-tuning: raise the likelihood of completions, conversations or plain text."""
     from mlxlora import recipes
 
-    recipes.sft(
-        model_options=model,
-        adapter_options=adapter,
-        data_options=data,
-        training=training,
-        output=output,
-        objective_options=objective,
-    )
+    recipes.sft(model, adapter, data, training, output, objective)

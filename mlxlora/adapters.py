@@ -18,7 +18,10 @@ from .errors import InputError
 from .files import atomic_file
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
-_BASE = {LoRALinear: "linear", DoRALinear: "linear", LoRASwitchLinear: "linear", LoRAEmbedding: "embedding", DoRAEmbedding: "embedding"}
+_BASE = {  # where each kind of adapter keeps the module that it adapts
+    **dict.fromkeys((LoRALinear, DoRALinear, LoRASwitchLinear), "linear"),
+    **dict.fromkeys((LoRAEmbedding, DoRAEmbedding), "embedding"),
+}
 
 
 def prepare(model: nn.Module, options: AdapterOptions) -> nn.Module:
@@ -149,7 +152,8 @@ def read_arrays(file: str | Path) -> dict[str, mx.array]:
 
 def mismatches(arrays: dict[str, mx.array], wanted: dict[str, mx.array], shown: int = 4) -> str:
     """What is missing, superfluous or of another shape, in one line; empty if nothing is."""
-    found = [f"{n} has shape {list(a.shape)}, not {list(wanted[n].shape)}" for n, a in arrays.items() if n in wanted and a.shape != wanted[n].shape]
+    both = [(n, list(a.shape), list(wanted[n].shape)) for n, a in arrays.items() if n in wanted]
+    found = [f"{n} has shape {ours}, not {theirs}" for n, ours, theirs in both if ours != theirs]
     found += [f"{n} is not trainable in the model" for n in arrays if n not in wanted]
     found += [f"{n} is missing" for n in wanted if n not in arrays]
     more = f" and {len(found) - shown} more" if len(found) > shown else ""

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 from attrs import frozen
 
-from .data import Example
+from .data import Example, Pair
 from .types import Batch
 
 ALIGN = 32  # lengths that are no multiple of 8 cost 2.5x on CUDA
@@ -82,14 +82,9 @@ def collate(examples: Sequence[Example], **columns: Any) -> Batch:
         sequence=mx.array(np.pad(sequence, (0, filler), constant_values=len(examples))),
         lengths=mx.array(np.array([completion_tokens(e) for e in examples], np.int32)),
         prompt=_prompt(examples, filler),
+        ref_logps=_ref_logps(examples, filler),
         **columns,
     )
-
-
-def scored_column(values: Sequence[np.ndarray], size: int) -> mx.array:
-    """Per-example values of scored tokens as a column [N] of a batch."""
-    flat = np.concatenate([np.asarray(v) for v in values])
-    return mx.array(np.pad(flat, (0, size - len(flat))))
 
 
 def completion_tokens(example: Example) -> int:
@@ -103,6 +98,12 @@ def _prompt(examples: Sequence[Example], filler: int) -> mx.array | None:
         return None
     marks = [np.zeros(int(e.scored.sum()), bool) if e.prompt is None else e.prompt[e.scored] for e in examples]
     return mx.array(np.pad(np.concatenate(marks), (0, filler)))
+
+
+def _ref_logps(examples: Sequence[Example], filler: int) -> mx.array | None:
+    if any(e.ref_logps is None for e in examples):
+        return None
+    return mx.array(np.pad(np.concatenate([e.ref_logps for e in examples]), (0, filler)))  # type: ignore[arg-type]
 
 
 def _up(size: int) -> int:
@@ -171,4 +172,16 @@ def stream(items: Sequence[Any], order: Order, make: Collate, start: int = 0) ->
 
 def example_piece(examples: Sequence[Example]) -> Piece:
     """Supervised rows: each is one sequence."""
-    return Piece(collate(examples), sum(len(e.tokens) for e in examples), tuple(e.where for e in examples))
+    return Piece(collate(examples), _tokens(examples), tuple(e.where for e in examples))
+
+
+def pair_piece(pairs: Sequence[Pair]) -> Piece:
+    """Preference pairs: S = 2P sequences, all chosen, then all rejected, in one forward pass."""
+    examples = [p.chosen for p in pairs] + [p.rejected for p in pairs]
+    scores = [p.preference_score for p in pairs]
+    weights = None if all(s is None for s in scores) else mx.array([1.0 if s is None else s for s in scores])
+    return Piece(collate(examples, preference_score=weights), _tokens(examples), tuple(p.chosen.where for p in pairs))
+
+
+def _tokens(examples: Sequence[Example]) -> int:
+    return sum(len(e.tokens) for e in examples)

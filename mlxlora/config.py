@@ -65,30 +65,46 @@ class AdapterOptions:
     train_type: Literal["lora", "dora", "full"] = option(
         "lora", "What is trained: low-rank adapters or the weights themselves.", v.in_(("lora", "dora", "full"))
     )
-    num_layers: int = option(16, "Blocks to train, counted from the last; -1 = all (full: also embeddings, norms and head).", _NotZero())
+    num_layers: int = option(16, "Blocks to train, from the last; -1 = all (full: embeddings, norms and head too).", _NotZero())
     rank: int = option(8, "Rank of each update.", v.ge(1))
     scale: float = option(20.0, "Multiplier of the update (alpha / rank elsewhere).", v.gt(0))
     dropout: float = option(0.0, "Dropout on the input of an update.", v.ge(0), v.lt(1))
     lora_keys: tuple[str, ...] | None = option(
-        None, "Modules to adapt, as paths inside a block (self_attn.q_proj) or inside the model (lm_head); default: all linear ones."
+        None, "Modules to adapt, as paths in a block (self_attn.q_proj) or in the model (lm_head); default: all linear."
     )
-    resume_adapter_file: str | None = option(None, "Start from these weights (adapters.safetensors); optimiser and data start anew.")
+    resume_adapter_file: str | None = option(None, "Start from these weights (adapters.safetensors), optimiser and data anew.")
 
 
 @frozen
-class DataOptions:
+class RowOptions:
     """Data"""
 
     data: str | None = option(None, "Folder with train/valid/test.jsonl, one JSONL or JSON file, or a hub data set name.")
     max_seq_length: int = option(2048, "Rows are cut to this many tokens, on the right.", v.ge(2))
-    mask_prompt: bool = option(False, "Score only completions and assistant turns.")
     use_chat_template: bool = option(False, "Wrap plain-text rows in the model's chat template.")
     valid_fraction: float = option(0.0, "Without a validation split, set this share of the training rows aside.", v.ge(0), v.lt(1))
     shuffle: bool = option(True, "Shuffle the rows anew in every epoch.")
+    prompt_key: str = option("prompt", "Name of the field that holds the prompt.")
+
+
+@frozen
+class DataOptions(RowOptions):
+    """Data"""
+
+    mask_prompt: bool = option(False, "Score only completions and assistant turns.")
     text_key: str = option("text", "Name of the field that holds plain text.")
     messages_key: str = option("messages", "Name of the field that holds messages.")
-    prompt_key: str = option("prompt", "Name of the field that holds the prompt.")
     completion_key: str = option("completion", "Name of the field that holds the completion.")
+
+
+@frozen
+class PairData(RowOptions):
+    """Data"""
+
+    prompt_truncation: Literal["right", "left"] = option(
+        "right", "Of over-long pairs: drop those whose prompt leaves no room (right), or cut the prompt's beginning (left).",
+        v.in_(("right", "left")),
+    )  # fmt: skip
 
 
 @frozen
@@ -137,4 +153,42 @@ class SFTOptions:
     """Objective"""
 
     loss_type: Literal["nll", "dft"] = option("nll", "nll: cross entropy; dft: dynamic fine-tuning.", v.in_(("nll", "dft")))
+    objective: str | None = option(None, "Your own objective: file.py:name.")
+
+
+@frozen
+class DPOOptions:
+    """Objective"""
+
+    loss_type: str = option("sigmoid", "Preference loss, or a sum such as 0.8*sigmoid+0.2*bco_pair+1.0*nll.")
+    beta: float = option(0.1, "Strength of the pull towards the reference.", v.gt(0))
+    delta: float | None = option(None, "dpop's penalty (default 50) or hinge's margin (default 1).", v.ge(0))
+    label_smoothing: float = option(0.0, "Share of labels assumed to be flipped.", v.ge(0), v.lt(0.5))
+    ld_alpha: float | None = option(None, "Weight of tokens past the shorter completion (LD-DPO); default: 1.", v.ge(0), v.le(1))
+    reference_model_path: str | None = option(None, "Another model as the reference; default: --model before training.")
+    reference_cache: bool = option(True, "Keep the reference's log-probabilities on disk for later runs.")
+    objective: str | None = option(None, "Your own objective: file.py:name.")
+
+
+@frozen
+class CPOOptions:
+    """Objective"""
+
+    loss_type: Literal["sigmoid", "hinge", "ipo", "dpop", "simpo"] = option(
+        "sigmoid", "Preference loss.", v.in_(("sigmoid", "hinge", "ipo", "dpop", "simpo"))
+    )
+    beta: float = option(0.1, "Scale of the margin.", v.gt(0))
+    alpha: float = option(1.0, "Weight of the chosen completion's NLL; 0 with simpo is pure SimPO.", v.ge(0))
+    gamma: float = option(0.5, "simpo's target margin.", v.ge(0))
+    delta: float | None = option(None, "dpop's penalty (default 50) or hinge's margin (default 1).", v.ge(0))
+    label_smoothing: float = option(0.0, "Share of labels assumed to be flipped.", v.ge(0), v.lt(0.5))
+    objective: str | None = option(None, "Your own objective: file.py:name.")
+
+
+@frozen
+class ORPOOptions:
+    """Objective"""
+
+    beta: float = option(0.1, "Weight of the odds ratio, the paper's lambda.", v.ge(0))
+    nll_on_prompt: bool = option(False, "The NLL covers prompts too, as in the authors' code and TRL.")
     objective: str | None = option(None, "Your own objective: file.py:name.")

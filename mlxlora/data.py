@@ -27,6 +27,7 @@ class Example:
         prompt: [L] bool, scored tokens that belong to the prompt; None if none does.
         where: "file:line" of the row.
         truncated: whether tokens were cut.
+        ref_logps: [scored tokens] log-probabilities under the reference policy, once they are known.
     """
 
     tokens: np.ndarray
@@ -34,6 +35,7 @@ class Example:
     prompt: np.ndarray | None
     where: str
     truncated: bool = False
+    ref_logps: np.ndarray | None = None
 
 
 @frozen

@@ -1,39 +1,92 @@
 """The methods as users call them: load, prepare, run."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 from attrs import evolve
 
 from . import objectives, settings, sources
 from .compose import Objective
-from .config import AdapterOptions, DataOptions, ModelOptions, Output, SFTOptions, Training
+from .config import (
+    AdapterOptions,
+    CPOOptions,
+    DataOptions,
+    DPOOptions,
+    ModelOptions,
+    ORPOOptions,
+    Output,
+    PairData,
+    SFTOptions,
+    Training,
+)
 from .data import Counts, Example
 from .errors import InputError
 from .evaluate import make_evaluate
 from .logprobs import scorer
+from .reference import cache_file
 from .report import Terminal
 from .run import Run, claim, execute, reporters, split_pieces
 from .sources import Source, Split
 from .userfile import load_object
 
+Groups = dict[type, Any]
 
-def sft(
-    *,
-    model_options: ModelOptions,
-    data_options: DataOptions,
-    adapter_options: AdapterOptions = AdapterOptions(),
-    training: Training = Training(),
-    output: Output = Output(),
-    objective_options: SFTOptions = SFTOptions(),
-) -> dict[str, Any]:
-    """Supervised fine-tuning; see `run` for what is returned and raised."""
-    objective = user_objective(objective_options.objective) or objectives.sft(loss_type=objective_options.loss_type)
-    groups = (model_options, data_options, adapter_options, training, output, objective_options)
-    return _load_and_run(sources.rows(data_options), objective, groups)
+
+def sft(*groups: Any, **options: Any) -> dict[str, Any]:
+    """Supervised fine-tuning, `mlxlora sft` in Python: `sft(model="folder", data="rows.jsonl", iters=100)`.
+
+    Args:
+        groups: whole groups of options, such as `Training(iters=100)`.
+        options: single options, named as the flags are.
+
+    Returns:
+        The results: steps, losses, where the adapters are.
+
+    Raises:
+        InputError: bad options or data.
+        RunError: a loss or gradient that is not finite; the last good state was saved.
+    """
+    chosen = settings.gather((ModelOptions, DataOptions, AdapterOptions, Training, Output, SFTOptions), groups, options)
+    method = chosen[SFTOptions]
+    objective = user_objective(method.objective) or objectives.sft(loss_type=method.loss_type)
+    return _load_and_run(sources.rows(chosen[DataOptions]), objective, chosen)
+
+
+def dpo(*groups: Any, **options: Any) -> dict[str, Any]:
+    """Direct preference optimisation, `mlxlora dpo` in Python; see `sft` for arguments, results and errors."""
+    chosen = settings.gather((ModelOptions, PairData, AdapterOptions, Training, Output, DPOOptions), groups, options)
+    m = chosen[DPOOptions]
+    objective = user_objective(m.objective) or objectives.dpo(
+        loss_type=m.loss_type, beta=m.beta, delta=m.delta, label_smoothing=m.label_smoothing, ld_alpha=m.ld_alpha
+    )
+    return _load_and_run(sources.pairs(chosen[PairData]), objective, chosen, _reference(chosen[ModelOptions], m))
+
+
+def cpo(*groups: Any, **options: Any) -> dict[str, Any]:
+    """Contrastive preference optimisation, `mlxlora cpo` in Python; see `sft` for arguments, results and errors."""
+    chosen = settings.gather((ModelOptions, PairData, AdapterOptions, Training, Output, CPOOptions), groups, options)
+    m = chosen[CPOOptions]
+    objective = user_objective(m.objective) or objectives.cpo(
+        loss_type=m.loss_type, beta=m.beta, alpha=m.alpha, gamma=m.gamma, delta=m.delta, label_smoothing=m.label_smoothing
+    )
+    return _load_and_run(sources.pairs(chosen[PairData]), objective, chosen)
+
+
+def orpo(*groups: Any, **options: Any) -> dict[str, Any]:
+    """Odds-ratio preference optimisation, `mlxlora orpo` in Python; see `sft` for arguments, results and errors."""
+    chosen = settings.gather((ModelOptions, PairData, AdapterOptions, Training, Output, ORPOOptions), groups, options)
+    m = chosen[ORPOOptions]
+    objective = user_objective(m.objective) or objectives.orpo(beta=m.beta, nll_on_prompt=m.nll_on_prompt)
+    return _load_and_run(sources.pairs(chosen[PairData], score_prompt=m.nll_on_prompt), objective, chosen)
+
+
+def _reference(model: ModelOptions, method: DPOOptions) -> dict[str, Any]:
+    """The fields of `Run` that say what the reference is."""
+    path = method.reference_model_path
+    other = evolve(model, model=path)
+    cache = cache_file(path or model.model or "", "") if method.reference_cache else None
+    return {"reference": (lambda: load(other)[0]) if path else None, "reference_cache": cache}
 
 
 def run(
@@ -67,7 +120,8 @@ def run(
     files = Output(**output)
     claim(files)
     rows = sources.read(source.data, training.seed)
-    return _run(model, tokenizer, objective, source, rows, (ModelOptions(), source.data, adapter, training, files))
+    groups = {type(group): group for group in (ModelOptions(), source.data, adapter, training, files)}
+    return _run(model, tokenizer, objective, source, rows, groups)
 
 
 def evaluate_split(
@@ -134,30 +188,29 @@ def user_objective(reference: str | None) -> Objective | None:
 # --- what every method does --------------------------------------------------------------------
 
 
-def _load_and_run(source: Source, objective: Objective, groups: tuple[Any, ...]) -> dict[str, Any]:
-    options, output, training = (_group(groups, kind) for kind in (ModelOptions, Output, Training))
-    claim(output)
-    rows = sources.read(source.data, training.seed)
-    model, tokenizer = load(options)
-    return _run(model, tokenizer, objective, source, rows, groups)
+def _load_and_run(source: Source, objective: Objective, groups: Groups, reference: dict[str, Any] | None = None) -> dict[str, Any]:
+    claim(groups[Output])
+    rows = sources.read(source.data, groups[Training].seed)
+    model, tokenizer = load(groups[ModelOptions])
+    return _run(model, tokenizer, objective, source, rows, groups, **reference or {})
 
 
 def _run(
-    model: nn.Module, tokenizer: Any, objective: Objective, source: Source, rows: dict[str, list], groups: tuple[Any, ...]
+    model: nn.Module, tokenizer: Any, objective: Objective, source: Source, rows: dict[str, list], groups: Groups, **reference: Any
 ) -> dict[str, Any]:
-    adapter, training, output = (_group(groups, kind) for kind in (AdapterOptions, Training, Output))
     whole = Run(
         model=model,
         tokenizer=tokenizer,
         objective=objective,
         source=source,
         splits=sources.tokenize(source, rows, tokenizer),
-        training=training,
-        adapter=adapter,
-        output=output,
-        config=settings.dump(*groups),
-        name=_group(groups, ModelOptions).model or "",
-        reporters=reporters(output),
+        training=groups[Training],
+        adapter=groups[AdapterOptions],
+        output=groups[Output],
+        config=settings.dump(*groups.values()),
+        name=groups[ModelOptions].model or "",
+        reporters=reporters(groups[Output]),
+        **reference,
     )
     _introduce(whole)
     before = _sample(whole)
@@ -168,10 +221,6 @@ def _run(
     return results
 
 
-def _group(groups: Sequence[Any], kind: type) -> Any:
-    return next(group for group in groups if isinstance(group, kind))
-
-
 def _introduce(run: Run) -> None:
     """What will be trained on: counts, what was cut, the first example with its scored part marked."""
     for name, split in run.splits.items():
@@ -180,7 +229,7 @@ def _introduce(run: Run) -> None:
         run.tell("note", "no validation split: --valid-fraction 0.1 would make one")
     if run.tokenizer.has_chat_template and not run.source.data.use_chat_template and _plain(run):
         run.tell("note", "rows are plain text; the model has a chat template: --use-chat-template would wrap them")
-    first = run.source.example(run.splits["train"].items[0])
+    first = run.source.examples(run.splits["train"].items[0])[0]
     for reporter in run.reporters:
         if isinstance(reporter, Terminal):
             reporter.example(first.tokens.tolist(), first.scored.tolist(), run.tokenizer.decode)
@@ -200,7 +249,7 @@ def _count(run: Run, name: str, split: Split) -> None:
 
 def _plain(run: Run) -> bool:
     """Whether the first row, which stands for all, was not rendered by the template."""
-    first = run.source.example(run.splits["train"].items[0])
+    first = run.source.examples(run.splits["train"].items[0])[0]
     return "<|" not in run.tokenizer.decode(first.tokens.tolist()[:8])
 
 
@@ -209,7 +258,7 @@ def _sample(run: Run) -> tuple[str, str] | None:
     from mlx_lm import generate
 
     items = run.splits["valid"].items or run.splits["train"].items
-    first: Example = run.source.example(items[0])
+    first: Example = run.source.examples(items[0])[0]
     start = int(first.scored.argmax())
     if start < 2 or not _is_starter(run.name):
         return None

@@ -12,7 +12,6 @@ import mlx.nn as nn
 import yaml
 from attrs import evolve, field, frozen
 
-from . import settings
 from .adapters import CONFIG, WEIGHTS, load_weights, prepare, save
 from .batching import Order, Piece, grouped, stream
 from .checkpoint import Progress, load_checkpoint, newest, save_checkpoint
@@ -25,6 +24,7 @@ from .logprobs import Scorer, scorer
 from .loop import every, train
 from .optimisers import make_optimiser
 from .recompute import checkpointed
+from .reference import with_reference
 from .report import MetricsFile, Reporter, Terminal, truncate_after
 from .sources import Source, Split
 from .step import Step, make_step
@@ -53,6 +53,8 @@ class Run:
         name: the model's, for messages and the adapter's configuration.
         score: log-probabilities of a batch.
         reporters: who is told what happens.
+        reference: loads the reference model, if it is another one.
+        reference_cache: file of the reference's log-probabilities; None keeps none.
     """
 
     model: nn.Module
@@ -67,6 +69,8 @@ class Run:
     name: str = ""
     score: Scorer | None = None
     reporters: tuple[Reporter, ...] = ()
+    reference: Callable[[], nn.Module] | None = None
+    reference_cache: Path | None = None
 
     @property
     def directory(self) -> Path:
@@ -126,6 +130,8 @@ def execute(run: Run) -> dict[str, Any]:
         RunError: a loss or gradient that is not finite; the last good state was saved.
     """
     _check_splits(run)
+    if "ref_logps" in run.objective.needs:
+        run = _with_reference(run)
     mx.random.seed(run.training.seed)
     prepare(run.model, run.adapter)
     if run.adapter.resume_adapter_file:
@@ -240,12 +246,49 @@ def _train(run: Run, step: Step, evaluate: Evaluate, optimiser: Any, progress: P
 
 def _pieces(run: Run, done: int) -> Iterator[tuple[Piece, ...]]:
     """The batches of each optimiser step after `done`."""
-    items, training = run.splits["train"].items, run.training
-    seed = training.seed if run.source.data.shuffle else None
-    order = Order(tuple(map(run.source.length, items)), training.batch_size, seed)
-    start = done * training.grad_accumulation_steps
-    left = _batches(training, len(items)) - start
-    return grouped(islice(stream(items, order, run.source.piece, start), max(left, 0)), training.grad_accumulation_steps)
+    items, accumulate = run.splits["train"].items, run.training.grad_accumulation_steps
+    left = _batches(run.training, len(items)) - done * accumulate
+    pieces = stream(items, _order(run, "train"), run.source.piece, done * accumulate)
+    return grouped(islice(pieces, max(left, 0)), accumulate)
+
+
+def _order(run: Run, split: str) -> Order:
+    """Training rows are shuffled, the others stay in the order of the file."""
+    seed = run.training.seed if split == "train" and run.source.data.shuffle else None
+    return Order(tuple(map(run.source.length, run.splits[split].items)), run.training.batch_size, seed)
+
+
+def _with_reference(run: Run) -> Run:
+    """The rows that the run will use, with the reference's log-probabilities.
+
+    The reference is the model before it is touched, so it needs no memory of its own.
+    """
+    model = run.reference() if run.reference else run.model
+    model.eval()
+    score, limits = scorer(model), {"train": _batches(run.training, len(run.splits["train"].items))}
+    limits |= {"valid": run.output.val_batches, "test": -1 if run.output.test else 0}
+    splits = {name: _scored(run, name, limits[name], score) for name in run.splits}
+    return evolve(run, splits=splits)
+
+
+def _scored(run: Run, name: str, limit: int, score: Scorer) -> Split:
+    split, order = run.splits[name], _order(run, name)
+    if not split.items or not limit:
+        return split
+    count = order.per_epoch() if limit < 0 else limit
+    used = sorted({row for rows in islice(order.batches(), count) for row in rows})
+    examples = [run.source.examples(split.items[row]) for row in used]
+    flat = with_reference(
+        [e for group in examples for e in group],
+        score,
+        batch_size=2 * run.training.batch_size,
+        cache=run.reference_cache,
+        note=lambda text: run.tell("note", text),
+    )
+    scored, items = iter(flat), list(split.items)
+    for row, group in zip(used, examples, strict=True):
+        items[row] = run.source.rebuild(items[row], tuple(islice(scored, len(group))))
+    return evolve(split, items=items)
 
 
 # --- hooks ------------------------------------------------------------------------------------
@@ -292,11 +335,10 @@ def _validate(run: Run, evaluate: Evaluate, progress: Progress, *, first: bool =
 
 
 def split_pieces(run: Run, split: str, limit: int = -1) -> Iterator[Piece]:
-    """The batches of a split, once and in order; at most `limit` of them (-1 = all)."""
-    items = run.splits[split].items
-    order = Order(tuple(map(run.source.length, items)), run.training.batch_size)
+    """The batches of a split other than train, once and in order; at most `limit` of them (-1 = all)."""
+    order = _order(run, split)
     count = order.per_epoch() if limit < 0 else min(limit, order.per_epoch())
-    return islice(stream(items, order, run.source.piece), count)
+    return islice(stream(run.splits[split].items, order, run.source.piece), count)
 
 
 def _finish(run: Run, step: Step, evaluate: Evaluate, progress: Progress, seconds: float) -> dict[str, Any]:
@@ -320,11 +362,3 @@ def _finish(run: Run, step: Step, evaluate: Evaluate, progress: Progress, second
 def reporters(output: Output) -> tuple[Reporter, ...]:
     """The terminal and metrics.jsonl."""
     return (Terminal(quiet=output.quiet), MetricsFile(Path(output.adapter_path) / METRICS))
-
-
-def resolved(*groups: Any) -> dict[str, Any]:
-    """Groups of options as one flat mapping: a valid configuration file."""
-    return settings.dump(*groups)
-
-
-Notes = Callable[[str], None]

@@ -6,7 +6,7 @@ against the type and the validator of its option, and writes a resolved configur
 
 import difflib
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -77,6 +77,24 @@ def dump(*groups: Any) -> dict[str, Any]:
 def build(group: type, values: Mapping[str, Any]) -> Any:
     """One group of options from those of `values` that it has."""
     return group(**{field.name: values[field.name] for field in attrs.fields(group) if field.name in values})
+
+
+def gather(kinds: Sequence[type], groups: Sequence[Any], options: Mapping[str, Any]) -> dict[type, Any]:
+    """One group of every kind: those given, the others from single options; a single option changes a given group.
+
+    Raises:
+        InputError: an option that no group has, or a group that the method does not take.
+    """
+    given = {type(group): group for group in groups}
+    if unknown := [kind.__name__ for kind in given if kind not in kinds]:
+        raise InputError(f"this method takes no {', '.join(unknown)}; it takes {', '.join(kind.__name__ for kind in kinds)}")
+    fields = fields_of(*kinds)
+    for name in options:
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1)
+            raise InputError(f"unknown option {name}" + (f"; did you mean {close[0]}?" if close else ""))
+    mine = {kind: {f.name: options[f.name] for f in attrs.fields(kind) if f.name in options} for kind in kinds}
+    return {kind: attrs.evolve(given[kind], **mine[kind]) if kind in given else kind(**mine[kind]) for kind in kinds}
 
 
 def coerce(value: Any, kind: Any) -> Any:

@@ -5,11 +5,11 @@ from typing import Any
 
 from attrs import evolve, field, frozen
 
-from .batching import Piece, example_piece
-from .config import DataOptions
-from .data import Counts, Example, supervised_example, tokenize_all
+from .batching import Piece, example_piece, pair_piece
+from .config import DataOptions, PairData, RowOptions
+from .data import Counts, Example, Pair, preference_pair, supervised_example, tokenize_all
 from .errors import InputError
-from .rows import Row, read_splits, split_off
+from .rows import KEYS, Row, read_splits, split_off
 
 Tokenizer = Any
 
@@ -22,15 +22,19 @@ class Source:
         data: which rows, and how they are read.
         prepare: (row, tokenizer) -> an item, or None if truncation leaves nothing to train on.
         piece: items -> a batch.
-        length: tokens of an item, so that items of a length go together.
-        example: an item as the row that is shown at the start.
+        examples: the token sequences of an item; the first one is shown at the start.
+        rebuild: the item with other sequences, which have more columns.
     """
 
-    data: DataOptions
+    data: RowOptions
     prepare: Callable[[Row, Tokenizer], Any | None]
     piece: Callable[[Sequence[Any]], Piece]
-    length: Callable[[Any], int]
-    example: Callable[[Any], Example]
+    examples: Callable[[Any], tuple[Example, ...]]
+    rebuild: Callable[[Any, Sequence[Example]], Any]
+
+    def length(self, item: Any) -> int:
+        """Tokens of an item's longest sequence, so that items of a length go together."""
+        return max(len(example.tokens) for example in self.examples(item))
 
 
 @frozen
@@ -48,7 +52,8 @@ def rows(data: str | DataOptions, **options: Any) -> Source:
         data: folder, file or hub data set; or all options at once.
         options: fields of `DataOptions`, such as `mask_prompt=True`.
     """
-    data = _options(data, options)
+    data = DataOptions(data=data, **options) if isinstance(data, str) else evolve(data, **options)
+    keys = {"text": data.text_key, "messages": data.messages_key, "prompt": data.prompt_key, "completion": data.completion_key}
 
     def prepare(row: Row, tokenizer: Tokenizer) -> Example | None:
         return supervised_example(
@@ -57,27 +62,40 @@ def rows(data: str | DataOptions, **options: Any) -> Source:
             mask_prompt=data.mask_prompt,
             use_chat_template=data.use_chat_template,
             max_seq_length=data.max_seq_length,
-            keys=keys(data),
+            keys=keys,
         )
 
-    return Source(data, prepare, example_piece, lambda example: len(example.tokens), lambda example: example)
+    return Source(data, prepare, example_piece, lambda example: (example,), lambda _, examples: examples[0])
 
 
-def _options(data: str | DataOptions, options: Mapping[str, Any]) -> DataOptions:
-    return evolve(data, **options) if isinstance(data, DataOptions) else DataOptions(data=str(data), **options)
+def pairs(data: str | PairData, *, score_prompt: bool = False, **options: Any) -> Source:
+    """Preference rows: two completions of one prompt, the first preferred.
+
+    Args:
+        data: folder, file or hub data set; or all options at once.
+        score_prompt: score the prompt too (ORPO's NLL over prompt and completion).
+        options: fields of `PairData`, such as `max_seq_length=1024`.
+    """
+    data = PairData(data=data, **options) if isinstance(data, str) else evolve(data, **options)
+
+    def prepare(row: Row, tokenizer: Tokenizer) -> Pair | None:
+        return preference_pair(
+            row,
+            tokenizer,
+            use_chat_template=data.use_chat_template,
+            max_seq_length=data.max_seq_length,
+            prompt_truncation=data.prompt_truncation,
+            score_prompt=score_prompt,
+            keys={**KEYS, "prompt": data.prompt_key},
+        )
+
+    def rebuild(pair: Pair, examples: Sequence[Example]) -> Pair:
+        return evolve(pair, chosen=examples[0], rejected=examples[1])
+
+    return Source(data, prepare, pair_piece, lambda pair: (pair.chosen, pair.rejected), rebuild)
 
 
-def keys(data: DataOptions) -> dict[str, str]:
-    """What the fields of a row are called."""
-    return {
-        "text": data.text_key,
-        "messages": data.messages_key,
-        "prompt": data.prompt_key,
-        "completion": data.completion_key,
-    }
-
-
-def read(data: DataOptions, seed: int) -> dict[str, list[Row]]:
+def read(data: RowOptions, seed: int) -> dict[str, list[Row]]:
     """The rows of each split; a validation split is made if asked for and there is none.
 
     Raises:

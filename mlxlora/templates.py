@@ -26,7 +26,9 @@ def short(value: Any) -> str:
 
 
 def as_messages(value: Any, where: str, field: str) -> list[Message]:
-    """Messages with `role` and a string `content`, from OpenAI's (role, content) or ShareGPT's (from, value) form.
+    """Messages with `role` and `content`, from OpenAI's (role, content) or ShareGPT's (from, value) form.
+
+    Content is a string; None only beside `tool_calls`.
 
     Raises:
         InputError: `value` is no list of messages; names `where`, the field and the value.

@@ -1,0 +1,15 @@
+"""`mlxlora cpo`."""
+
+from mlxlora.config import AdapterOptions, CPOOptions, ModelOptions, Output, PairData, Training
+
+from .options import flags
+
+
+@flags(starter="cpo")
+def cpo(
+    model: ModelOptions, adapter: AdapterOptions, data: PairData, training: Training, output: Output, objective: CPOOptions
+) -> None:
+    """Contrastive preference optimisation: prefer the chosen completion, without a reference."""
+    from mlxlora import recipes
+
+    recipes.cpo(model, adapter, data, training, output, objective)

@@ -1,0 +1,119 @@
+"""The reference policy as a column of the batch: no objective or step ever sees a second model.
+
+Log-probabilities under the reference are computed once, for the rows that a run will use, and kept on disk.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from attrs import evolve
+
+from .batching import collate
+from .data import Example
+from .files import atomic_file
+from .logprobs import Scorer
+
+Logps = np.ndarray
+Note = Callable[[str], None]
+
+
+def with_reference(
+    examples: Sequence[Example], score: Scorer, *, batch_size: int, cache: Path | None = None, note: Note = lambda _: None
+) -> list[Example]:
+    """The examples with `ref_logps`, from the cache where it has them.
+
+    Args:
+        examples: token sequences; equal ones are scored once.
+        score: scores batches with the reference model.
+        batch_size: sequences in a batch.
+        cache: file of log-probabilities of this model; a damaged or stale one is noticed and rebuilt.
+        note: is told what happens.
+    """
+    digests = [_digest(e) for e in examples]
+    wanted = dict(zip(digests, examples, strict=True))
+    known = _trusted(cache, wanted, score, note) if cache else {}
+    missing = {digest: e for digest, e in wanted.items() if digest not in known}
+    if missing:
+        note(f"reference: scoring {len(missing)} sequences")
+        known |= dict(zip(missing, log_probabilities(list(missing.values()), score, batch_size), strict=True))
+        if cache:
+            _write(cache, known)
+    return [evolve(e, ref_logps=known[digest]) for e, digest in zip(examples, digests, strict=True)]
+
+
+def log_probabilities(examples: Sequence[Example], score: Scorer, batch_size: int) -> list[Logps]:
+    """[scored tokens] float32 of each example, without a gradient; examples of a length go together."""
+    run = mx.compile(partial(score, gradient=False))
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
+    found: dict[int, Logps] = {}
+    for start in range(0, len(order), batch_size):
+        some = order[start : start + batch_size]
+        logps = np.array(run(collate([examples[i] for i in some]))[0])
+        ends = np.cumsum([int(examples[i].scored.sum()) for i in some])
+        found |= dict(zip(some, np.split(logps[: ends[-1]], ends[:-1]), strict=True))
+    return [found[i] for i in range(len(examples))]
+
+
+def cache_file(model: str, dtype: str) -> Path:
+    """Where log-probabilities of `model` are kept: $MLXLORA_CACHE or ~/.cache/mlxlora, by name and files of the model."""
+    root = Path(os.environ.get("MLXLORA_CACHE") or Path.home() / ".cache" / "mlxlora")
+    folder = Path(model)
+    files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.json")) if folder.is_dir() else []
+    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    key = hashlib.sha256(repr((str(folder.resolve()) if files else model, dtype, stats)).encode()).hexdigest()
+    return root / "reference" / f"{key[:24]}.safetensors"
+
+
+# --- the cache: {digests [n, 32], ends [n], logps [Σ]}, with a digest of all of it -----------------
+
+
+def _digest(example: Example) -> bytes:
+    return hashlib.sha256(example.tokens.tobytes() + b"|" + np.packbits(example.scored).tobytes()).digest()
+
+
+def _trusted(cache: Path, wanted: dict[bytes, Example], score: Scorer, note: Note) -> dict[bytes, Logps]:
+    """What the cache holds, unless it is damaged or the model no longer agrees with it on one of the wanted sequences."""
+    if not cache.exists():
+        return {}
+    try:
+        known = _read(cache)
+    except (ValueError, KeyError, RuntimeError, OSError) as error:
+        note(f"reference: the cache {cache} is damaged ({error}); it is built again")
+        return {}
+    probe = next((digest for digest in wanted if digest in known), None)
+    if probe is None:
+        return known
+    (now,) = log_probabilities([wanted[probe]], score, 1)
+    if now.shape != known[probe].shape or not np.allclose(now, known[probe], rtol=1e-2, atol=1e-2):
+        note(f"reference: the cache {cache} is stale: the model's log-probabilities differ from it; it is built again")
+        return {}
+    return known
+
+
+def _read(path: Path) -> dict[bytes, Logps]:
+    with path.open("rb") as file:
+        arrays, metadata = mx.load(file, format="safetensors", return_metadata=True)  # type: ignore[call-overload,misc]
+    digests, ends, logps = (np.array(arrays[name]) for name in ("digests", "ends", "logps"))
+    if metadata.get("sha256") != _checksum(digests, ends, logps):
+        raise ValueError("its checksum does not match")
+    return dict(zip(map(bytes, digests), np.split(logps, ends[:-1]), strict=True))
+
+
+def _write(path: Path, known: dict[bytes, Logps]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digests = np.frombuffer(b"".join(known), np.uint8).reshape(-1, 32)
+    ends = np.cumsum([len(v) for v in known.values()]).astype(np.int64)
+    logps = np.concatenate(list(known.values())).astype(np.float32)
+    arrays = {"digests": mx.array(digests), "ends": mx.array(ends), "logps": mx.array(logps)}
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        mx.save_safetensors(file, arrays, {"sha256": _checksum(digests, ends, logps)})  # type: ignore[arg-type]
+
+
+def _checksum(*arrays: np.ndarray) -> str:
+    return hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()
+

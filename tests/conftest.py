@@ -1,0 +1,64 @@
+"""What every test may use: a fast BLAS before MLX is imported, the command line in this process, a model on disk, shared data."""
+
+from mlxlora.blas import load_fast_blas
+
+load_fast_blas()  # MLX resolves its matrix products when it is imported
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import orjson
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture
+def shared() -> Callable[[str], Path]:
+    """Path of something that is not part of the repository; the test is skipped where it is absent."""
+
+    def find(name: str) -> Path:
+        path = SHARED / name
+        if not path.exists():
+            pytest.skip(f"needs {path}")
+        return path
+
+    return find
+
+
+class Outcome(NamedTuple):
+    """What `mlxlora ARGUMENTS` did: its exit code, standard output and standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def mlxlora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """`mlxlora("sft", "--iters", 3)`: the whole command line, without the price of a new process."""
+    from mlxlora_cli import main
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["mlxlora", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return Outcome(int(stopped.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama of two blocks and a byte-level tokenizer, as files."""
+    from tiny import LLAMA, byte_tokenizer
+
+    from mlxlora.initialise import init_model
+
+    folder = tmp_path_factory.mktemp("model")
+    byte_tokenizer().save_pretrained(folder / "tokenizer")
+    (folder / "config.json").write_bytes(orjson.dumps(LLAMA | {"vocab_size": 288}))
+    init_model(folder / "config.json", folder / "tokenizer", folder / "model", 0, "float32")
+    return folder / "model"
