@@ -53,14 +53,120 @@ SMALL: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention"],
 }
 
+_ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
+_ROPE_BY_LAYER = {"sliding_attention": dict(_ROPE), "full_attention": dict(_ROPE)}
+_LLAMA_4_ROPE = {**_ROPE, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 512}
+_KDA = {"kda_layers": [1], "full_attn_layers": [2], "num_heads": 4, "head_dim": 16, "short_conv_kernel_size": 4}
+_YARN = {"type": "yarn", "factor": 1.0, "original_max_position_embeddings": 512, "beta_fast": 32, "beta_slow": 1}
+_ATTENTION = {"n_heads_in_group": 2}
+_NEMOTRON_BLOCK = {"attention": _ATTENTION, "ffn": {"ffn_mult": 2.0}}
+
 # What the names above do not cover.
-SPECIAL: dict[str, dict[str, Any]] = {}
+SPECIAL: dict[str, dict[str, Any]] = {
+    "afm7": {"num_layers": 4, "num_kv_reuse_layers": 2},
+    "baichuan_m1": {"sliding_window_layers": [0], "conv_window": 2},
+    "bailing_hybrid": {"group_norm_size": 2, "num_key_value_heads": 4},
+    "bailing_moe_linear": {"group_norm_size": 2, "num_key_value_heads": 4},
+    "cohere2": {"sliding_window_pattern": 2},
+    "dbrx": {
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+    },
+    "deepseek_v2": {"rope_scaling": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0}, "topk_method": "greedy"},
+    "deepseek_v41": {"compress_ratios": [0, 0], "o_groups": 2},
+    "exaone4": {"rope_scaling": None, "sliding_window_pattern": "LG"},
+    "exaone_moe": {"is_moe_layer": [False, True]},
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "gemma3_text": {"sliding_window_pattern": 2},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+        "hidden_size_per_layer_input": 16,
+        "altup_num_inputs": 2,
+        "altup_coef_clip": 120.0,
+        "altup_correct_scale": True,
+        "altup_active_idx": 0,
+        "laurel_rank": 8,
+    },
+    "gemma4_text": {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "hidden_size_per_layer_input": 16,
+    },
+    "glm4_moe": {"rope_scaling": None},
+    "glm_moe_dsa": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "rope_parameters": dict(_ROPE)},
+    "gpt_neox": {"rotary_pct": 0.5},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "hunyuan": {"cla_share_factor": 2, "rope_scaling": {"alpha": 1.0}},
+    "jamba": {
+        "attn_layer_offset": 1,
+        "attn_layer_period": 2,
+        "expert_layer_offset": 1,
+        "expert_layer_period": 2,
+        "mamba_expand": 2,
+    },
+    "kimi_k3_text": {"linear_attn_config": _KDA, "attn_res_block_size": 1},
+    "kimi_linear": {"linear_attn_config": _KDA},
+    "lfm2": {"block_multiple_of": 8, "block_ffn_dim_multiplier": 1.0, "block_auto_adjust_ff_dim": False, "block_dim": 64},
+    "llama4_inner": {"attention_chunk_size": 16, "interleave_moe_layer_step": 2, "rope_scaling": None, "num_experts_per_tok": 1},
+    "llama4_text": {"no_rope_layers": [1, 0]},
+    "longcat_flash": {"attention_method": "MLA", "zero_expert_type": "identity", "zero_expert_num": 2},
+    "longcat_flash_ngram": {"zero_expert_num": 2},
+    "mamba2": {"time_step_limit": [0.001, 100.0]},
+    "mellum": {"rope_parameters": _ROPE_BY_LAYER},
+    "mimo_v2_flash": {
+        "hybrid_layer_pattern": [0, 1],
+        "moe_layer_freq": [0, 1],
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+    },
+    "minicpm3": {"rope_scaling": {"original_max_position_embeddings": 512}},
+    "minimax_m3_text": {"moe_layer_freq": [0, 1]},
+    "ministral3": {"rope_parameters": _LLAMA_4_ROPE},
+    "mistral4": {"rope_parameters": _LLAMA_4_ROPE},
+    "muse_spark_text": {"rope_parameters": dict(_ROPE), "layer_rope_theta": [10000.0, 0.0], "output_multiplier": 1.0, "num_shared_experts": 0},
+    "nemotron": {"hidden_act": "relu2"},
+    "nemotron-nas": {"block_configs": [_NEMOTRON_BLOCK, _NEMOTRON_BLOCK]},
+    "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp", "moe"]},
+    "olmo_hybrid": {"linear_allow_neg_eigval": True, "layer_types": ["linear_attention", "full_attention"]},
+    "openelm": {"num_query_heads": [4, 4], "num_kv_heads": [2, 2], "ffn_dim_divisor": 16, "ffn_multipliers": [1.0, 2.0]},
+    "phi3small": {"dense_attention_every_n_layers": 2, "gegelu_limit": 20.0},
+    "plamo": {"n_shared_head": 2},
+    "prism_hadamard_qwen35": {
+        "tensor_namespace": "mlx-vlm-qwen3_5",
+        "quantization": {"bits": 2, "group_size": 128, "mode": "affine"},
+        "modules": [{"path": "model.layers.0.mlp.down_proj", "embedding": False, "dtype": "float16", "block": 512}],
+    },
+    "prism_text": {"hidden_size": 128, "intermediate_size": 512, "num_experts": 0},
+    "qwen3_5_text": {"num_experts": 0},
+    "recurrent_gemma": {"logits_soft_cap": 30.0, "block_types": ["recurrent", "attention"]},
+    "spark2_5": {"rope_parameters": _ROPE_BY_LAYER},
+}
 
 # A language model inside a multimodal one.
-NESTED: dict[str, str] = {}
-
-# Architectures that cannot be built here, and why.
-UNBUILT = {"olmo": "cannot be built: mlx-lm's module needs the package ai2-olmo"}
+NESTED: dict[str, str] = {
+    "gemma3": "gemma3_text",
+    "gemma3n": "gemma3n_text",
+    "gemma4": "gemma4_text",
+    "kimi_k25": "deepseek_v3",
+    "kimi_k3": "kimi_k3_text",
+    "kimi_vl": "deepseek_v3",
+    "lfm2-vl": "lfm2",
+    "llama4": "llama4_inner",
+    "minimax_m3_vl": "minimax_m3_text",
+    "mistral3": "ministral3",
+    "muse_spark": "muse_spark_text",
+    "pixtral": "llama",
+    "prism_hadamard_qwen35": "prism_text",
+    "qwen2_vl": "qwen2",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+    "qwen3_vl": "qwen3",
+    "qwen3_vl_moe": "qwen3_moe",
+}
 
 # Modules of mlx_lm.models that are no architecture.
 PARTS = frozenset(
@@ -78,7 +184,8 @@ def architectures() -> list[str]:
 def small_config(name: str) -> dict[str, Any]:
     """What config.json of a small model would hold."""
     if name in NESTED:
-        return {"model_type": name, "vocab_size": VOCABULARY, "text_config": small_config(NESTED[name])}
+        outer = SPECIAL.get(name, {})
+        return {"model_type": name, "vocab_size": VOCABULARY, "text_config": small_config(NESTED[name]), **outer}
     return {"model_type": name, **SMALL, **SPECIAL.get(name, {})}
 
 

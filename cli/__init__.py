@@ -12,6 +12,7 @@ from .cpo import cpo
 from .dpo import dpo
 from .eval import evaluate
 from .generate import generate
+from .grpo import grpo
 from .init import init
 from .orpo import orpo
 from .sft import sft
@@ -21,6 +22,7 @@ app.command("sft")(sft)
 app.command("dpo")(dpo)
 app.command("orpo")(orpo)
 app.command("cpo")(cpo)
+app.command("grpo")(grpo)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("init")(init)

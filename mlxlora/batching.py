@@ -25,12 +25,14 @@ class Piece(NamedTuple):
         tokens: tokens that the model reads, without padding.
         rows: where the rows came from, as `file:line`.
         metrics: what the source measured while it made the batch, such as rewards.
+        samples: what a person may want to read, such as completions with their rewards.
     """
 
     batch: Batch
     tokens: int
     rows: tuple[str, ...]
     metrics: Mapping[str, float] = {}
+    samples: tuple[Mapping[str, Any], ...] = ()
 
 
 # --- shapes ---------------------------------------------------------------------------------
@@ -161,13 +163,14 @@ def grouped(pieces: Iterator[Piece], size: int) -> Iterator[tuple[Piece, ...]]:
         yield group
 
 
-Collate = Callable[[Sequence[Any]], Piece]
+Make = Callable[[Sequence[Any], int], Piece]
+"""(items, number of the batch) -> its piece; the number seeds whatever is random in it."""
 
 
-def stream(items: Sequence[Any], order: Order, make: Collate, start: int = 0) -> Iterator[Piece]:
+def stream(items: Sequence[Any], order: Order, make: Make, start: int = 0) -> Iterator[Piece]:
     """The pieces of batch `start` and of those after it, without end."""
-    for rows in order.batches(start):
-        yield make([items[i] for i in rows])
+    for index, rows in enumerate(order.batches(start), start):
+        yield make([items[i] for i in rows], index)
 
 
 def example_piece(examples: Sequence[Example]) -> Piece:

@@ -57,6 +57,11 @@ class Objective:
         """Columns of the batch that some term reads."""
         return frozenset().union(*(t.needs for _, t in self.terms))
 
+    @property
+    def optimises(self) -> frozenset[str]:
+        """Columns that an optimised term reads."""
+        return frozenset().union(*(t.needs for c, t in self.terms if c))
+
     def counts(self, batch: Batch) -> Metrics:
         """Denominator of every term: a function of the data, so that batches and ranks can pool theirs."""
         return {t.name: t.weights(batch)[1].astype(mx.float32) for _, t in self.terms}

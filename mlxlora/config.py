@@ -4,6 +4,7 @@ Every field is a flag of the command line, a key of the YAML file and an argumen
 validator. This module imports neither mlx nor transformers, so `mlxlora --help` stays instant.
 """
 
+import math
 from typing import Any, Literal
 
 import attrs
@@ -15,7 +16,13 @@ from .errors import InputError
 
 def option(default: Any, help: str, *checks: Any) -> Any:
     """A field with the help text that the command line shows."""
-    return attrs.field(default=default, validator=[_named(check) for check in checks], metadata={"help": help})
+    return attrs.field(default=default, validator=[_finite, *map(_named, checks)], metadata={"help": help})
+
+
+def _finite(group: Any, field: Any, value: Any) -> None:
+    """No option takes an infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"--{field.name.replace('_', '-')} must be a finite number, got {value!r}")
 
 
 def _named(check: Any) -> Any:
@@ -191,4 +198,61 @@ class ORPOOptions:
 
     beta: float = option(0.1, "Weight of the odds ratio, the paper's lambda.", v.ge(0))
     nll_on_prompt: bool = option(False, "The NLL covers prompts too, as in the authors' code and TRL.")
+    objective: str | None = option(None, "Your own objective: file.py:name.")
+
+
+@frozen
+class PromptData(RowOptions):
+    """Data"""
+
+    system: str | None = option(None, "System message of rows that bring none.")
+    use_prompt: bool = option(False, "Also count the prompt's tokens in the loss.")
+
+
+@frozen
+class SamplingOptions:
+    """Sampling"""
+
+    group_size: int = option(4, "Completions of each prompt; a batch has --batch-size prompts.", v.ge(2))
+    max_completion_length: int = option(512, "Most tokens of a completion.", v.ge(1))
+    temperature: float = option(1.0, "Logits are divided by it, when sampling and in the loss.", v.gt(0))
+    top_p: float = option(1.0, "Sample among the likeliest tokens that together have this probability.", v.gt(0), v.le(1))
+    top_k: int = option(0, "Sample among this many likeliest tokens; 0 = all.", v.ge(0))
+    min_p: float = option(0.0, "Sample among tokens at least this likely, relative to the likeliest.", v.ge(0), v.le(1))
+    repetition_penalty: float = option(1.0, "Divides the logits of tokens that were there before.", v.gt(0))
+    rollout_batch: int = option(0, "Completions generated at once; 0 = all of a batch.", v.ge(0))
+
+
+@frozen
+class RewardOptions:
+    """Rewards"""
+
+    rewards: tuple[str, ...] = option(("accuracy",), "Reward functions: built in, or of --reward-file.")
+    reward_file: str | None = option(None, "Your own reward functions: a Python file.")
+    reward_weights: tuple[float, ...] | None = option(None, "Weight of each reward; default: 1.")
+    reward_timeout: float | None = option(None, "Most seconds that a reward function may take over a batch.", v.gt(0))
+    scale_rewards: Literal["group", "batch", "none"] = option(
+        "group", "Advantages are divided by the standard deviation of their group, of the batch, or not.",
+        v.in_(("group", "batch", "none")),
+    )  # fmt: skip
+    mask_truncated: bool = option(False, "A completion cut at the length limit weighs nothing.")
+    dynamic_sampling: bool = option(False, "Replace groups whose rewards are all equal by other prompts (DAPO).")
+
+
+@frozen
+class GRPOOptions:
+    """Objective"""
+
+    loss_type: str = option("grpo", "grpo, bnpo, dr_grpo, dapo, cispo, luspo, sapo or vespo.")
+    beta: float = option(0.1, "Weight of the KL to the reference; 0 = no reference.", v.ge(0))
+    epsilon: float = option(0.2, "Clip range of the importance ratio.", v.ge(0))
+    epsilon_high: float | None = option(None, "Its upper side; default: --epsilon.", v.ge(0))
+    delta: float | None = option(None, "Upper bound of the ratio where the advantage is negative; default: none.", v.gt(0))
+    importance_level: Literal["token", "sequence"] = option(
+        "token", "One ratio per token, or per completion (GSPO).", v.in_(("token", "sequence"))
+    )
+    num_iterations: int = option(1, "Optimiser steps on every batch of completions.", v.ge(1))
+    top_entropy_quantile: float = option(1.0, "Only this share of tokens, of highest entropy, is trained.", v.gt(0), v.le(1))
+    correct_kl: bool = option(False, "Multiply the KL by the importance ratio, as TRL 1.16 does.")
+    reference_model_path: str | None = option(None, "Another model as the reference; default: --model without adapters.")
     objective: str | None = option(None, "Your own objective: file.py:name.")

@@ -45,6 +45,17 @@ def make_evaluate(model: nn.Module, objective: Objective, score: Scorer) -> Eval
     return evaluate
 
 
+def mean_measures(pieces: Iterable[Piece]) -> dict[str, float]:
+    """Means, over rows, of what the source measured; the loss is minus the reward."""
+    total: dict[str, float] = {}
+    count = 0
+    for piece in pieces:
+        count += len(piece.rows)
+        total = {name: total.get(name, 0.0) + value * len(piece.rows) for name, value in piece.metrics.items()}
+    means = {name: value / max(count, 1) for name, value in total.items()}
+    return {"loss": -means["reward"], **means}
+
+
 def _with_loss(objective: Objective, means: dict[str, float]) -> dict[str, float]:
     loss = sum(c * means[t.name] for c, t in objective.terms)
     perplexity = {"perplexity": _exp(means["nll"])} if "nll" in means else {}

@@ -28,7 +28,7 @@ class Scorer:
         split: the model's backbone and head; None computes the logits of every position.
         trainable: names of the trainable parameters that the head reads.
         temperature: logits are divided by it (what sampling used).
-        entropy: also compute `batch.entropy`.
+        entropy: also compute `batch.entropy`: None = no, False = as a constant, True = with its gradient.
         chunk: scored tokens that pass through the head at once.
     """
 
@@ -36,7 +36,7 @@ class Scorer:
     split: Split | None
     trainable: tuple[str, ...] = ()
     temperature: float = 1.0
-    entropy: bool = False
+    entropy: bool | None = None
     chunk: int = 0
 
     def __call__(self, batch: Batch, *, gradient: bool = True) -> tuple[mx.array, Batch]:
@@ -49,7 +49,7 @@ class Scorer:
         inner = partial(_scores, head, self.temperature, self.entropy)
         scores = self._head(inner, gradient)(hidden, batch.targets)
         scores = mx.where(batch.sequence < batch.sequences, scores, 0.0)
-        return scores[0], batch._replace(entropy=scores[1]) if self.entropy else batch
+        return scores[0], batch if self.entropy is None else batch._replace(entropy=scores[1])
 
     def _head(self, inner: Head, gradient: bool) -> Head:
         if self.split is None:
@@ -58,10 +58,10 @@ class Scorer:
             return partial(_chunked, inner, self.chunk)
         if self.trainable:
             return _recomputed(inner, self.model, self.trainable, self.chunk)
-        return _rows(inner, self.chunk)
+        return _rows(inner, self.chunk, kinds=2 if self.entropy else 1)
 
 
-def scorer(model: nn.Module, *, temperature: float = 1.0, entropy: bool = False, chunk: int | None = None) -> Scorer:
+def scorer(model: nn.Module, *, temperature: float = 1.0, entropy: bool | None = None, chunk: int | None = None) -> Scorer:
     """Splits `model`, checks the split on a tiny input and sizes the head's chunks by a byte budget."""
     split = find_split(model)
     if split is None:
@@ -84,15 +84,16 @@ def token_logps(model: nn.Module, batch: Batch) -> mx.array:
 # --- log-probabilities from logits ---------------------------------------------------------
 
 
-def _scores(head: Head, temperature: float, entropy: bool, hidden: mx.array, targets: mx.array) -> mx.array:
+def _scores(head: Head, temperature: float, entropy: bool | None, hidden: mx.array, targets: mx.array) -> mx.array:
     """[n, D], [n] to [1, n] log-probabilities, or [2, n] with entropies."""
     logits = head(hidden)
     if temperature != 1.0:
         logits = logits.astype(mx.float32) / temperature
     logps, lse = _logps(logits, targets)
-    if not entropy:
+    if entropy is None:
         return logps[None]
-    return mx.stack([logps, _entropy(logits, lse)])
+    entropies = _entropy(logits, lse)
+    return mx.stack([logps, entropies if entropy else mx.stop_gradient(entropies)])
 
 
 @mx.custom_function
@@ -141,17 +142,18 @@ def _chunked(inner: Head, chunk: int, hidden: mx.array, targets: mx.array) -> mx
     return mx.concatenate([scores for (scores,) in done], axis=1)
 
 
-def _rows(inner: Head, chunk: int) -> Head:
-    """Keeps J = ∂score/∂h, [k, N, D], built in the forward pass; the backward pass is g·J, without recomputing."""
+def _rows(inner: Head, chunk: int, kinds: int) -> Head:
+    """Keeps J = ∂score/∂h, [kinds, N, D], built in the forward pass; the backward pass is g·J, without recomputing.
+
+    `kinds` is the number of scores that have a gradient: log-probabilities, and entropies.
+    """
 
     def with_rows(hidden: mx.array, targets: mx.array, _: int) -> list[mx.array]:
-        (scores,), (first,) = mx.vjp(lambda h: inner(h, targets)[:1], [hidden], [mx.ones((1, *targets.shape))])
-        rows = [first]
-        whole = scores
-        if (kinds := inner(hidden, targets).shape[0]) > 1:  # the entropy too
-            (whole,), (second,) = mx.vjp(lambda h: inner(h, targets), [hidden], [_only(1, kinds, targets.shape[0])])
-            rows.append(second)
-        return [whole, mx.stack(rows)]
+        (scores,), (first,) = mx.vjp(lambda h: inner(h, targets), [hidden], [_only(0, inner, hidden, targets)])
+        if kinds == 1:
+            return [scores, first[None]]
+        _, (second,) = mx.vjp(lambda h: inner(h, targets), [hidden], [_only(1, inner, hidden, targets)])
+        return [scores, mx.stack([first, second])]
 
     @mx.custom_function
     def forward(hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
@@ -161,13 +163,15 @@ def _rows(inner: Head, chunk: int) -> Head:
     @forward.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array]:
         hidden, targets = primals
-        gradient = (cotangents[0][..., None] * outputs[1]).sum(axis=0)
+        gradient = (cotangents[0][:kinds, :, None] * outputs[1]).sum(axis=0)
         return gradient.astype(hidden.dtype), mx.zeros_like(targets)
 
     return lambda hidden, targets: forward(hidden, targets)[0]
 
 
-def _only(kind: int, kinds: int, tokens: int) -> mx.array:
+def _only(kind: int, inner: Head, hidden: mx.array, targets: mx.array) -> mx.array:
+    """A cotangent that is 1 for one kind of score; the shape comes from the lazy scores, which are never computed."""
+    kinds, tokens = inner(hidden, targets).shape
     return mx.broadcast_to((mx.arange(kinds) == kind).astype(mx.float32)[:, None], (kinds, tokens))
 
 
@@ -235,4 +239,3 @@ def _moved_by(split: Split, trainable: dict[str, mx.array]) -> list[str]:
     gradients = mx.grad(total)(candidates)
     split.model.update(tree_unflatten(list(candidates.items())))
     return [name for name, g in gradients.items() if mx.any(g != 0).item()]
-

@@ -14,11 +14,16 @@ from .checkpoint import Progress
 from .errors import RunError
 from .step import Step
 
-Hook = Callable[[Progress], None]
+Hook = Callable[[Progress, Sequence[Piece]], None]
 
 
-def train(step: Step, stream: Iterator[tuple[Piece, ...]], progress: Progress, total: int, hooks: Sequence[Hook]) -> None:
+def train(
+    step: Step, stream: Iterator[tuple[Piece, ...]], progress: Progress, total: int, hooks: Sequence[Hook], *, repeats: int = 1
+) -> None:
     """Steps until `total`, or until a hook sets `progress.stop`; each hook sees every finished step, in order.
+
+    Every group of batches is used for `repeats` steps (several updates on one rollout); a run only ever stops after
+    the last of them.
 
     Ctrl-C while a batch is made ends the run at once, during a step or its hooks after them: `progress` is always the
     state after a whole step. A second Ctrl-C does not wait.
@@ -31,20 +36,25 @@ def train(step: Step, stream: Iterator[tuple[Piece, ...]], progress: Progress, t
         while progress.step < total and not progress.stop:
             start = time.perf_counter()
             pieces = next(stream)
+            waited = time.perf_counter() - start
             with interrupt.held():
-                metrics = {name: value.item() for name, value in step(*(p.batch for p in pieces)).items()}
-                _check(metrics, progress, pieces)
-                _advance(progress, metrics, pieces, time.perf_counter() - start)
-                for hook in hooks:
-                    hook(progress)
+                for _ in range(min(repeats, total - progress.step)):
+                    start = time.perf_counter()
+                    metrics = {name: value.item() for name, value in step(*(p.batch for p in pieces)).items()}
+                    _check(metrics, progress, pieces)
+                    seconds = {"seconds_waited": waited, "seconds_stepped": time.perf_counter() - start}
+                    _advance(progress, metrics | seconds, pieces)
+                    waited = 0.0
+                    for hook in hooks:
+                        hook(progress, pieces)
 
 
 def every(steps: int, hook: Hook, total: int) -> Hook:
-    """`hook` at every multiple of `steps` (0 = none) and at the end."""
+    """`hook` at every multiple of `steps` (0 = none), at the end, and where a run stops early."""
 
-    def run(progress: Progress) -> None:
-        if progress.step == total or (steps and progress.step % steps == 0):
-            hook(progress)
+    def run(progress: Progress, pieces: Sequence[Piece]) -> None:
+        if progress.step == total or progress.stop or (steps and progress.step % steps == 0):
+            hook(progress, pieces)
 
     return run
 
@@ -60,10 +70,10 @@ def _check(metrics: dict[str, float], progress: Progress, pieces: Sequence[Piece
             )
 
 
-def _advance(progress: Progress, metrics: dict[str, float], pieces: Sequence[Piece], seconds: float) -> None:
+def _advance(progress: Progress, metrics: dict[str, float], pieces: Sequence[Piece]) -> None:
     tokens = sum(p.tokens for p in pieces)
     sourced = {name: sum(p.metrics[name] for p in pieces) / len(pieces) for name in pieces[0].metrics}
-    seen = {**metrics, **sourced, "seconds": seconds, "window_tokens": tokens, "steps": 1}
+    seen = {**metrics, **sourced, "window_tokens": tokens, "steps": 1}
     progress.window = {name: progress.window.get(name, 0.0) + value for name, value in seen.items()}
     progress.window["learning_rate"] = metrics["learning_rate"]
     progress.step += 1

@@ -1,5 +1,6 @@
 """The methods as users call them: load, prepare, run."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ from .config import (
     CPOOptions,
     DataOptions,
     DPOOptions,
+    GRPOOptions,
     ModelOptions,
     ORPOOptions,
     Output,
     PairData,
+    PromptData,
+    RewardOptions,
+    SamplingOptions,
     SFTOptions,
     Training,
 )
@@ -24,8 +29,11 @@ from .data import Counts, Example
 from .errors import InputError
 from .evaluate import make_evaluate
 from .logprobs import scorer
+from .online import ADVANTAGES, Rollouts, prompts
 from .reference import cache_file
 from .report import Terminal
+from .rewards import load_rewards
+from .rollouts import Sampling
 from .run import Run, claim, execute, reporters, split_pieces
 from .sources import Source, Split
 from .userfile import load_object
@@ -81,12 +89,63 @@ def orpo(*groups: Any, **options: Any) -> dict[str, Any]:
     return _load_and_run(sources.pairs(chosen[PairData], score_prompt=m.nll_on_prompt), objective, chosen)
 
 
+def grpo(*groups: Any, **options: Any) -> dict[str, Any]:
+    """Group-relative policy optimisation, `mlxlora grpo` in Python; see `sft` for arguments, results and errors.
+
+    Rewards may also be Python functions, through `prompts` and `run`.
+    """
+    kinds = (ModelOptions, PromptData, AdapterOptions, Training, Output, SamplingOptions, RewardOptions, GRPOOptions)
+    chosen = settings.gather(kinds, groups, options)
+    m, rollouts = chosen[GRPOOptions], _rollouts(chosen)
+    objective = user_objective(m.objective) or objectives.grpo(
+        loss_type=m.loss_type,
+        importance_level=m.importance_level,
+        beta=m.beta,
+        correct_kl=m.correct_kl,
+        top_entropy=m.top_entropy_quantile,
+        epsilon=m.epsilon,
+        epsilon_high=m.epsilon_high,
+        delta=m.delta,
+        max_completion_length=chosen[SamplingOptions].max_completion_length,
+    )
+    source = prompts(chosen[PromptData], rollouts, repeats=m.num_iterations)
+    other = m.reference_model_path or (chosen[ModelOptions].model if chosen[AdapterOptions].train_type == "full" else None)
+    return _load_and_run(source, objective, chosen, {"reference": _loader(chosen[ModelOptions], other)})
+
+
+def _rollouts(chosen: Groups) -> Rollouts:
+    s, r, method, data = (chosen[kind] for kind in (SamplingOptions, RewardOptions, GRPOOptions, PromptData))
+    if data.use_prompt and method.num_iterations > 1:
+        raise InputError("--use-prompt needs --num-iterations 1: the prompt's tokens were not sampled, so they have no ratio")
+    return Rollouts(
+        rewards=load_rewards(r.rewards, r.reward_file, r.reward_weights),
+        group_size=s.group_size,
+        sampling=Sampling(
+            temperature=s.temperature,
+            top_p=s.top_p,
+            top_k=s.top_k,
+            min_p=s.min_p,
+            repetition_penalty=s.repetition_penalty,
+            max_tokens=s.max_completion_length,
+        ),
+        advantage=ADVANTAGES[r.scale_rewards],
+        options=r,
+        use_prompt=data.use_prompt,
+        keep_logps=method.num_iterations > 1,
+        batch=s.rollout_batch,
+    )
+
+
+def _loader(model: ModelOptions, path: str | None) -> Callable[[], nn.Module] | None:
+    """Loads another model when it is needed."""
+    return (lambda: load(evolve(model, model=path))[0]) if path else None
+
+
 def _reference(model: ModelOptions, method: DPOOptions) -> dict[str, Any]:
     """The fields of `Run` that say what the reference is."""
     path = method.reference_model_path
-    other = evolve(model, model=path)
     cache = cache_file(path or model.model or "", "") if method.reference_cache else None
-    return {"reference": (lambda: load(other)[0]) if path else None, "reference_cache": cache}
+    return {"reference": _loader(model, path), "reference_cache": cache}
 
 
 def run(

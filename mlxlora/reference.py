@@ -8,15 +8,18 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from attrs import evolve
 
-from .batching import collate
+from .adapters import disabled
+from .batching import Make, Piece, collate
 from .data import Example
 from .files import atomic_file
-from .logprobs import Scorer
+from .logprobs import Scorer, scorer
 
 Logps = np.ndarray
 Note = Callable[[str], None]
@@ -44,6 +47,26 @@ def with_reference(
         if cache:
             _write(cache, known)
     return [evolve(e, ref_logps=known[digest]) for e, digest in zip(examples, digests, strict=True)]
+
+
+def referenced(make: Make, model: nn.Module, temperature: float) -> Make:
+    """Pieces with `ref_logps`, computed when they are made: with `model` as it is without adapters."""
+    model.eval()
+    with disabled(model):
+        score = scorer(model, temperature=temperature)
+    run = mx.compile(partial(score, gradient=False))
+
+    def with_column(items: Sequence[Any], index: int) -> Piece:
+        piece = make(items, index)
+        training = model.training
+        model.eval()
+        with disabled(model):
+            ref_logps = run(piece.batch)[0]
+            mx.eval(ref_logps)
+        model.train(training)
+        return piece._replace(batch=piece.batch._replace(ref_logps=ref_logps))
+
+    return with_column
 
 
 def log_probabilities(examples: Sequence[Example], score: Scorer, batch_size: int) -> list[Logps]:
@@ -116,4 +139,3 @@ def _write(path: Path, known: dict[bytes, Logps]) -> None:
 
 def _checksum(*arrays: np.ndarray) -> str:
     return hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()
-

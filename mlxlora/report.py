@@ -31,6 +31,9 @@ class Reporter(Protocol):
     def record(self, row: Row) -> None:
         """At every report, validation and test."""
 
+    def samples(self, step: int, rows: Sequence[Row]) -> None:
+        """At every report of a run that samples: completions with their rewards."""
+
     def progress(self, step: int, total: int) -> None:
         """After every step, and before the first with the step that the run starts from."""
 
@@ -73,6 +76,17 @@ class Terminal(Reporter):
             left = self._left() if row["split"] == "train" else ""
             self._print(record_line(row, self._total, left), style="" if row["split"] == "train" else "bold")
             self._refresh()
+
+    def samples(self, step: int, rows: Sequence[Row]) -> None:
+        """Prints the best and the worst completion of the last batch."""
+        if self._quiet or not rows:
+            return
+        ranked = sorted(rows, key=lambda row: row["reward"] if row["reward"] is not None else float("-inf"))
+        for row in (ranked[-1], ranked[0]):
+            answer = shorten(_CONTROL.sub(lambda match: repr(match[0])[1:-1], str(row["completion"])), 160)
+            self._print(
+                f"    reward {_value('reward', row['reward'])}  {shorten(str(row['prompt']), 80)!r} -> {answer!r}", style="dim"
+            )
 
     def progress(self, step: int, total: int) -> None:
         self._step, self._total = step, total
@@ -148,6 +162,17 @@ class MetricsFile(Reporter):
             file.write(orjson.dumps(dict(row), default=float, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY))
 
 
+class SamplesFile(Reporter):
+    """Appends the completions of every report to samples.jsonl, one JSON object each."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._file = MetricsFile(path)
+
+    def samples(self, step: int, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self._file.record({"step": step, **row})
+
+
 def truncate_after(path: str | Path, step: int) -> None:
     """Drops the records of later steps, and the half line that a killed run left: what comes before a resumed run."""
     path = Path(path)
@@ -175,11 +200,24 @@ _FORMATS = {
     "learning_rate": "{:.2e}",
     "tokens": "{:,}",
     "tokens_per_second": "{:,.0f}",
+    "training_tokens_per_second": "{:,.0f}",
+    "rollout_tokens_per_second": "{:,.0f}",
     "peak_memory_gb": "{:.2f}",
 }
-_SHORT = {"learning_rate": "lr", "tokens_per_second": "tok/s", "peak_memory_gb": "GB"}
+_SHORT = {
+    "learning_rate": "lr",
+    "tokens_per_second": "tok/s",
+    "training_tokens_per_second": "train tok/s",
+    "rollout_tokens_per_second": "rollout tok/s",
+    "peak_memory_gb": "GB",
+    "completions/mean_length": "length",
+    "completions/clipped_ratio": "clipped",
+    "frac_reward_zero_std": "no signal",
+}
 _FIRST = ("step", "split", "loss")
-_NOT_SHOWN = (*_FIRST, "seconds")
+_NOT_SHOWN = re.compile(
+    r"step|split|loss|nll|seconds|policy_loss|kl_penalty|clip_ratio/.*|rewards/.*/std|completions/m(in|ax)_length"
+)  # in metrics.jsonl all the same
 
 
 def record_line(row: Row, total: int = 0, left: str = "") -> str:
@@ -190,7 +228,7 @@ def record_line(row: Row, total: int = 0, left: str = "") -> str:
     """
     width = len(str(total))
     place = f"step {row['step']:>{width}}/{total}" if total else f"step {row['step']}"
-    others = [f"{_SHORT.get(name, name)} {_value(name, value)}" for name, value in row.items() if name not in _NOT_SHOWN]
+    others = [f"{_SHORT.get(name, name)} {_value(name, value)}" for name, value in row.items() if not _NOT_SHOWN.fullmatch(name)]
     parts = [place, f"{row['split']:<5}", f"loss {_value('loss', row['loss'])}", *others, *([f"left {left}"] if left else [])]
     return "  ".join(parts)
 

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,23 +14,23 @@ import yaml
 from attrs import evolve, field, frozen
 
 from .adapters import CONFIG, WEIGHTS, load_weights, prepare, save
-from .batching import Order, Piece, grouped, stream
+from .batching import Make, Order, Piece, grouped, stream
 from .checkpoint import Progress, load_checkpoint, newest, save_checkpoint
 from .compose import Objective
 from .config import AdapterOptions, Output, Training
 from .errors import InputError, RunError
-from .evaluate import Evaluate, make_evaluate
+from .evaluate import Evaluate, make_evaluate, mean_measures
 from .files import atomic_file
 from .logprobs import Scorer, scorer
 from .loop import every, train
 from .optimisers import make_optimiser
 from .recompute import checkpointed
-from .reference import with_reference
-from .report import MetricsFile, Reporter, Terminal, truncate_after
-from .sources import Source, Split
-from .step import Step, make_step
+from .reference import referenced, with_reference
+from .report import MetricsFile, Reporter, SamplesFile, Terminal, truncate_after
+from .sources import Context, Source, Split
+from .step import Step, entropy_of, make_step
 
-METRICS, SETTINGS = "metrics.jsonl", "config.yaml"
+METRICS, SAMPLES, SETTINGS = "metrics.jsonl", "samples.jsonl", "config.yaml"
 _MAY_DIFFER = {
     *("iters", "epochs", "steps_per_report", "steps_per_eval", "val_batches", "save_every", "save_total_limit", "keep_best"),
     *("patience", "test", "quiet", "resume", "overwrite", "adapter_path", "resume_adapter_file"),
@@ -130,7 +131,7 @@ def execute(run: Run) -> dict[str, Any]:
         RunError: a loss or gradient that is not finite; the last good state was saved.
     """
     _check_splits(run)
-    if "ref_logps" in run.objective.needs:
+    if "ref_logps" in run.objective.needs and not run.source.online:
         run = _with_reference(run)
     mx.random.seed(run.training.seed)
     prepare(run.model, run.adapter)
@@ -139,12 +140,13 @@ def execute(run: Run) -> dict[str, Any]:
     if run.training.grad_checkpoint:
         checkpointed(run.model)
     run.model.train()
-    run = evolve(run, score=run.score or scorer(run.model, entropy="entropy" in run.objective.needs))
+    score = scorer(run.model, temperature=run.source.temperature, entropy=entropy_of(run.objective))
+    run = evolve(run, score=run.score or score)
     total = total_steps(run.training, len(run.splits["train"].items))
     optimiser = make_optimiser(run.training, total)
     progress = _start(run, optimiser)
     step = make_step(run.model, optimiser, run.objective, score=run.score, max_grad_norm=run.training.max_grad_norm)
-    evaluate = make_evaluate(run.model, run.objective, run.score)
+    evaluate = mean_measures if run.source.online else make_evaluate(run.model, run.objective, run.score)
     began = time.perf_counter()
     _train(run, step, evaluate, optimiser, progress, total)
     return _finish(run, step, evaluate, progress, time.perf_counter() - began)
@@ -190,7 +192,8 @@ def _start(run: Run, optimiser: Any) -> Progress:
         progress = Progress()
     else:
         progress = load_checkpoint(path, run.model, optimiser)
-        truncate_after(run.directory / METRICS, progress.step)
+        for name in (METRICS, SAMPLES):
+            truncate_after(run.directory / name, progress.step)
         run.tell("note", f"resuming {path} after step {progress.step}")
     run.directory.mkdir(parents=True, exist_ok=True)
     with atomic_file(run.directory / SETTINGS) as file:
@@ -212,7 +215,7 @@ def _clean(directory: Path) -> None:
     """Removes what an earlier run left, and nothing else."""
     import shutil
 
-    for name in (WEIGHTS, CONFIG, METRICS, SETTINGS):
+    for name in (WEIGHTS, CONFIG, METRICS, SAMPLES, SETTINGS):
         (directory / name).unlink(missing_ok=True)
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
 
@@ -222,22 +225,19 @@ def _train(run: Run, step: Step, evaluate: Evaluate, optimiser: Any, progress: P
     if progress.step == 0:
         _validate(run, evaluate, progress, first=True)
 
-    def report(progress: Progress) -> None:
-        _report(run, progress)
-
-    def checkpoint(progress: Progress) -> None:
+    def checkpoint(progress: Progress, _: Sequence[Piece] = ()) -> None:
         save_checkpoint(run.directory, run.model, optimiser, progress, run.adapter, keep=run.output.save_total_limit)
         if not run.output.keep_best:
             save(run.model, run.directory, run.adapter, run.name)
 
     hooks = (
-        lambda progress: run.tell("progress", progress.step, total),
-        every(run.output.steps_per_report, report, total),
-        every(run.output.steps_per_eval, lambda progress: _validate(run, evaluate, progress), total),
-        every(run.output.save_every, checkpoint, total),
+        lambda progress, _: run.tell("progress", progress.step, total),
+        every(run.output.steps_per_report, partial(_report, run), total),
+        every(run.output.steps_per_eval, lambda progress, _: _validate(run, evaluate, progress), total),
+        every(_up(run.output.save_every, run.source.repeats), checkpoint, total),
     )
     try:
-        train(step, _pieces(run, progress.step), progress, total, hooks)
+        train(step, _pieces(run, progress.step), progress, total, hooks, repeats=run.source.repeats)
     except (KeyboardInterrupt, RunError):
         checkpoint(progress)
         run.tell("finish", {"stopped": f"after step {progress.step}", "to go on": "the same command with --resume"})
@@ -247,9 +247,22 @@ def _train(run: Run, step: Step, evaluate: Evaluate, optimiser: Any, progress: P
 def _pieces(run: Run, done: int) -> Iterator[tuple[Piece, ...]]:
     """The batches of each optimiser step after `done`."""
     items, accumulate = run.splits["train"].items, run.training.grad_accumulation_steps
-    left = _batches(run.training, len(items)) - done * accumulate
-    pieces = stream(items, _order(run, "train"), run.source.piece, done * accumulate)
-    return grouped(islice(pieces, max(left, 0)), accumulate)
+    used = done // run.source.repeats * accumulate
+    pieces = stream(items, _order(run, "train"), _make(run, validation=False), used)
+    return grouped(islice(pieces, max(_batches(run.training, len(items)) - used, 0)), accumulate)
+
+
+def _make(run: Run, *, validation: bool) -> Make:
+    """How items become batches; what is sampled during the run gets its reference's log-probabilities with each batch."""
+    context = Context(run.model, run.tokenizer, run.training.seed, validation, run.splits["train"].items)
+    make = run.source.make(context)
+    if validation or not run.source.online or "ref_logps" not in run.objective.needs:
+        return make
+    return referenced(make, run.reference() if run.reference else run.model, run.source.temperature)
+
+
+def _up(steps: int, multiple: int) -> int:
+    return -(-steps // multiple) * multiple
 
 
 def _order(run: Run, split: str) -> Order:
@@ -294,11 +307,11 @@ def _scored(run: Run, name: str, limit: int, score: Scorer) -> Split:
 # --- hooks ------------------------------------------------------------------------------------
 
 
-def _report(run: Run, progress: Progress) -> None:
-    """The means since the last report."""
+def _report(run: Run, progress: Progress, pieces: Sequence[Piece] = ()) -> None:
+    """The means since the last report, and what the last batches have for a person to read."""
     window, progress.window = dict(progress.window), {}
-    steps, seconds, tokens = window.pop("steps"), window.pop("seconds"), window.pop("window_tokens")
-    rate = window.pop("learning_rate")
+    steps, tokens, rate = window.pop("steps"), window.pop("window_tokens"), window.pop("learning_rate")
+    waited, stepped = window.pop("seconds_waited"), window.pop("seconds_stepped")
     means = {name: value / steps for name, value in window.items()}
     run.tell(
         "record",
@@ -309,11 +322,13 @@ def _report(run: Run, progress: Progress) -> None:
             "grad_norm": means.pop("grad_norm"),
             "learning_rate": rate,
             "tokens": progress.tokens,
-            "tokens_per_second": tokens / seconds,
+            "tokens_per_second": tokens / (waited + stepped),
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
+            **({"training_tokens_per_second": tokens / stepped} if run.source.online else {}),
             **means,
         },
     )
+    run.tell("samples", progress.step, [sample for piece in pieces for sample in piece.samples])
 
 
 def _validate(run: Run, evaluate: Evaluate, progress: Progress, *, first: bool = False) -> None:
@@ -338,7 +353,7 @@ def split_pieces(run: Run, split: str, limit: int = -1) -> Iterator[Piece]:
     """The batches of a split other than train, once and in order; at most `limit` of them (-1 = all)."""
     order = _order(run, split)
     count = order.per_epoch() if limit < 0 else min(limit, order.per_epoch())
-    return islice(stream(run.splits[split].items, order, run.source.piece), count)
+    return islice(stream(run.splits[split].items, order, _make(run, validation=True)), count)
 
 
 def _finish(run: Run, step: Step, evaluate: Evaluate, progress: Progress, seconds: float) -> dict[str, Any]:
@@ -360,5 +375,6 @@ def _finish(run: Run, step: Step, evaluate: Evaluate, progress: Progress, second
 
 
 def reporters(output: Output) -> tuple[Reporter, ...]:
-    """The terminal and metrics.jsonl."""
-    return (Terminal(quiet=output.quiet), MetricsFile(Path(output.adapter_path) / METRICS))
+    """The terminal, metrics.jsonl and samples.jsonl."""
+    directory = Path(output.adapter_path)
+    return (Terminal(quiet=output.quiet), MetricsFile(directory / METRICS), SamplesFile(directory / SAMPLES))

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import mlx.nn as nn
 from attrs import evolve, field, frozen
 
-from .batching import Piece, example_piece, pair_piece
+from .batching import Make, Piece, example_piece, pair_piece
 from .config import DataOptions, PairData, RowOptions
 from .data import Counts, Example, Pair, preference_pair, supervised_example, tokenize_all
 from .errors import InputError
@@ -15,22 +16,47 @@ Tokenizer = Any
 
 
 @frozen
+class Context:
+    """What a source may use to make batches during a run.
+
+    Attributes:
+        model: the policy, as it is when a batch is made.
+        tokenizer: its tokenizer.
+        seed: of whatever is random in a batch, with the batch's number.
+        validation: whether the batches are for validation or test.
+        items: the training items, where a source needs more than it was given.
+    """
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    seed: int
+    validation: bool = False
+    items: Sequence[Any] = ()
+
+
+@frozen
 class Source:
     """What a method needs to know about its rows.
 
     Attributes:
         data: which rows, and how they are read.
         prepare: (row, tokenizer) -> an item, or None if truncation leaves nothing to train on.
-        piece: items -> a batch.
+        make: context -> (items -> their piece).
         examples: the token sequences of an item; the first one is shown at the start.
         rebuild: the item with other sequences, which have more columns.
+        online: the policy samples the sequences during the run; validation is then the mean of what pieces measured.
+        temperature: logits are divided by it before they are scored, as they were when the sequences were sampled.
+        repeats: optimiser steps on every batch.
     """
 
     data: RowOptions
     prepare: Callable[[Row, Tokenizer], Any | None]
-    piece: Callable[[Sequence[Any]], Piece]
+    make: Callable[[Context], Make]
     examples: Callable[[Any], tuple[Example, ...]]
     rebuild: Callable[[Any, Sequence[Example]], Any]
+    online: bool = False
+    temperature: float = 1.0
+    repeats: int = 1
 
     def length(self, item: Any) -> int:
         """Tokens of an item's longest sequence, so that items of a length go together."""
@@ -65,7 +91,7 @@ def rows(data: str | DataOptions, **options: Any) -> Source:
             keys=keys,
         )
 
-    return Source(data, prepare, example_piece, lambda example: (example,), lambda _, examples: examples[0])
+    return Source(data, prepare, always(example_piece), lambda example: (example,), lambda _, examples: examples[0])
 
 
 def pairs(data: str | PairData, *, score_prompt: bool = False, **options: Any) -> Source:
@@ -92,7 +118,12 @@ def pairs(data: str | PairData, *, score_prompt: bool = False, **options: Any) -
     def rebuild(pair: Pair, examples: Sequence[Example]) -> Pair:
         return evolve(pair, chosen=examples[0], rejected=examples[1])
 
-    return Source(data, prepare, pair_piece, lambda pair: (pair.chosen, pair.rejected), rebuild)
+    return Source(data, prepare, always(pair_piece), lambda pair: (pair.chosen, pair.rejected), rebuild)
+
+
+def always(piece: Callable[[Sequence[Any]], Piece]) -> Callable[[Context], Make]:
+    """Batches that depend on their items alone."""
+    return lambda _: lambda items, __: piece(items)
 
 
 def read(data: RowOptions, seed: int) -> dict[str, list[Row]]:

@@ -74,7 +74,7 @@ def make_step(
     Returns:
         A step; its metrics are the mean of every term, `loss`, `grad_norm` (before clipping) and `learning_rate`.
     """
-    score = score or scorer(model, entropy="entropy" in objective.needs)
+    score = score or scorer(model, entropy=entropy_of(objective))
     optimizer.init(model.trainable_parameters())
     state = [model.state, optimizer.state, mx.random.state]
     compiled = partial(mx.compile, inputs=state, outputs=state)
@@ -106,6 +106,11 @@ def make_step(
     cast = compute_cast(model)
     step = Step(whole, compiled(gradient), compiled(apply), objective, state)
     return step
+
+
+def entropy_of(objective: Objective) -> bool | None:
+    """What a scorer has to know about entropies: None = not needed, False = watched, True = optimised."""
+    return "entropy" in objective.optimises if "entropy" in objective.needs else None
 
 
 def compute_cast(model: nn.Module) -> Callable[[Any], Any]:

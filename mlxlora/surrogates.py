@@ -8,6 +8,7 @@ import mlx.core as mx
 from attrs import frozen
 
 from .compose import Objective, Reduction, Values, by_token, sequence_mean, term, token_mean, watch
+from .errors import InputError
 from .scores import safe_exp, safe_expm1
 from .types import Batch, column, completions, token_sum
 
@@ -183,7 +184,12 @@ def high_entropy(share: float) -> Values:
     """[N] bool: the `share` of the batch's completion tokens whose entropy is highest.
 
     Wang et al., 2025, https://arxiv.org/abs/2506.01939. The threshold is the linearly interpolated quantile.
+
+    Raises:
+        InputError: no such share.
     """
+    if not 0 < share <= 1:
+        raise InputError(f"top_entropy must be in (0, 1], got {share}")
 
     def gate(logps: mx.array, batch: Batch) -> mx.array:
         values, real = column(batch, "entropy"), completions(batch)

@@ -11,8 +11,23 @@ from hypothesis import strategies as st
 from random_batches import Row, build, by_row, gradient, rows, swapped
 
 from mlxlora.compose import Objective, token_mean, unwatched, watch
-from mlxlora.objectives import CPO_LOSSES, DIVERGENCES, DPO_LOSSES, SFT_LOSSES, cispo, cpo, dapo, dpo, dr_grpo, gspo, orpo, sft, simpo
-from mlxlora.policy import GRPO_LOSSES, IMPORTANCE_LEVELS, grpo
+from mlxlora.errors import InputError
+from mlxlora.objectives import (
+    CPO_LOSSES,
+    DIVERGENCES,
+    DPO_LOSSES,
+    SFT_LOSSES,
+    cispo,
+    cpo,
+    dapo,
+    dpo,
+    dr_grpo,
+    gspo,
+    orpo,
+    sft,
+    simpo,
+)
+from mlxlora.policy import GRPO_LOSSES, IMPORTANCE_LEVELS, PolicyOptions, grpo
 from mlxlora.surrogates import kl, reinforce
 from mlxlora.terms import entropy, nll
 
@@ -53,6 +68,7 @@ OF_THE_WHOLE_BATCH = {  # these are defined on a batch, so pieces of it are anot
     "grpo:bnpo:sequence": "token mean of each micro-batch",
     "grpo:top_entropy": "quantile over the batch",
 }
+STEP = 1e-3  # nats
 every = pytest.mark.parametrize("objective", [pytest.param(o, id=name) for name, o in OBJECTIVES.items()])
 anything = settings(deadline=None, max_examples=4, derandomize=True)
 
@@ -105,7 +121,16 @@ def test_bucket_filler_changes_nothing(objective: Objective, seed: int, filler: 
 
 
 @every
-def test_compiled_is_eager(objective: Objective) -> None:
+def test_every_objective_compiles(objective: Objective) -> None:
+    """Traced and simplified, not run: building the kernels of all of them takes a minute the first time."""
+    logps, batch = build(rows(1), filler=3)
+    loss, grad = mx.compile(mx.value_and_grad(lambda logps, batch: objective(logps, batch)[0]))(logps, batch)
+    assert (loss.shape, grad.shape) == ((), logps.shape)
+
+
+@pytest.mark.parametrize("name", ["sft:dft", "dpo:mpo", "gspo"])
+def test_compiled_is_eager(name: str) -> None:
+    objective = OBJECTIVES[name]
     logps, batch = build(rows(1), filler=3)
     compiled = mx.compile(mx.value_and_grad(lambda logps, batch: objective(logps, batch)[0]))
     loss, grad = gradient(objective, logps, batch)
@@ -160,24 +185,25 @@ def test_pieces_make_one_batch(name: str) -> None:
 
 @every
 def test_gradient_is_the_limit_of_differences(objective: Objective, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float64, with what `stop_gradient` returned at the point held fixed."""
+    """In float64 (whose exp is good to 1e-7 in mlx), with what `stop_gradient` returned at the point held fixed."""
     with mx.stream(mx.cpu):
         logps, batch = build(rows(5), dtype=mx.float64)
-        held, stop = [], mx.stop_gradient
-        monkeypatch.setattr(mx, "stop_gradient", lambda x: held.append(stop(x)) or held[-1])
-        objective(logps, batch)
-        monkeypatch.setattr(mx, "stop_gradient", stop)
         grad = mx.grad(lambda logps: objective(logps, batch)[0])(logps)
+        held, stop = [], mx.stop_gradient
+        with monkeypatch.context() as patch:
+            patch.setattr(mx, "stop_gradient", lambda x: held.append(stop(x)) or held[-1])
+            objective(logps, batch)
 
         def at(moved: mx.array) -> float:
             constants = iter(held)
-            monkeypatch.setattr(mx, "stop_gradient", lambda _: next(constants))
-            return objective(moved, batch)[0].item()
+            with monkeypatch.context() as patch:
+                patch.setattr(mx, "stop_gradient", lambda _: next(constants))
+                return objective(moved, batch)[0].item()
 
         for seed in range(3):
             along = mx.array(np.random.default_rng(seed).normal(size=logps.shape), mx.float64)
-            difference = (at(logps + 1e-6 * along) - at(logps - 1e-6 * along)) / 2e-6
-            near((grad * along).sum().item(), difference, rtol=1e-6, atol=1e-8)
+            difference = (at(logps + STEP * along) - at(logps - STEP * along)) / (2 * STEP)
+            near((grad * along).sum().item(), difference, rtol=1e-4, atol=1e-5)
 
 
 # --- at the edges -------------------------------------------------------------------------------
@@ -241,8 +267,6 @@ def test_dpo_at_its_reference_is_log_two(name: str) -> None:
 @pytest.mark.parametrize("name", GRPO_LOSSES)
 @pytest.mark.parametrize("known", [True, False], ids=["old=policy", "old=None"])
 def test_on_policy_gradient_is_reinforce(name: str, level: str, known: bool) -> None:
-    from mlxlora.policy import PolicyOptions
-
     logps, batch = build(rows(8), filler=2)
     batch = batch._replace(old_logps=logps if known else None)
     reduction = GRPO_LOSSES[name][1](PolicyOptions())
@@ -319,11 +343,10 @@ def test_an_objective_knows_its_needs(objective: Objective, needs: set[str]) -> 
         (lambda: dpo(loss_type="discopop", discopop_tau=0.0), "tau <= 1, got 0.0"),
         (lambda: cpo(loss_type="x"), "--loss-type must be one of sigmoid, hinge, ipo, dpop, simpo, got 'x'"),
         (lambda: grpo(loss_type="x"), "--loss-type must be one of grpo, .*, got 'x'"),
+        (lambda: grpo(top_entropy=0.0), r"top_entropy must be in \(0, 1\], got 0.0"),
         (lambda: grpo(importance_level="x"), "--importance-level must be one of token, sequence, got 'x'"),
     ],
 )
 def test_bad_input_is_named(make: Any, message: str) -> None:
-    from mlxlora.errors import InputError
-
     with pytest.raises(InputError, match=message):
         make()

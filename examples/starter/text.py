@@ -1,4 +1,4 @@
-"""The starter's text: worded sums and differences of numbers below 100, all from one seed.
+"""The starter's text: worded sums and differences of numbers below 50, all from one seed.
 
     python examples/starter/text.py mlxlora/starter/data                 # the bundled data sets
     python examples/starter/text.py --pretraining 200000 pretraining     # rows to train the starter's model on
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 SEED = 0
+LIMIT = 50
 NAMES = ("tom", "ann", "ben", "eva", "sam", "mia")
 THINGS = ("apples", "books", "coins", "eggs")
 
@@ -60,8 +61,8 @@ CHAT = "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{reply}<|
 
 def splits(seed: int = SEED) -> tuple[list[Problem], list[Problem]]:
     """All problems, shuffled: nine tenths to train on, one tenth held out."""
-    sums = [Problem(a, "plus", b) for a in range(100) for b in range(100)]
-    differences = [Problem(a, "minus", b) for a in range(100) for b in range(a + 1)]
+    sums = [Problem(a, "plus", b) for a in range(LIMIT) for b in range(LIMIT)]
+    differences = [Problem(a, "minus", b) for a in range(LIMIT) for b in range(a + 1)]
     problems = sums + differences
     random.Random(seed).shuffle(problems)
     return problems[len(problems) // 10 :], problems[: len(problems) // 10]

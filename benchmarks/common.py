@@ -1,0 +1,80 @@
+"""What the benchmarks share: tables, JSON, timing and memory."""
+
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+
+class Cost(NamedTuple):
+    """What one call takes.
+
+    Attributes:
+        wall: seconds.
+        cpu: CPU seconds of the process, all threads.
+        peak: bytes above what was active before.
+    """
+
+    wall: float
+    cpu: float
+    peak: int
+
+
+def cost(call: Callable[[], Any]) -> Cost:
+    """Runs `call`, which has to evaluate what it computes."""
+    mx.synchronize()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    mx.synchronize()
+    return Cost(time.perf_counter() - wall, time.process_time() - cpu, mx.get_peak_memory() - before)
+
+
+def interleaved(calls: Sequence[Callable[[], Any]], repetitions: int) -> list[Cost]:
+    """Medians over the repetitions; the calls take turns, in turned order, so that a busy machine slows all alike."""
+    seen: list[list[Cost]] = [[] for _ in calls]
+    for repetition in range(repetitions):
+        order = range(len(calls)) if repetition % 2 == 0 else reversed(range(len(calls)))
+        for index in order:
+            seen[index].append(cost(calls[index]))
+    return [Cost(*(median(values) for values in zip(*costs, strict=True))) for costs in seen]
+
+
+def markdown(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> str:
+    """A table; `columns` maps keys of the rows to headings.
+
+    >>> print(markdown([{"a": 1, "b": "x"}], {"a": "A", "b": "B"}))
+    | A | B |
+    |---|---|
+    | 1 | x |
+    """
+    cells = [[str(row[key]).replace("|", "\\|") for key in columns] for row in rows]
+    lines = [list(columns.values()), *cells]
+    table = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([table[0], "|" + "---|" * len(columns), *table[1:]])
+
+
+def write_json(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
+    """The rows as a list of objects."""
+    Path(path).write_text(json.dumps(list(rows), indent=2) + "\n", encoding="utf-8")
+
+
+def setting(device: str) -> str:
+    """Versions and device, in one line."""
+    packages = ("mlx", "mlx-lm", "mlxlora")
+    return ", ".join([f"{name} {_version(name)}" for name in packages] + [f"{platform.system()} {platform.machine()}", device])
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "(not installed)"

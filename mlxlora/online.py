@@ -1,0 +1,243 @@
+"""Batches that the policy samples itself: prompts -> groups of completions -> rewards -> advantages -> batch."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from attrs import evolve, field, frozen
+
+from . import rewards as scoring
+from .advantages import batch_scaled, centred, group_relative, no_signal
+from .batching import Make, Piece, collate
+from .config import PromptData, RewardOptions
+from .data import Example, Prompt, prompt_example
+from .kv import Route
+from .rewards import NamedReward
+from .rollouts import Completion, Sampling, rollout_stats, sample
+from .rows import KEYS, Row
+from .sources import Context, Source
+
+Advantage = Callable[[mx.array], mx.array]
+ADVANTAGES: dict[str, Advantage] = {"group": group_relative, "batch": batch_scaled, "none": centred}
+_ROUNDS = 4  # of dynamic sampling: after that a batch keeps what it has
+
+
+@frozen
+class Rollouts:
+    """How groups of completions are sampled and rewarded.
+
+    Attributes:
+        rewards: functions with their weights.
+        group_size: G, completions of each prompt.
+        sampling: how tokens are drawn.
+        advantage: rewards [prompts, G] -> advantages [prompts, G].
+        options: of rewards.
+        use_prompt: score the prompt's tokens too.
+        keep_logps: keep the log-probabilities from sampling as `old_logps`.
+        batch: completions generated at once; 0 = all.
+        route: which caches the model can use; None looks for itself.
+    """
+
+    rewards: tuple[NamedReward, ...]
+    group_size: int
+    sampling: Sampling
+    advantage: Advantage = group_relative
+    options: RewardOptions = field(factory=RewardOptions)
+    use_prompt: bool = False
+    keep_logps: bool = False
+    batch: int = 0
+    route: Route | None = None
+
+
+@frozen(eq=False)
+class Group:
+    """A prompt's completions, their texts and what each reward function made of them, [functions, G]."""
+
+    prompt: Prompt
+    completions: Sequence[Completion]
+    texts: Sequence[str]
+    parts: np.ndarray
+    rewards: np.ndarray
+
+
+def prompts(data: str | PromptData, rollouts: Rollouts, *, repeats: int = 1, **options: Any) -> Source:
+    """Prompts, answered by the policy.
+
+    Args:
+        data: folder, file or hub data set; or all options at once.
+        rollouts: how completions are sampled and rewarded.
+        repeats: optimiser steps on every batch of completions.
+        options: fields of `PromptData`.
+    """
+    data = PromptData(data=data, **options) if isinstance(data, str) else evolve(data, **options)
+
+    def prepare(row: Row, tokenizer: Any) -> Prompt | None:
+        return prompt_example(
+            row,
+            tokenizer,
+            use_chat_template=data.use_chat_template,
+            max_prompt_length=data.max_seq_length,
+            system=data.system,
+            keys={**KEYS, "prompt": data.prompt_key},
+        )
+
+    def make(context: Context) -> Make:
+        how = (
+            evolve(rollouts, group_size=1, sampling=evolve(rollouts.sampling, temperature=0.0)) if context.validation else rollouts
+        )
+        return lambda items, index: _piece(context, how, items, index)
+
+    return Source(
+        data,
+        prepare,
+        make,
+        lambda prompt: (_example(prompt, None, rollouts),),
+        lambda prompt, _: prompt,
+        online=True,
+        temperature=rollouts.sampling.temperature,
+        repeats=repeats,
+    )
+
+
+def _greedy(how: Rollouts) -> Rollouts:
+    """For validation: the likeliest completion of each prompt."""
+    return evolve(how, group_size=1, sampling=evolve(how.sampling, temperature=0.0))
+
+
+def _piece(context: Context, how: Rollouts, items: Sequence[Prompt], index: int) -> Piece:
+    began = time.perf_counter()
+    groups = _rolled(context, how, items, (index, 0))
+    silent = float(np.mean([_silent(group) for group in groups]))
+    if how.options.dynamic_sampling and not context.validation:
+        groups = _with_signal(context, how, groups, index)
+    flat = [completion for group in groups for completion in group.completions]
+    stats = rollout_stats([g.completions for g in groups], time.perf_counter() - began)
+    measured = {"frac_reward_zero_std": silent, **_measures(how, groups), **stats}
+    examples = [_example(group.prompt, c, how) for group in groups for c in group.completions]
+    advantages = how.advantage(mx.array(np.stack([g.rewards for g in groups]).astype(np.float32)))
+    batch = collate(examples, advantages=advantages.reshape(-1))
+    if how.keep_logps:
+        kept = np.concatenate([c.logps[e.scored[-len(c.logps) :]] for c, e in zip(flat, examples, strict=True)])
+        batch = batch._replace(old_logps=mx.array(np.pad(kept, (0, batch.targets.size - kept.size))))
+    return Piece(
+        batch, sum(len(e.tokens) for e in examples), tuple(g.prompt.where for g in groups), measured, _samples(how, groups)
+    )
+
+
+def _rolled(context: Context, how: Rollouts, items: Sequence[Prompt], place: tuple[int, int]) -> list[Group]:
+    """Samples and rewards a group for each prompt; the same place of the same run gives the same completions."""
+    seed = np.random.SeedSequence((context.seed, int(context.validation), *place)).generate_state(1, np.uint64)[0]
+    sampled = sample(
+        context.model,
+        [prompt.tokens.tolist() for prompt in items],
+        how.group_size,
+        how.sampling,
+        context.tokenizer.eos_token_ids,
+        key=mx.random.key(int(seed)),
+        batch=how.batch,
+        route=how.route,
+    )
+    texts = [[_text(context.tokenizer, c) for c in group] for group in sampled]
+    parts = _rewarded(how, items, sampled, texts)
+    weights = [reward.weight for reward in how.rewards]
+    split = np.split(parts, len(items), axis=1)
+    return [
+        Group(prompt, completions, said, part, scoring.combine(part, weights))
+        for prompt, completions, said, part in zip(items, sampled, texts, split, strict=True)
+    ]
+
+
+def _with_signal(context: Context, how: Rollouts, groups: list[Group], index: int) -> list[Group]:
+    """Replaces groups without signal by groups of other prompts (DAPO, Yu et al., 2025, section 3.2)."""
+    for attempt in range(1, _ROUNDS + 1):
+        silent = [i for i, group in enumerate(groups) if _silent(group)]
+        if not silent:
+            break
+        rng = np.random.default_rng((context.seed, index, attempt))
+        others = [context.items[i] for i in rng.integers(len(context.items), size=len(silent))]
+        found = iter([g for g in _rolled(context, how, others, (index, attempt)) if not _silent(g)])
+        for i, group in zip(silent, found, strict=False):
+            groups[i] = group
+    return groups
+
+
+def _rewarded(
+    how: Rollouts, items: Sequence[Prompt], sampled: Sequence[Sequence[Completion]], texts: Sequence[Sequence[str]]
+) -> np.ndarray:
+    """[functions, S]: what the reward functions make of all completions, in TRL's form."""
+    rows = [prompt for prompt in items for _ in range(how.group_size)]
+    said = [text for group in texts for text in group]
+    turns = [
+        text if isinstance(p.prompt, str) else [{"role": "assistant", "content": text}] for p, text in zip(rows, said, strict=True)
+    ]
+    names = sorted({name for prompt in items for name in prompt.columns})
+    return scoring.score(
+        how.rewards,
+        prompts=[prompt.prompt for prompt in rows],
+        completions=turns,
+        completion_ids=[c.tokens.tolist() for group in sampled for c in group],
+        columns={name: [prompt.columns.get(name) for prompt in rows] for name in names},
+        wheres=[prompt.where for prompt in rows],
+        timeout=how.options.reward_timeout,
+    )
+
+
+def _text(tokenizer: Any, completion: Completion) -> str:
+    ids = completion.tokens[:-1] if completion.finished else completion.tokens
+    return tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+
+
+def _example(prompt: Prompt, completion: Completion | None, how: Rollouts) -> Example:
+    """Prompt and completion as a sequence; a masked completion has no scored token."""
+    answer = np.zeros(0, np.int32) if completion is None else completion.tokens
+    masked = completion is not None and how.options.mask_truncated and not completion.finished
+    tokens = np.concatenate([prompt.tokens, answer]).astype(np.int32)
+    scored = np.arange(len(tokens)) >= (1 if how.use_prompt else len(prompt.tokens))
+    return Example(tokens, scored & (not masked), None, prompt.where)
+
+
+def _silent(group: Group) -> bool:
+    return bool(no_signal(mx.array(group.rewards.astype(np.float32))[None])[0].item())
+
+
+def _measures(how: Rollouts, groups: Sequence[Group]) -> dict[str, float]:
+    """TRL's metrics of rewards; a completion that no function rewarded counts in none."""
+    rewards = np.stack([g.rewards for g in groups])
+    parts = np.concatenate([g.parts for g in groups], axis=1)
+    measures = {"reward": _mean(rewards), "reward_std": float(np.mean([_std(r) for r in rewards]))}
+    for reward, values in zip(how.rewards, parts, strict=True):
+        measures[f"rewards/{reward.name}/mean"] = _mean(values)
+        measures[f"rewards/{reward.name}/std"] = _std(values)
+    return measures
+
+
+def _mean(values: np.ndarray) -> float:
+    present = values[~np.isnan(values)]
+    return float(present.mean()) if present.size else 0.0
+
+
+def _std(values: np.ndarray) -> float:
+    present = values[~np.isnan(values)]
+    return float(present.std(ddof=1)) if present.size > 1 else 0.0
+
+
+def _samples(how: Rollouts, groups: Sequence[Group], count: int = 4) -> tuple[Mapping[str, Any], ...]:
+    """The first completions of the batch with their rewards."""
+    rows = ((g, text, part, reward) for g in groups for text, part, reward in zip(g.texts, g.parts.T, g.rewards, strict=True))
+    return tuple(
+        {
+            "prompt": g.prompt.prompt,
+            "completion": text,
+            "reward": _number(reward),
+            "rewards": {r.name: _number(value) for r, value in zip(how.rewards, part, strict=True)},
+            "where": g.prompt.where,
+        }
+        for g, text, part, reward in islice(rows, count)
+    )
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)

@@ -1,0 +1,282 @@
+"""Completions sampled from the policy, G to a prompt, many rows at a time.
+
+Each prompt is read once for its group; rows that ended leave the batch and waiting ones enter; the host looks at the
+tokens of every few steps while the next ones are computed. A row's chance comes from its own key, so its completion
+does not depend on the rows beside it (but for the rounding of sums in batches of another size).
+"""
+
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from attrs import define, frozen
+
+from .errors import InputError, RunError
+from .kv import Cache, Route, find_route, join, keep_rows, prefill, prefill_equal
+from .sampling import Sampling, choose, uniforms
+
+__all__ = ["Completion", "Route", "Sampling", "find_route", "rollout_stats", "sample"]
+
+_LOOK_EVERY = 8  # steps between looks at the sampled tokens
+_AHEAD = 2  # steps that are in flight meanwhile
+_DEAD_SHARE = 0.25  # of the batch that makes it worth copying the rest
+
+
+@frozen(eq=False)
+class Completion:
+    """One sampled completion.
+
+    Attributes:
+        tokens: [n] int32, n >= 1, with the stop token if it was sampled.
+        logps: [n] float32, log softmax(logits/temperature), nats.
+        finished: a stop token ended it, not the limit.
+    """
+
+    tokens: np.ndarray
+    logps: np.ndarray
+    finished: bool
+
+
+def sample(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    group_size: int,
+    sampling: Sampling,
+    stop: Collection[int],
+    *,
+    key: mx.array,
+    batch: int = 0,
+    route: Route | None = None,
+) -> list[list[Completion]]:
+    """Samples `group_size` completions of every prompt, in evaluation mode; the global random state is not used.
+
+    Args:
+        model: maps [R, T] token ids to [R, T, V] logits and takes mlx-lm's caches.
+        prompts: token ids, at least one each.
+        stop: tokens that end a completion.
+        key: all randomness; the same key gives the same completions.
+        batch: rows generated together; 0 = all.
+        route: what `find_route(model)` found; None looks again.
+
+    Returns:
+        [prompts][G] completions.
+
+    Raises:
+        InputError: a prompt without tokens, or group_size < 1.
+        RunError: the model's log-probabilities are not finite.
+    """
+    _check(prompts, group_size, batch)
+    if not prompts:
+        return []
+    with _evaluating(model):
+        run = _Run(model, prompts, group_size, sampling, frozenset(stop), key, route or find_route(model))
+        _generate(run, batch or len(run.done))
+    flat = [_completion(run, row) for row in range(len(run.done))]
+    return [flat[start : start + group_size] for start in range(0, len(flat), group_size)]
+
+
+def rollout_stats(completions: Sequence[Sequence[Completion]], seconds: float) -> dict[str, float]:
+    """Lengths in tokens, share cut at the limit and tokens per second, under TRL's names.
+
+    >>> one = Completion(np.zeros(3, np.int32), np.zeros(3, np.float32), finished=True)
+    >>> rollout_stats([[one, one]], 2.0)["rollout_tokens_per_second"]
+    3.0
+    """
+    flat = [completion for group in completions for completion in group]
+    lengths = [len(completion.tokens) for completion in flat] or [0]
+    return {
+        "completions/mean_length": float(np.mean(lengths)),
+        "completions/min_length": float(min(lengths)),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": sum(not completion.finished for completion in flat) / max(len(flat), 1),
+        "rollout_tokens_per_second": sum(lengths) / max(seconds, 1e-9),
+    }
+
+
+# --- what has been sampled so far -----------------------------------------------------------
+
+
+@define(eq=False)
+class _Run:
+    """The constants of one call, and what its rows have sampled; row r is sample r mod G of prompt r div G."""
+
+    model: nn.Module
+    prompts: Sequence[Sequence[int]]
+    group_size: int
+    sampling: Sampling
+    stop: frozenset[int]
+    key: mx.array
+    route: Route
+    keys: mx.array = None  # [rows, 2]
+    tokens: np.ndarray = None  # [rows, max_tokens]; what follows a stop token is refuse
+    logps: np.ndarray = None
+    done: np.ndarray = None  # [rows] bool
+    vocabulary: int = 0
+
+    def __attrs_post_init__(self) -> None:
+        rows = len(self.prompts) * self.group_size
+        self.keys = mx.random.split(self.key, rows)
+        self.tokens = np.full((rows, self.sampling.max_tokens), -1, np.int32)
+        self.logps = np.zeros(self.tokens.shape, np.float32)
+        self.done = np.zeros(rows, bool)
+        if self.sampling.repetition_penalty != 1:
+            self.vocabulary = self.model(mx.zeros((1, 1), mx.int32)).shape[-1]
+
+    def prompt(self, row: int) -> tuple[int, ...]:
+        return tuple(self.prompts[row // self.group_size])
+
+
+@define(eq=False)
+class _Active:
+    """The rows that are generated together. R = len(rows)."""
+
+    rows: np.ndarray  # [R] into the run's
+    positions: np.ndarray  # [R] tokens asked for so far
+    cache: Cache
+    last: mx.array  # [R] int32, what the model reads next
+    noise: np.ndarray  # [R, max_tokens, 2]
+    seen: mx.array | None  # [R, V] bool, for the repetition penalty
+
+
+@frozen(eq=False)
+class _Sampled:
+    """A step's result, still being computed."""
+
+    rows: np.ndarray
+    positions: np.ndarray
+    tokens: mx.array
+    logps: mx.array
+
+
+def _completion(run: _Run, row: int) -> Completion:
+    tokens = run.tokens[row]
+    stops = np.flatnonzero(np.isin(tokens, list(run.stop)))
+    length = int(stops[0]) + 1 if stops.size else len(tokens)
+    logps = run.logps[row, :length].copy()
+    if not np.isfinite(logps).all():
+        raise RunError(f"sampling: log-probability {logps[~np.isfinite(logps)][0]} from the model; its weights or inputs overflow")
+    return Completion(tokens[:length].copy(), logps, bool(stops.size))
+
+
+def _check(prompts: Sequence[Sequence[int]], group_size: int, batch: int) -> None:
+    if group_size < 1 or batch < 0:
+        raise InputError(f"--group-size must be >= 1 and --rollout-batch >= 0, got {group_size} and {batch}")
+    for index, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise InputError(f"prompt {index + 1} of {len(prompts)} has no tokens: nothing to continue")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+# --- the loop -------------------------------------------------------------------------------
+
+
+def _generate(run: _Run, size: int) -> None:
+    waiting, pending = deque(range(len(run.done))), deque[_Sampled]()
+    active: _Active | None = None
+    while (active := _turnover(run, active, waiting, size)) is not None:
+        for _ in range(_LOOK_EVERY):
+            if (active.positions < run.sampling.max_tokens).any():
+                pending.append(_step(run, active))
+        _look(run, pending, _AHEAD)
+    _look(run, pending, 0)
+
+
+def _step(run: _Run, active: _Active) -> _Sampled:
+    noise = active.noise[np.arange(len(active.rows)), np.minimum(active.positions, run.sampling.max_tokens - 1)]
+    logits = run.model(active.last[:, None], cache=active.cache)[:, -1]
+    tokens, logps = choose(logits, run.sampling, mx.array(noise), active.seen)
+    if active.seen is not None:
+        active.seen = mx.put_along_axis(active.seen, tokens[:, None], mx.array(True), axis=-1)
+    mx.async_eval(tokens, logps)
+    sampled = _Sampled(active.rows, active.positions, tokens, logps)
+    active.last, active.positions = tokens, active.positions + 1
+    return sampled
+
+
+def _look(run: _Run, pending: deque[_Sampled], ahead: int) -> None:
+    """Writes down what was sampled, but for the last `ahead` steps."""
+    while len(pending) > ahead:
+        step = pending.popleft()
+        inside = step.positions < run.sampling.max_tokens
+        rows, positions, tokens = step.rows[inside], step.positions[inside], np.array(step.tokens)[inside]
+        run.tokens[rows, positions] = tokens
+        run.logps[rows, positions] = np.array(step.logps)[inside]
+        run.done[rows] |= np.isin(tokens, list(run.stop))
+
+
+def _turnover(run: _Run, active: _Active | None, waiting: deque[int], size: int) -> _Active | None:
+    """Rows that ended leave if that is worth the copy, and waiting ones take their places; None when all is done."""
+    if active is not None:
+        alive = np.flatnonzero(~run.done[active.rows] & (active.positions < run.sampling.max_tokens))
+        dead = len(active.rows) - alive.size
+        if alive.size and (not run.route.mixed or dead < _DEAD_SHARE * len(active.rows)):
+            return active
+        active = _kept(active, alive) if alive.size else None
+    entering = _entering(run, active, waiting, size)
+    if not entering:
+        return active
+    fresh = _admitted(run, entering)
+    return fresh if active is None else _joined(active, fresh)
+
+
+def _entering(run: _Run, active: _Active | None, waiting: deque[int], size: int) -> list[int]:
+    """Takes the next rows off the queue: as many as there is room for, equally long ones only where the route asks."""
+    room = size - (0 if active is None else len(active.rows))
+    entering: list[int] = []
+    while waiting and len(entering) < room:
+        if entering and not run.route.mixed and len(run.prompt(waiting[0])) != len(run.prompt(entering[0])):
+            break
+        entering.append(waiting.popleft())
+    return entering
+
+
+def _admitted(run: _Run, rows: list[int]) -> _Active:
+    prompts = [run.prompt(row) for row in rows]
+    if run.route.mixed:
+        slots = {prompt: slot for slot, prompt in enumerate(dict.fromkeys(prompts))}
+        cache = keep_rows(prefill(run.model, list(slots)), [slots[prompt] for prompt in prompts])
+    else:
+        cache = prefill_equal(run.model, prompts)
+    last = mx.array([prompt[-1] for prompt in prompts], mx.int32)
+    noise = np.array(uniforms(run.keys[mx.array(rows)], run.sampling.max_tokens))
+    return _Active(np.array(rows), np.zeros(len(rows), np.int32), cache, last, noise, _seen(prompts, run.vocabulary))
+
+
+def _seen(prompts: list[tuple[int, ...]], vocabulary: int) -> mx.array | None:
+    if not vocabulary:
+        return None
+    seen = np.zeros((len(prompts), vocabulary), bool)
+    for row, prompt in zip(seen, prompts, strict=True):
+        row[list(prompt)] = True
+    return mx.array(seen)
+
+
+def _kept(active: _Active, rows: np.ndarray) -> _Active:
+    on_device = mx.array(rows)
+    seen = None if active.seen is None else active.seen[on_device]
+    cache = keep_rows(active.cache, rows.tolist())
+    return _Active(active.rows[rows], active.positions[rows], cache, active.last[on_device], active.noise[rows], seen)
+
+
+def _joined(active: _Active, fresh: _Active) -> _Active:
+    seen = None if active.seen is None or fresh.seen is None else mx.concatenate([active.seen, fresh.seen])
+    return _Active(
+        np.concatenate([active.rows, fresh.rows]),
+        np.concatenate([active.positions, fresh.positions]),
+        join(active.cache, fresh.cache),
+        mx.concatenate([active.last, fresh.last]),
+        np.concatenate([active.noise, fresh.noise]),
+        seen,
+    )
