@@ -23,10 +23,11 @@ import mlx.optimizers as optim  # noqa: E402
 import numpy as np  # noqa: E402
 from attrs import asdict, define  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
+from mlx_lm.models.switch_layers import SwitchLinear  # noqa: E402
 from mlx_lm.tuner.utils import load_adapters  # noqa: E402
 
 from benchmarks.common import markdown, setting, write_json  # noqa: E402
-from benchmarks.small import VOCABULARY, architectures, build  # noqa: E402
+from benchmarks.small import UNADAPTED, VOCABULARY, architectures, build  # noqa: E402
 from mlxlora import AdapterOptions, Batch, disabled, make_step, objectives, prepare, save  # noqa: E402
 from mlxlora.batching import collate  # noqa: E402
 from mlxlora.data import Example  # noqa: E402
@@ -34,7 +35,14 @@ from mlxlora.logprobs import Scorer, scorer  # noqa: E402
 from mlxlora.recompute import checkpointed  # noqa: E402
 
 STEPS = 4
-COLUMNS = {"name": "architecture", "lora": "LoRA", "dora": "DoRA", "split": "split", "disabled": "disabled", "checkpoint": "checkpoint"}
+COLUMNS = {
+    "name": "architecture",
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "split": "split",
+    "disabled": "disabled",
+    "checkpoint": "checkpoint",
+}
 
 
 @define
@@ -58,6 +66,9 @@ class Result:
 def examine(name: str) -> Result:
     """Every check of one architecture; one that fails is told in the remark and does not stop the others."""
     result = Result(name)
+    if name in UNADAPTED:
+        modules, why = UNADAPTED[name]
+        result.remark = f"with --lora-keys, without {', '.join(modules)}: {why}"
     state: dict[str, Any] = {}
     _attempt(result, "lora", lambda: _trains(name, "lora", state))
     if result.works:
@@ -84,7 +95,9 @@ def explain(error: BaseException) -> str:
         return f"cannot be built here: mlx-lm's module asks for another package ({text})"
     if "No Metal back-end" in text:
         return "cannot run here: mlx-lm's forward is a Metal kernel without another form"
-    if "Not implemented" in text or "not implemented" in text:
+    if "Attempting to eval" in text:
+        return "mlx-lm's forward evaluates arrays, which neither a compiled step nor a gradient can"
+    if "not implemented" in text.lower() or "Cannot calculate VJP" in text:
         return f"mlx-lm's forward has no gradient ({text})"
     return text if isinstance(error, AssertionError) else f"{type(error).__name__}: {text}"
 
@@ -96,7 +109,7 @@ def _trains(name: str, train_type: str, state: dict[str, Any]) -> str:
     """Some steps; saves the adapter and loads it with mlx-lm."""
     state["model"] = model = build(name)
     _logits(model, sample())
-    options = AdapterOptions(train_type=train_type, num_layers=-1, rank=4, scale=2.0, lora_keys=_keys(model, train_type))
+    options = AdapterOptions(train_type=train_type, num_layers=-1, rank=4, scale=2.0, lora_keys=_keys(model, name, train_type))
     prepare(model, options).train()
     batch = sample()
     step = make_step(model, optim.Adam(learning_rate=3e-3), objectives.sft())
@@ -110,12 +123,15 @@ def _trains(name: str, train_type: str, state: dict[str, Any]) -> str:
     return "yes"
 
 
-def _keys(model: nn.Module, train_type: str) -> tuple[str, ...] | None:
-    """mlx-lm has no DoRA for experts: there the other linear modules are adapted."""
+def _keys(model: nn.Module, name: str, train_type: str) -> tuple[str, ...] | None:
+    """None, mlx-lm's own choice, but where it fails; mlx-lm has no DoRA for experts, and some modules cannot be adapted."""
     blocks = {n: m for block in model.layers for n, m in block.named_modules()}  # type: ignore[union-attr]
-    if train_type != "dora" or not any("SwitchLinear" in type(m).__name__ for m in blocks.values()):
+    experts = train_type == "dora" and any("SwitchLinear" in type(m).__name__ for m in blocks.values())
+    if not experts and name not in UNADAPTED:
         return None
-    return tuple(sorted(name for name, module in blocks.items() if isinstance(module, nn.Linear | nn.Embedding)))
+    kinds = (nn.Linear, nn.Embedding) if experts else (nn.Linear, nn.Embedding, SwitchLinear)
+    without, _ = UNADAPTED.get(name, ((), ""))
+    return tuple(sorted(n for n, m in blocks.items() if isinstance(m, kinds) and n.rpartition(".")[2] not in without))
 
 
 def _split(model: nn.Module) -> str:
@@ -199,8 +215,8 @@ def document(results: Sequence[Result]) -> str:
         [
             "# Architectures",
             intro[0],
-            "Written by `python -m benchmarks.architectures --write benchmarks/ARCHITECTURES.md`: small models, random float32 weights, "
-            f"{setting(device)}.",
+            "Written by `python -m benchmarks.architectures --write benchmarks/ARCHITECTURES.md`: "
+            f"small models, random float32 weights, {setting(device)}.",
             intro[2].strip(),
             report(results),
         ]

@@ -35,7 +35,7 @@ def cost(call: Callable[[], Any]) -> Cost:
     wall, cpu = time.perf_counter(), time.process_time()
     call()
     mx.synchronize()
-    return Cost(time.perf_counter() - wall, time.process_time() - cpu, mx.get_peak_memory() - before)
+    return Cost(time.perf_counter() - wall, time.process_time() - cpu, max(mx.get_peak_memory() - before, 0))
 
 
 def interleaved(calls: Sequence[Callable[[], Any]], repetitions: int) -> list[Cost]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
 
 VOCABULARY = 128
 
@@ -36,7 +37,9 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("linear_num_value_heads", "mamba_num_heads", "mamba_n_heads"), 8),
     **dict.fromkeys(("linear_num_key_heads", "index_n_heads"), 4),
     **dict.fromkeys(("linear_conv_kernel_dim", "conv_kernel", "conv1d_width", "mamba_d_conv", "conv_L_cache"), 4),
-    **dict.fromkeys(("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "post_norm_eps"), 1e-5),
+    **dict.fromkeys(
+        ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "post_norm_eps"), 1e-5
+    ),
     **dict.fromkeys(("rope_theta", "rope_local_base_freq", "swa_rope_theta", "rotary_emb_base"), 10000.0),
     **dict.fromkeys(("logits_scaling", "attention_multiplier", "embedding_multiplier", "residual_multiplier", "scale_emb"), 1.0),
     **dict.fromkeys(("routed_scaling_factor", "scale_depth"), 1.0),
@@ -58,6 +61,7 @@ _ROPE_BY_LAYER = {"sliding_attention": dict(_ROPE), "full_attention": dict(_ROPE
 _LLAMA_4_ROPE = {**_ROPE, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 512}
 _KDA = {"kda_layers": [1], "full_attn_layers": [2], "num_heads": 4, "head_dim": 16, "short_conv_kernel_size": 4}
 _YARN = {"type": "yarn", "factor": 1.0, "original_max_position_embeddings": 512, "beta_fast": 32, "beta_slow": 1}
+_BLOCK_SPARSE = {"blocksparse_block_size": 32, "blocksparse_num_local_blocks": 2, "blocksparse_vert_stride": 2}
 _ATTENTION = {"n_heads_in_group": 2}
 _NEMOTRON_BLOCK = {"attention": _ATTENTION, "ffn": {"ffn_mult": 2.0}}
 
@@ -100,7 +104,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "rope_parameters": dict(_ROPE)},
     "gpt_neox": {"rotary_pct": 0.5},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
-    "hunyuan": {"cla_share_factor": 2, "rope_scaling": {"alpha": 1.0}},
+    "hunyuan": {"cla_share_factor": 2, "rope_scaling": {"alpha": 1.0, "type": "dynamic", "factor": 1.0}},
     "jamba": {
         "attn_layer_offset": 1,
         "attn_layer_period": 2,
@@ -111,7 +115,13 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "kimi_k3_text": {"linear_attn_config": _KDA, "attn_res_block_size": 1},
     "kimi_linear": {"linear_attn_config": _KDA},
     "lfm2": {"block_multiple_of": 8, "block_ffn_dim_multiplier": 1.0, "block_auto_adjust_ff_dim": False, "block_dim": 64},
-    "llama4_inner": {"attention_chunk_size": 16, "interleave_moe_layer_step": 2, "rope_scaling": None, "num_experts_per_tok": 1},
+    "llama4_inner": {
+        "num_hidden_layers": 4,
+        "attention_chunk_size": 16,
+        "interleave_moe_layer_step": 2,
+        "rope_scaling": None,
+        "num_experts_per_tok": 1,
+    },
     "llama4_text": {"no_rope_layers": [1, 0]},
     "longcat_flash": {"attention_method": "MLA", "zero_expert_type": "identity", "zero_expert_num": 2},
     "longcat_flash_ngram": {"zero_expert_num": 2},
@@ -127,13 +137,18 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "minimax_m3_text": {"moe_layer_freq": [0, 1]},
     "ministral3": {"rope_parameters": _LLAMA_4_ROPE},
     "mistral4": {"rope_parameters": _LLAMA_4_ROPE},
-    "muse_spark_text": {"rope_parameters": dict(_ROPE), "layer_rope_theta": [10000.0, 0.0], "output_multiplier": 1.0, "num_shared_experts": 0},
+    "muse_spark_text": {
+        "rope_parameters": dict(_ROPE),
+        "layer_rope_theta": [10000.0, 0.0],
+        "output_multiplier": 1.0,
+        "num_shared_experts": 0,
+    },
     "nemotron": {"hidden_act": "relu2"},
     "nemotron-nas": {"block_configs": [_NEMOTRON_BLOCK, _NEMOTRON_BLOCK]},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp", "moe"]},
     "olmo_hybrid": {"linear_allow_neg_eigval": True, "layer_types": ["linear_attention", "full_attention"]},
     "openelm": {"num_query_heads": [4, 4], "num_kv_heads": [2, 2], "ffn_dim_divisor": 16, "ffn_multipliers": [1.0, 2.0]},
-    "phi3small": {"dense_attention_every_n_layers": 2, "gegelu_limit": 20.0},
+    "phi3small": {"vocab_size": 100352, "dense_attention_every_n_layers": 2, "gegelu_limit": 20.0, **_BLOCK_SPARSE},
     "plamo": {"n_shared_head": 2},
     "prism_hadamard_qwen35": {
         "tensor_namespace": "mlx-vlm-qwen3_5",
@@ -168,6 +183,14 @@ NESTED: dict[str, str] = {
     "qwen3_vl_moe": "qwen3_moe",
 }
 
+# Modules that mlx-lm cannot adapt, and why: here, --lora-keys has to name the others.
+UNADAPTED: dict[str, tuple[tuple[str, ...], str]] = {
+    "afm7": (("qkv_proj",), "mlx-lm saves adapters of its fused layer and does not load them"),
+    "gemma3n": (("prediction_coefs", "correction_coefs"), "the model reads their weights directly"),
+    "kimi_k3": (("self_attention_res_proj", "mlp_res_proj"), "the model reads their weights directly"),
+    "prism_hadamard_qwen35": (("down_proj",), "mlx-lm has no LoRA for its packed layers"),
+}
+
 # Modules of mlx_lm.models that are no architecture.
 PARTS = frozenset(
     ("activations", "base", "bitlinear_layers", "cache", "gated_delta", "mla", "pipeline", "rope_utils", "ssm", "switch_layers")
@@ -190,10 +213,15 @@ def small_config(name: str) -> dict[str, Any]:
 
 
 def build(name: str, seed: int = 0) -> nn.Module:
-    """A small float32 model with random weights, the same for the same seed."""
+    """A small float32 model with random weights, the same for the same seed.
+
+    Weights that mlx-lm leaves at zero until they are loaded are random too: nothing could be learnt through them.
+    """
     mx.random.seed(seed)
     module = import_module(f"mlx_lm.models.{name}")
     model = module.Model(module.ModelArgs.from_dict(small_config(name)))
     model.set_dtype(mx.float32)
+    zeros = {k: v for k, v in tree_flatten(model.parameters()) if mx.issubdtype(v.dtype, mx.floating) and not v.any()}
+    model.update(tree_unflatten([(name, 0.1 * mx.random.normal(value.shape)) for name, value in zeros.items()]))
     mx.eval(model.parameters())
     return model

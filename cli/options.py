@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, get_origin
 
 import attrs
@@ -23,7 +24,8 @@ _OFF = "no_"
 def flags(starter: str | None = None) -> Callable[[Command], Command]:
     """Replaces each attrs-typed parameter of a command by one flag per field.
 
-    A value comes from its flag, else from the file of --config, else from the starter's defaults, else from the field.
+    A value comes from its flag, else from the file of --config, else under --resume from the run that is continued, else
+    from the starter's defaults, else from the field.
 
     Args:
         starter: mode of the bundled starter (sft, dpo, ...) that stands in where neither --model nor --data is given.
@@ -38,6 +40,8 @@ def flags(starter: str | None = None) -> Callable[[Command], Command]:
         def run(ctx: typer.Context, config: str | None = None, **given: Any) -> None:
             named = _given(ctx, fields, given)
             values = (settings.read(config, fields) if config else {}) | named
+            if values.get("resume"):
+                values = _of_run(fields, values) | values
             if starter:
                 values = _with_starter(starter, fields, values)
             built = {name: settings.build(group, values) for name, group in groups.items()}
@@ -117,6 +121,13 @@ def _split(field: attrs.Attribute, parts: list[str]) -> tuple[Any, ...]:
         return settings.coerce(",".join(parts), field.type)
     except ValueError as error:
         raise InputError(f"{_dashed(field.name)} must be {error}, got {','.join(parts)!r}") from None
+
+
+def _of_run(fields: settings.Fields, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the run in --adapter-path, which saved them, so that `--resume` needs no others."""
+    file = Path(values.get("adapter_path", fields["adapter_path"].default)) / "config.yaml"
+    saved = settings.read(file, fields, strict=False) if file.is_file() else {}
+    return {name: value for name, value in saved.items() if name != "overwrite"}
 
 
 def _with_starter(mode: str, fields: settings.Fields, values: dict[str, Any]) -> dict[str, Any]:

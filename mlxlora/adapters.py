@@ -31,6 +31,8 @@ def prepare(model: nn.Module, options: AdapterOptions) -> nn.Module:
         InputError: more layers than the model has, modules that do not exist, quantised weights to be trained in full.
     """
     layers = _layers(model, options.num_layers)
+    if not hasattr(model, "_no_grad"):
+        nn.Module.__init__(model)  # mlx-lm's recurrent_gemma forgets to (0.32.2)
     model.freeze()
     if options.train_type == "full":
         _unfreeze(model, layers, everything=options.num_layers == -1)

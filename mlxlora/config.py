@@ -112,6 +112,7 @@ class PairData(RowOptions):
         "right", "Of over-long pairs: drop those whose prompt leaves no room (right), or cut the prompt's beginning (left).",
         v.in_(("right", "left")),
     )  # fmt: skip
+    share_prompts: bool | None = option(None, "Compute a prompt once for both completions; default: where that is faster.")
 
 
 @frozen

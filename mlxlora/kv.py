@@ -12,11 +12,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from attrs import frozen
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 
 Cache = list[Any]  # one mlx-lm cache a layer
 
 _PREFILL_TOKENS = 2048  # tokens that pass through the model at once
+_GROWTH = 64  # positions that a cache grows by; mlx-lm's 256 is up to twice the memory of a short completion
 
 
 @frozen
@@ -36,6 +37,9 @@ def prefill(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Cache:
     """The cache of all tokens but the last of each prompt, a row a prompt."""
     rows = [make_prompt_cache(model) for _ in prompts]
     cache = [layer[0].merge(list(layer)) for layer in zip(*rows, strict=True)]
+    for layer in cache:
+        if isinstance(layer, BatchKVCache):
+            layer.step = _GROWTH
     lengths = [len(prompt) - 1 for prompt in prompts]
     longest = max(lengths)
     if longest:
@@ -57,7 +61,7 @@ def prefill_equal(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Cache:
 def keep_rows(cache: Cache, rows: Sequence[int]) -> Cache:
     """The given rows, in that order; a row may be asked for more than once."""
     for layer in cache:
-        layer.filter(mx.array(rows))
+        layer.filter(mx.array(list(rows)))
     return cache
 
 
@@ -94,8 +98,8 @@ def _reproduces(model: nn.Module) -> bool:
 def _alike(a: mx.array, b: mx.array) -> bool:
     tolerance = 1e-3 if b.dtype == mx.float32 else 5e-2  # of the largest logit; a wrong position or mask moves it far more
     a, b = a.astype(mx.float32), b.astype(mx.float32)
-    scale = mx.abs(mx.where(mx.isinf(b), 0, b)).max()
-    return bool(mx.allclose(a, b, rtol=0, atol=tolerance * scale.item()).item())
+    scale = float(mx.abs(mx.where(mx.isinf(b), 0, b)).max().item())  # type: ignore[arg-type]
+    return bool(mx.allclose(a, b, rtol=0, atol=tolerance * scale).item())
 
 
 def _padded(prompts: Sequence[Sequence[int]], longest: int) -> mx.array:

@@ -9,6 +9,7 @@ import mlx.nn as nn
 from attrs import frozen
 from mlx.utils import tree_flatten, tree_unflatten
 
+from .sharing import read
 from .split import Split, find_split
 from .types import Batch
 
@@ -40,16 +41,17 @@ class Scorer:
     chunk: int = 0
 
     def __call__(self, batch: Batch, *, gradient: bool = True) -> tuple[mx.array, Batch]:
-        if self.split is None:
-            logits = self.model(batch.tokens)
-            hidden, head = logits.reshape(-1, logits.shape[-1])[batch.where], lambda h: h
-        else:
-            hidden = self.split.hidden(batch.tokens)
-            hidden, head = hidden.reshape(-1, hidden.shape[-1])[batch.where], self.split.head
+        hidden = read(self.forward, self.model, batch)
+        hidden, head = hidden.reshape(-1, hidden.shape[-1])[batch.where], self.split.head if self.split else lambda h: h
         inner = partial(_scores, head, self.temperature, self.entropy)
         scores = self._head(inner, gradient)(hidden, batch.targets)
         scores = mx.where(batch.sequence < batch.sequences, scores, 0.0)
         return scores[0], batch if self.entropy is None else batch._replace(entropy=scores[1])
+
+    @property
+    def forward(self) -> Callable[..., mx.array]:
+        """[R, T] tokens to what is gathered at the scored positions: hidden states, or logits if the model has no split."""
+        return self.split.hidden if self.split else self.model
 
     def _head(self, inner: Head, gradient: bool) -> Head:
         if self.split is None:
@@ -62,14 +64,20 @@ class Scorer:
 
 
 def scorer(model: nn.Module, *, temperature: float = 1.0, entropy: bool | None = None, chunk: int | None = None) -> Scorer:
-    """Splits `model`, checks the split on a tiny input and sizes the head's chunks by a byte budget."""
-    split = find_split(model)
+    """Splits `model`, checks the split on a tiny input (without dropout) and sizes the head's chunks by a byte budget."""
+    training = model.training
+    model.eval()
+    try:
+        split = find_split(model)
+        trainable = _head_parameters(split) if split else ()
+        vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1]
+    finally:
+        model.train(training)
     if split is None:
         return Scorer(model, None, temperature=temperature, entropy=entropy)
-    vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1]
     device = "cpu" if mx.default_device() == mx.Device(mx.cpu) else "gpu"
     chunk = chunk or max(32, CHUNK_BYTES[device] // (40 * vocabulary) // 32 * 32)
-    return Scorer(model, split, _head_parameters(split), temperature, entropy, chunk)
+    return Scorer(model, split, trainable, temperature, entropy, chunk)
 
 
 def token_logps(model: nn.Module, batch: Batch) -> mx.array:

@@ -31,6 +31,7 @@ def train(
     Raises:
         RunError: the loss or the gradient is not finite; weights and optimiser are those of the step before.
         KeyboardInterrupt: Ctrl-C.
+        Abandoned: a second one, before the step was over.
     """
     with Interruptible() as interrupt:
         while progress.step < total and not progress.stop:
@@ -81,6 +82,10 @@ def _advance(progress: Progress, metrics: dict[str, float], pieces: Sequence[Pie
     progress.key = mx.random.state[0]
 
 
+class Abandoned(KeyboardInterrupt):
+    """A second Ctrl-C, in the middle of a step: what is in memory may be half of one, so it must not be saved."""
+
+
 @define
 class Interruptible:
     """Ctrl-C, but not in the middle of what is held; outside the main thread the default stays."""
@@ -101,8 +106,10 @@ class Interruptible:
             signal.signal(signal.SIGINT, self._before)  # type: ignore[arg-type]
 
     def _handle(self, _: int, __: FrameType | None) -> None:
-        if not self._held or self._asked:
+        if not self._held:
             raise KeyboardInterrupt
+        if self._asked:
+            raise Abandoned
         self._asked = True
 
     def held(self) -> "_Held":
@@ -116,7 +123,7 @@ class _Held:
     def __enter__(self) -> None:
         self.interrupt._held = True
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         self.interrupt._held = False
-        if self.interrupt._asked:
+        if self.interrupt._asked and kind is None:
             raise KeyboardInterrupt

@@ -85,9 +85,7 @@ def prompts(data: str | PromptData, rollouts: Rollouts, *, repeats: int = 1, **o
         )
 
     def make(context: Context) -> Make:
-        how = (
-            evolve(rollouts, group_size=1, sampling=evolve(rollouts.sampling, temperature=0.0)) if context.validation else rollouts
-        )
+        how = _greedy(rollouts) if context.validation else rollouts
         return lambda items, index: _piece(context, how, items, index)
 
     return Source(

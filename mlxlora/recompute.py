@@ -6,13 +6,16 @@ import mlx.core as mx
 import mlx.nn as nn
 from attrs import define
 
+from .sharing import PromptCache, SharedCache
+
 
 def checkpointed(model: nn.Module) -> nn.Module:
     """Makes every block of `model.layers` recompute itself: only its input is kept.
 
     The block's class is replaced by a subclass for these instances alone, so paths of parameters stay and no other
-    model is touched. Trainable parameters and the keys of dropout are explicit inputs of the recomputed function: a
-    captured array would lose its gradient, and dropout would draw another mask.
+    model is touched. Trainable parameters, a shared prompt's keys and values and the keys of dropout are explicit inputs of
+    the recomputed function: a captured array would lose its gradient, and dropout would draw another mask.
+    A block that is handed a foreign object, such as a cache that it fills for later blocks, is not recomputed.
     """
     subclasses: dict[type, type] = {}
     for layer in model.layers:  # type: ignore[union-attr]
@@ -45,21 +48,38 @@ class _KeyedDropout(nn.Dropout):
 
 def _recomputing(cls: type) -> Any:
     def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        def inner(parameters: dict, keys: mx.array, args: tuple, kwargs: dict) -> Any:
+        if not _plain([args, kwargs]):
+            layer._keys.values = _draw(layer._dropouts)
+            return cls.__call__(layer, *args, **kwargs)
+        cache = next((a for a in (*args, *kwargs.values()) if isinstance(a, SharedCache)), PromptCache())
+
+        def inner(parameters: dict, keys: mx.array, kv: tuple, args: tuple, kwargs: dict) -> Any:
             mine = layer.trainable_parameters()
             layer.update(parameters)
             layer._keys.values = mx.stop_gradient(keys)
+            cache.kv = kv
             out = cls.__call__(layer, *args, **kwargs)
             layer.update(mine)
-            return out
+            return out, cache.kv
 
-        return mx.checkpoint(inner)(layer.trainable_parameters(), _draw(layer._dropouts), args, kwargs)
+        given = (layer.trainable_parameters(), _draw(layer._dropouts), cache.kv, args, kwargs)
+        out, cache.kv = mx.checkpoint(inner)(*given)  # keys and values go in and out as arguments, not by closure
+        return out
 
     return call
 
 
+def _plain(value: Any) -> bool:
+    """Whether all arrays of the value are seen by a function transformation: no foreign object holds any."""
+    if isinstance(value, dict):
+        return all(map(_plain, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, mx.array | bool | int | float | str | mx.Dtype | SharedCache)
+
+
 def _draw(count: int) -> mx.array:
-    """[count, 2] keys from the random state; without a dropout the state stays as it is."""
+    """[count, 2] keys from the random state; without an active dropout the state stays as it is, so a validation leaves no trace."""
     if not count:
         return mx.zeros((0, 2), mx.uint32)
     return mx.random.randint(0, 1 << 31, (count, 2)).astype(mx.uint32)

@@ -5,7 +5,8 @@ Log-probabilities under the reference are computed once, for the rows that a run
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,28 +46,36 @@ def with_reference(
         note(f"reference: scoring {len(missing)} sequences")
         known |= dict(zip(missing, log_probabilities(list(missing.values()), score, batch_size), strict=True))
         if cache:
-            _write(cache, known)
+            _keep(cache, known, note)
     return [evolve(e, ref_logps=known[digest]) for e, digest in zip(examples, digests, strict=True)]
 
 
 def referenced(make: Make, model: nn.Module, temperature: float) -> Make:
     """Pieces with `ref_logps`, computed when they are made: with `model` as it is without adapters."""
-    model.eval()
-    with disabled(model):
+    with _untrained(model):
         score = scorer(model, temperature=temperature)
     run = mx.compile(partial(score, gradient=False))
 
     def with_column(items: Sequence[Any], index: int) -> Piece:
         piece = make(items, index)
-        training = model.training
-        model.eval()
-        with disabled(model):
+        with _untrained(model):
             ref_logps = run(piece.batch)[0]
             mx.eval(ref_logps)
-        model.train(training)
         return piece._replace(batch=piece.batch._replace(ref_logps=ref_logps))
 
     return with_column
+
+
+@contextmanager
+def _untrained(model: nn.Module) -> Iterator[None]:
+    """The model without adapters and dropout; both are back afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        with disabled(model):
+            yield
+    finally:
+        model.train(training)
 
 
 def log_probabilities(examples: Sequence[Example], score: Scorer, batch_size: int) -> list[Logps]:
@@ -125,6 +134,14 @@ def _read(path: Path) -> dict[bytes, Logps]:
     if metadata.get("sha256") != _checksum(digests, ends, logps):
         raise ValueError("its checksum does not match")
     return dict(zip(map(bytes, digests), np.split(logps, ends[:-1]), strict=True))
+
+
+def _keep(cache: Path, known: dict[bytes, Logps], note: Note) -> None:
+    """Writes the cache; a run does not depend on it."""
+    try:
+        _write(cache, known)
+    except OSError as error:
+        note(f"reference: the cache {cache} cannot be written ({error.strerror})")
 
 
 def _write(path: Path, known: dict[bytes, Logps]) -> None:

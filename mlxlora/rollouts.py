@@ -72,7 +72,7 @@ def sample(
     if not prompts:
         return []
     with _evaluating(model):
-        run = _Run(model, prompts, group_size, sampling, frozenset(stop), key, route or find_route(model))
+        run = _start(model, prompts, group_size, sampling, stop, key, route or find_route(model))
         _generate(run, batch or len(run.done))
     flat = [_completion(run, row) for row in range(len(run.done))]
     return [flat[start : start + group_size] for start in range(0, len(flat), group_size)]
@@ -99,34 +99,37 @@ def rollout_stats(completions: Sequence[Sequence[Completion]], seconds: float) -
 # --- what has been sampled so far -----------------------------------------------------------
 
 
-@define(eq=False)
+@frozen(eq=False)
 class _Run:
     """The constants of one call, and what its rows have sampled; row r is sample r mod G of prompt r div G."""
 
     model: nn.Module
-    prompts: Sequence[Sequence[int]]
-    group_size: int
+    prompts: Sequence[tuple[int, ...]]  # [rows]
     sampling: Sampling
-    stop: frozenset[int]
-    key: mx.array
+    stop: Sequence[int]
     route: Route
-    keys: mx.array = None  # [rows, 2]
-    tokens: np.ndarray = None  # [rows, max_tokens]; what follows a stop token is refuse
-    logps: np.ndarray = None
-    done: np.ndarray = None  # [rows] bool
-    vocabulary: int = 0
+    keys: mx.array  # [rows, 2]
+    tokens: np.ndarray  # [rows, max_tokens]; what follows a stop token is refuse
+    logps: np.ndarray
+    done: np.ndarray  # [rows] bool: a stop token was seen
+    vocabulary: int  # V where the repetition penalty needs it, else 0
 
-    def __attrs_post_init__(self) -> None:
-        rows = len(self.prompts) * self.group_size
-        self.keys = mx.random.split(self.key, rows)
-        self.tokens = np.full((rows, self.sampling.max_tokens), -1, np.int32)
-        self.logps = np.zeros(self.tokens.shape, np.float32)
-        self.done = np.zeros(rows, bool)
-        if self.sampling.repetition_penalty != 1:
-            self.vocabulary = self.model(mx.zeros((1, 1), mx.int32)).shape[-1]
 
-    def prompt(self, row: int) -> tuple[int, ...]:
-        return tuple(self.prompts[row // self.group_size])
+def _start(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    group_size: int,
+    sampling: Sampling,
+    stop: Collection[int],
+    key: mx.array,
+    route: Route,
+) -> _Run:
+    rows = [tuple(prompt) for prompt in prompts for _ in range(group_size)]
+    tokens = np.full((len(rows), sampling.max_tokens), -1, np.int32)
+    logps, done = np.zeros(tokens.shape, np.float32), np.zeros(len(rows), bool)
+    vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1] if sampling.repetition_penalty != 1 else 0
+    keys = mx.random.split(key, len(rows))
+    return _Run(model, rows, sampling, sorted(stop), route, keys, tokens, logps, done, vocabulary)
 
 
 @define(eq=False)
@@ -153,7 +156,7 @@ class _Sampled:
 
 def _completion(run: _Run, row: int) -> Completion:
     tokens = run.tokens[row]
-    stops = np.flatnonzero(np.isin(tokens, list(run.stop)))
+    stops = np.flatnonzero(np.isin(tokens, run.stop))
     length = int(stops[0]) + 1 if stops.size else len(tokens)
     logps = run.logps[row, :length].copy()
     if not np.isfinite(logps).all():
@@ -213,7 +216,7 @@ def _look(run: _Run, pending: deque[_Sampled], ahead: int) -> None:
         rows, positions, tokens = step.rows[inside], step.positions[inside], np.array(step.tokens)[inside]
         run.tokens[rows, positions] = tokens
         run.logps[rows, positions] = np.array(step.logps)[inside]
-        run.done[rows] |= np.isin(tokens, list(run.stop))
+        run.done[rows] |= np.isin(tokens, run.stop)
 
 
 def _turnover(run: _Run, active: _Active | None, waiting: deque[int], size: int) -> _Active | None:
@@ -236,14 +239,14 @@ def _entering(run: _Run, active: _Active | None, waiting: deque[int], size: int)
     room = size - (0 if active is None else len(active.rows))
     entering: list[int] = []
     while waiting and len(entering) < room:
-        if entering and not run.route.mixed and len(run.prompt(waiting[0])) != len(run.prompt(entering[0])):
+        if entering and not run.route.mixed and len(run.prompts[waiting[0]]) != len(run.prompts[entering[0]]):
             break
         entering.append(waiting.popleft())
     return entering
 
 
 def _admitted(run: _Run, rows: list[int]) -> _Active:
-    prompts = [run.prompt(row) for row in rows]
+    prompts = [run.prompts[row] for row in rows]
     if run.route.mixed:
         slots = {prompt: slot for slot, prompt in enumerate(dict.fromkeys(prompts))}
         cache = keep_rows(prefill(run.model, list(slots)), [slots[prompt] for prompt in prompts])

@@ -14,7 +14,7 @@ import yaml
 from attrs import evolve, field, frozen
 
 from .adapters import CONFIG, WEIGHTS, load_weights, prepare, save
-from .batching import Make, Order, Piece, grouped, stream
+from .batching import Make, Order, Piece, grouped, read_tokens, stream
 from .checkpoint import Progress, load_checkpoint, newest, save_checkpoint
 from .compose import Objective
 from .config import AdapterOptions, Output, Training
@@ -22,11 +22,12 @@ from .errors import InputError, RunError
 from .evaluate import Evaluate, make_evaluate, mean_measures
 from .files import atomic_file
 from .logprobs import Scorer, scorer
-from .loop import every, train
+from .loop import Abandoned, every, train
 from .optimisers import make_optimiser
 from .recompute import checkpointed
 from .reference import referenced, with_reference
 from .report import MetricsFile, Reporter, SamplesFile, Terminal, truncate_after
+from .sharing import obstacle, pays
 from .sources import Context, Source, Split
 from .step import Step, entropy_of, make_step
 
@@ -56,6 +57,7 @@ class Run:
         reporters: who is told what happens.
         reference: loads the reference model, if it is another one.
         reference_cache: file of the reference's log-probabilities; None keeps none.
+        share: whether prompts are computed once for all of their completions.
     """
 
     model: nn.Module
@@ -72,6 +74,7 @@ class Run:
     reporters: tuple[Reporter, ...] = ()
     reference: Callable[[], nn.Module] | None = None
     reference_cache: Path | None = None
+    share: bool = False
 
     @property
     def directory(self) -> Path:
@@ -141,7 +144,7 @@ def execute(run: Run) -> dict[str, Any]:
         checkpointed(run.model)
     run.model.train()
     score = scorer(run.model, temperature=run.source.temperature, entropy=entropy_of(run.objective))
-    run = evolve(run, score=run.score or score)
+    run = evolve(run, score=run.score or score, share=_shares(run, run.score or score))
     total = total_steps(run.training, len(run.splits["train"].items))
     optimiser = make_optimiser(run.training, total)
     progress = _start(run, optimiser)
@@ -150,6 +153,22 @@ def execute(run: Run) -> dict[str, Any]:
     began = time.perf_counter()
     _train(run, step, evaluate, optimiser, progress, total)
     return _finish(run, step, evaluate, progress, time.perf_counter() - began)
+
+
+def _shares(run: Run, score: Scorer) -> bool:
+    """Whether to compute prompts once: if asked for, or where the rows say that it pays, and the model reproduces whole rows."""
+    wanted = run.source.share
+    if wanted is False:
+        return False
+    plain, shared = read_tokens(run.source.examples(item) for item in run.splits["train"].items)
+    if plain == shared or not (wanted or pays(plain, shared)):
+        return False
+    saved = f"{1 - shared / plain:.0%} of the tokens"
+    if problem := obstacle(score.forward, run.model):
+        run.tell("note", f"each prompt is computed once per completion: this model cannot share it ({problem})", warning=bool(wanted))
+        return False
+    run.tell("note", f"each prompt is computed once for all of its completions, which saves {saved}")
+    return True
 
 
 def _check_splits(run: Run) -> None:
@@ -193,7 +212,7 @@ def _start(run: Run, optimiser: Any) -> Progress:
     else:
         progress = load_checkpoint(path, run.model, optimiser)
         for name in (METRICS, SAMPLES):
-            truncate_after(run.directory / name, progress.step)
+            truncate_after(run.directory / name, progress.step or -1)  # step 0 is validated again
         run.tell("note", f"resuming {path} after step {progress.step}")
     run.directory.mkdir(parents=True, exist_ok=True)
     with atomic_file(run.directory / SETTINGS) as file:
@@ -238,6 +257,8 @@ def _train(run: Run, step: Step, evaluate: Evaluate, optimiser: Any, progress: P
     )
     try:
         train(step, _pieces(run, progress.step), progress, total, hooks, repeats=run.source.repeats)
+    except Abandoned:
+        raise
     except (KeyboardInterrupt, RunError):
         checkpoint(progress)
         run.tell("finish", {"stopped": f"after step {progress.step}", "to go on": "the same command with --resume"})
@@ -254,7 +275,7 @@ def _pieces(run: Run, done: int) -> Iterator[tuple[Piece, ...]]:
 
 def _make(run: Run, *, validation: bool) -> Make:
     """How items become batches; what is sampled during the run gets its reference's log-probabilities with each batch."""
-    context = Context(run.model, run.tokenizer, run.training.seed, validation, run.splits["train"].items)
+    context = Context(run.model, run.tokenizer, run.training.seed, validation, run.splits["train"].items, run.share)
     make = run.source.make(context)
     if validation or not run.source.online or "ref_logps" not in run.objective.needs:
         return make

@@ -65,7 +65,7 @@ def categorical(logits: mx.array, noise: mx.array) -> mx.array:
     [0, 2]
     """
     vocabulary = logits.shape[-1]
-    masses = mx.pad(mx.softmax(logits, axis=-1), ((0, 0), (0, -vocabulary % _BLOCK)))
+    masses = mx.pad(mx.softmax(logits, axis=-1), [(0, 0), (0, -vocabulary % _BLOCK)])
     masses = masses.reshape(masses.shape[0], -1, _BLOCK)
     block = _inverted(masses.sum(axis=-1), noise[:, 0])
     inside = mx.take_along_axis(masses, block[:, None, None], axis=1)[:, 0]

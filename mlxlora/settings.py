@@ -19,6 +19,8 @@ ALIASES = {
     "num_epochs": "epochs",
     "fine_tune_type": "train_type",
     "temp": "temperature",
+    "dpo_loss_type": "loss_type",
+    "dpo_cpo_loss_type": "loss_type",
     "lora_parameters.rank": "rank",
     "lora_parameters.scale": "scale",
     "lora_parameters.dropout": "dropout",

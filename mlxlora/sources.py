@@ -25,6 +25,7 @@ class Context:
         seed: of whatever is random in a batch, with the batch's number.
         validation: whether the batches are for validation or test.
         items: the training items, where a source needs more than it was given.
+        share: compute a prompt once for all of its completions.
     """
 
     model: nn.Module
@@ -32,6 +33,7 @@ class Context:
     seed: int
     validation: bool = False
     items: Sequence[Any] = ()
+    share: bool = False
 
 
 @frozen
@@ -47,6 +49,7 @@ class Source:
         online: the policy samples the sequences during the run; validation is then the mean of what pieces measured.
         temperature: logits are divided by it before they are scored, as they were when the sequences were sampled.
         repeats: optimiser steps on every batch.
+        share: whether the examples of an item share their prompt's computation; None: where that is faster.
     """
 
     data: RowOptions
@@ -57,6 +60,7 @@ class Source:
     online: bool = False
     temperature: float = 1.0
     repeats: int = 1
+    share: bool | None = False
 
     def length(self, item: Any) -> int:
         """Tokens of an item's longest sequence, so that items of a length go together."""
@@ -118,7 +122,10 @@ def pairs(data: str | PairData, *, score_prompt: bool = False, **options: Any) -
     def rebuild(pair: Pair, examples: Sequence[Example]) -> Pair:
         return evolve(pair, chosen=examples[0], rejected=examples[1])
 
-    return Source(data, prepare, always(pair_piece), lambda pair: (pair.chosen, pair.rejected), rebuild)
+    def make(context: Context) -> Make:
+        return lambda items, _: pair_piece(items, share=context.share)
+
+    return Source(data, prepare, make, lambda pair: (pair.chosen, pair.rejected), rebuild, share=data.share_prompts)
 
 
 def always(piece: Callable[[Sequence[Any]], Piece]) -> Callable[[Context], Make]:

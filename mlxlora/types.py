@@ -4,6 +4,7 @@
     T  positions of a row             S  sequences (completions)
     D  hidden size                    P  preference pairs (S = 2P: all chosen, then all rejected)
     V  vocabulary                     G  completions per prompt (S = prompts x G)
+    U  prompts that rows share        K  positions of a shared prompt
 
 Log-probabilities are natural (nats) and float32.
 """
@@ -31,6 +32,8 @@ class Batch(NamedTuple):
         preference_score: [P] weight of each pair.
         entropy: [N] entropy of the policy's distribution at each target, if the objective asks for it.
         log_sum_sq_probs: [N] log Σ_v π(v)² of the policy's distribution at each target, if the objective asks for it.
+        prefix: [U, K] int32, prompts that rows continue: row r continues prompt r div (R/U); None if rows are whole.
+        prefix_lengths: [U] int32, their tokens; the rest is padding, on the right.
     """
 
     tokens: mx.array
@@ -45,6 +48,8 @@ class Batch(NamedTuple):
     preference_score: mx.array | None = None
     entropy: mx.array | None = None
     log_sum_sq_probs: mx.array | None = None
+    prefix: mx.array | None = None
+    prefix_lengths: mx.array | None = None
 
     @property
     def sequences(self) -> int:

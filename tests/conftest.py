@@ -1,16 +1,16 @@
 """What every test may use: a fast BLAS before MLX is imported, the command line in this process, a model on disk, shared data."""
 
-from mlxlora.blas import load_fast_blas
-
-load_fast_blas()  # MLX resolves its matrix products when it is imported
-
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import orjson
 import pytest
+
+from mlxlora.blas import load_fast_blas
+
+load_fast_blas()  # before MLX is imported, which then resolves its matrix products
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -26,6 +26,16 @@ def shared() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+@pytest.fixture
+def eager() -> Iterator[None]:
+    """Without mx.compile, which on a CPU calls the C++ compiler for every new kernel."""
+    import mlx.core as mx
+
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
 
 
 class Outcome(NamedTuple):

@@ -139,7 +139,7 @@ OPTIONS = {
     "no rate": (("--learning-rate", "nan"), [GOOD], "--learning-rate must be a finite number, got nan"),
     "endless": (("--epochs", "inf"), [GOOD], "--epochs must be a finite number, got inf"),
     "dropout": (("--dropout", 1), [GOOD], "--dropout must be < 1, got 1.0"),
-    "no objective": (("--objective", "o.py:o"), [GOOD], "--objective o.py:o: no such file"),
+    "no objective": (("--objective", "o.py:o"), [GOOD], "--objective o.py: no such file"),
     "start from nothing": (("--resume-adapter-file", "a.safetensors"), [GOOD], "a.safetensors: no such file; expected a saf"),
     "start from rows": (("--resume-adapter-file", "train.jsonl"), [GOOD], "train.jsonl: not a readable safetensors file ("),
     "both": (("--resume", "--overwrite"), [GOOD], "--resume and --overwrite exclude each other"),
@@ -175,7 +175,8 @@ def test_configuration(place, capsys, text, message):
 
 
 @pytest.mark.parametrize(
-    ("options", "hint"), [(("--lerning-rate", 1), "--learning-rate"), (("--iters", "x"), "--iters"), (("--optimizer", "x"), "adamw")]
+    ("options", "hint"),
+    [(("--lerning-rate", 1), "--learning-rate"), (("--iters", "x"), "--iters"), (("--optimizer", "x"), "adamw")],
 )
 def test_flags_that_typer_reads(place, capsys, options, hint):
     """Typer prints its usage in a few lines of its own."""
@@ -334,3 +335,25 @@ def test_any_rows(place, capsys, lines, mask, template):
         assert (place / "out" / "adapters.safetensors").is_file()
         shutil.rmtree(place / "out")
         capsys.readouterr()
+
+
+@pytest.mark.parametrize("command", [("eval", "--data", "data"), ("generate", "--prompt", "hi")], ids=lambda command: command[0])
+def test_adapters_of_another_model(place, capsys, command):
+    """Evaluation and generation name all that does not fit, too."""
+    (place / "data").mkdir()
+    for name in ("train.jsonl", "test.jsonl"):
+        (place / "data" / name).write_bytes(jsonl(GOOD))
+    assert sft("--quiet", data="data") == 0
+    config = place / "out" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"rank": 2', '"rank": 3'))
+    capsys.readouterr()
+    assert mlxlora(*command, "--model", MODEL, "--adapter-path", "out") == 2
+    assert line(capsys).count("does not match model parameter shape") == 14
+    assert mlxlora(*command, "--model", MODEL, "--adapter-path", "nowhere") == 2
+    assert "The adapter path does not exist: nowhere" in line(capsys)
+
+
+def test_splits_that_are_not_there(place, capsys):
+    (place / "train.jsonl").write_bytes(jsonl(GOOD))
+    assert mlxlora("eval", "--model", MODEL, "--data", "train.jsonl") == 2
+    assert line(capsys) == "train.jsonl: no test split; found train"

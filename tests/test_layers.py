@@ -12,18 +12,31 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
     "errors types files split blas",
-    "config settings tables losses advantages templates userfile report recompute reward_functions initialise",
-    "compose logprobs scores kv adapters optimisers rows rewards sampling",
+    "config settings tables losses advantages templates userfile sharing report reward_functions initialise",
+    "compose logprobs scores kv adapters optimisers rows rewards sampling recompute",
     "terms surrogates step checkpoint data rollouts",
     "policy batching",
     "objectives evaluate loop reference sources",
+    "online",
     "run",
     "recipes",
 )
 """From the bottom to the top: a module imports modules of lower layers, never of its own."""
 
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
-MATHEMATICS = {*"types losses advantages scores compose terms surrogates policy objectives tables errors".split()}
+MATHEMATICS = {
+    "types",
+    "losses",
+    "advantages",
+    "scores",
+    "compose",
+    "terms",
+    "surrogates",
+    "policy",
+    "objectives",
+    "tables",
+    "errors",
+}
 """What an objective is made of: log-probabilities and columns, no model, no rows, no files."""
 
 HEAVY = {"mlx", "mlx_lm", "transformers", "tokenizers", "numpy", "torch", "datasets"}

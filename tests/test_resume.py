@@ -53,7 +53,6 @@ def test_killed_at_any_point(command: tuple[Any, ...], variant: tuple[Any, ...],
     same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
-
 def test_ctrl_c(command: tuple[Any, ...], tmp_path: Path, mlxlora: Any) -> None:
     command = (*command, *LENGTHS, *VARIANTS["dropout"])
     assert mlxlora(*command, "--adapter-path", tmp_path / "whole").code == 0
@@ -75,8 +74,7 @@ def test_ctrl_c_before_the_first_step(
         yield
 
     with monkeypatch.context() as patch:
-        patch.setattr("mlxlora.run.stream", interrupted)
-        patch.setattr("mlxlora.run._validate", lambda *_, **__: None)
+        patch.setattr("mlxlora.run._pieces", interrupted)
         assert mlxlora(*command, "--adapter-path", tmp_path / "stopped").code == 130
     assert mlxlora(*command, "--adapter-path", tmp_path / "stopped", "--resume").code == 0
     same_run(tmp_path / "stopped", tmp_path / "whole")
@@ -136,9 +134,7 @@ def finished(command: tuple[Any, ...], tmp_path: Path, mlxlora: Any) -> Path:
     return tmp_path / "finished"
 
 
-def stop(
-    how: signal.Signals, arguments: tuple[Any, ...], folder: Path, step: int, delay: float, log: Path | None = None
-) -> int:
+def stop(how: signal.Signals, arguments: tuple[Any, ...], folder: Path, step: int, delay: float, log: Path | None = None) -> int:
     """Exit code of a process that is sent a signal `delay` seconds after it reported `step`."""
     with (log or folder.with_name("ignored")).open("wb") as output:
         line = [sys.executable, "-m", "mlxlora_cli", *map(str, arguments)]

@@ -1,6 +1,6 @@
 """Small random models, tokenizers and batches, and what tests compare about them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from mlxlora.compose import Objective
 from mlxlora.data import Example
 from mlxlora.logprobs import Scorer, scorer
+from mlxlora.step import entropy_of
 from mlxlora.types import Batch
 
 VOCABULARY = 96
@@ -23,7 +24,13 @@ LLAMA |= {"tie_word_embeddings": False}
 GEMMA2 = _SIZES | {"model_type": "gemma2", "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 GEMMA2 |= {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16.0}
 MOE = LLAMA | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
-MOE |= {"mlp_only_layers": [], "moe_intermediate_size": 64, "norm_topk_prob": True, "rope_theta": 1e4, "max_position_embeddings": 512}
+MOE |= {
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+    "rope_theta": 1e4,
+    "max_position_embeddings": 512,
+}
 
 
 def dense(**changes: Any) -> nn.Module:
@@ -71,7 +78,9 @@ def _values(rng: np.random.Generator, leaf: mx.array) -> mx.array:
 def shaken(model: nn.Module, scale: float = 0.1) -> nn.Module:
     """Adds noise to what is trainable, so that the update of an adapter is not 0."""
     rng = np.random.default_rng(1)
-    model.update(tree_map(lambda p: p + scale * mx.array(rng.standard_normal(p.shape).astype(np.float32)), model.trainable_parameters()))
+    model.update(
+        tree_map(lambda p: p + scale * mx.array(rng.standard_normal(p.shape).astype(np.float32)), model.trainable_parameters())
+    )
     return model
 
 
@@ -84,7 +93,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>")
 
 
-def example(seed: int, *, score_prompt: bool = False, longest: int = 40) -> Example:
+def example(seed: int, *, score_prompt: bool = False, reference: bool = False, longest: int = 40) -> Example:
     """A random row: a prompt of a few tokens and a completion."""
     rng = np.random.default_rng(seed)
     length = int(rng.integers(6, longest))
@@ -92,12 +101,14 @@ def example(seed: int, *, score_prompt: bool = False, longest: int = 40) -> Exam
     completion = np.arange(length) >= start
     scored = np.arange(length) > 0 if score_prompt else completion
     prompt = scored & ~completion if score_prompt else None
-    return Example(rng.integers(1, VOCABULARY, length).astype(np.int32), scored, prompt, f"rows.jsonl:{seed + 1}")
+    tokens = rng.integers(1, VOCABULARY, length).astype(np.int32)
+    ref_logps = -rng.exponential(2.0, int(scored.sum())).astype(np.float32) if reference else None
+    return Example(tokens, scored, prompt, f"rows.jsonl:{seed + 1}", ref_logps=ref_logps)
 
 
 def loss_and_gradient(model: nn.Module, objective: Objective, batch: Batch, score: Scorer | None = None) -> tuple[dict, dict]:
     """Metrics as numbers and the gradient by name of the parameter."""
-    score = score or scorer(model, entropy="entropy" in objective.needs)
+    score = score or scorer(model, entropy=entropy_of(objective))
 
     def loss(parameters: Any) -> tuple[mx.array, dict]:
         model.update(parameters)
@@ -120,9 +131,8 @@ def snapshot(tree: Any) -> dict[str, np.ndarray]:
     return {name: np.array(leaf.astype(mx.float32)) for name, leaf in tree_flatten(tree) if isinstance(leaf, mx.array)}
 
 
-def same(a: Any, b: Any) -> bool:
-    """Whether two trees hold the same numbers, bit for bit."""
-    a, b = snapshot(a), snapshot(b)
+def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    """Whether two snapshots hold the same numbers, bit for bit."""
     return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 
 
@@ -132,8 +142,3 @@ def distance(a: dict[str, mx.array], b: dict[str, mx.array]) -> float:
     square = [(np.square(np.array(a[k]) - np.array(b[k])).sum(), np.square(np.array(b[k])).sum()) for k in b]
     difference, size = map(sum, zip(*square, strict=True))
     return float(np.sqrt(difference / max(size, 1e-30)))
-
-
-def flat(logps: Sequence[float]) -> mx.array:
-    """A column of log-probabilities."""
-    return mx.array(np.asarray(logps, np.float32))

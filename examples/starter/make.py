@@ -35,15 +35,14 @@ CONFIG = {
     "eos_token_id": 2,
 }
 TOKENIZER_ROWS = 20000
-BATCH_SIZE = 64
+PRETRAINING_ROWS = 100_000
 PRETRAINING = {
     "train_type": "full",
     "num_layers": -1,
-    "batch_size": BATCH_SIZE,
-    "learning_rate": 2e-3,
+    "batch_size": 32,
+    "learning_rate": 1.5e-3,
     "optimizer": "adamw",
     "weight_decay": 0.01,
-    "lr_schedule": "cosine",
     "warmup": 100,
     "max_seq_length": 64,
     "steps_per_report": 100,
@@ -106,7 +105,7 @@ def make(output: Path, iters: int) -> None:
         text.write(output / "data" / name, rows)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        rows = text.pretraining_rows(iters * BATCH_SIZE)
+        rows = text.pretraining_rows(PRETRAINING_ROWS)
         text.write(folder / "text" / "train.jsonl", rows)
         write_parts(folder / "parts", (row["text"] for row in rows[:TOKENIZER_ROWS]))
         mlxlora("init", config_file=folder / "parts" / "config.json", tokenizer=folder / "parts", output=folder / "model")
@@ -131,7 +130,7 @@ def accuracy(folder: Path, rows: list[dict]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Make the bundled starter from nothing.")
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parents[2] / "mlxlora" / "starter")
     parser.add_argument("--iters", type=int, default=3000, help="pretraining steps")
     args = parser.parse_args()

@@ -145,7 +145,7 @@ def write(path: Path, rows: Iterable[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Write the text of the bundled starter.")
     parser.add_argument("folder", type=Path, help="where the JSONL files go")
     parser.add_argument("--pretraining", type=int, metavar="ROWS", help="write train.jsonl with this many rows of text instead")
     parser.add_argument("--seed", type=int, default=SEED)

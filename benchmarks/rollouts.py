@@ -1,0 +1,247 @@
+"""Speed and memory of sampling groups of completions, against mlx-lm's generators and mlx-lm-lora's.
+
+    python -m benchmarks.rollouts [--device gpu] [--quick] [--json FILE]
+
+One model with random weights, the same prompts and limits, temperature 1, in one process, taking turns. Ours, mlx-lm's
+`generate_step` (one completion after the other) and its `BatchGenerator` (prompts as they are, or with the cache of a
+prompt that was read once) also keep every sampled token's log-probability, as policy gradients need; mlx-lm-lora's
+`generate_grpo` keeps none and so has less to do. "ragged": a twentieth of the probability ends a completion at every token.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from mlxlora.blas import load_fast_blas
+
+load_fast_blas()
+
+import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
+import numpy as np  # noqa: E402
+from attrs import frozen  # noqa: E402
+from mlx_lm.generate import BatchGenerator, generate_step  # noqa: E402
+from mlx_lm.models import llama, qwen3  # noqa: E402
+from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
+from mlx_lm.sample_utils import make_sampler  # noqa: E402
+
+from benchmarks.common import interleaved, markdown, setting, write_json  # noqa: E402
+from mlxlora.rollouts import Route, Sampling, find_route, sample  # noqa: E402
+
+COLUMNS = {
+    "case": "case",
+    "peer_name": "peer",
+    "ours": "ours, tokens/s",
+    "peer": "peer, tokens/s",
+    "ours_completions": "ours, completions/s",
+    "speed_ratio": "speed",
+    "ours_mb": "ours, MB",
+    "peer_mb": "peer, MB",
+    "memory_ratio": "memory",
+}
+
+
+@frozen
+class Case:
+    """Prompts and how many completions of them."""
+
+    name: str
+    lengths: Sequence[int]
+    group: int
+    tokens: int
+    ragged: bool = False
+    hidden: int = 512
+    layers: int = 8
+    vocabulary: int = 16000
+
+
+QUICK = [Case("quick, 2 prompts, G=4", (12, 20), 4, 8, hidden=64, layers=2, vocabulary=500)]
+CPU = [
+    Case("prompt 256, 48 new, G=8", (256,), 8, 48),
+    Case("prompt 256, 48 new, G=32", (256,), 32, 48),
+    Case("4 prompts of 64 to 256, up to 64 new, ragged, G=8", (64, 128, 192, 256), 8, 64, ragged=True),
+]
+GPU = [
+    Case("prompt 512, 128 new, G=8", (512,), 8, 128),
+    Case("prompt 512, 128 new, G=64", (512,), 64, 128),
+    Case("8 prompts of 128 to 512, up to 128 new, ragged, G=16", tuple(range(128, 513, 54)), 16, 128, ragged=True),
+]
+
+
+@frozen
+class Work:
+    """What every side is given."""
+
+    model: nn.Module
+    prompts: list[list[int]]
+    case: Case
+    stop: list[int]
+    route: Route
+
+
+def small_llama(case: Case) -> nn.Module:
+    """Float32, tied."""
+    args = {"model_type": "llama", "hidden_size": case.hidden, "num_hidden_layers": case.layers, "vocab_size": case.vocabulary}
+    args |= {"intermediate_size": case.hidden * 11 // 4, "num_attention_heads": case.hidden // 64 or 1, "rms_norm_eps": 1e-5}
+    return llama.Model(llama.ModelArgs.from_dict(args | {"num_key_value_heads": case.hidden // 128 or 1}))
+
+
+def qwen3_600m(_: Case) -> nn.Module:
+    """The shape of Qwen3-0.6B, bfloat16."""
+    args = {"model_type": "qwen3", "hidden_size": 1024, "num_hidden_layers": 28, "intermediate_size": 3072, "vocab_size": 151936}
+    args |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
+    model = qwen3.Model(qwen3.ModelArgs.from_dict(args | {"max_position_embeddings": 40960, "tie_word_embeddings": True}))
+    model.set_dtype(mx.bfloat16)
+    return model
+
+
+def prepare(case: Case, make: Callable[[Case], nn.Module]) -> Work:
+    """The same weights and prompts at every call."""
+    mx.random.seed(0)
+    model = make(case)
+    mx.eval(model.parameters())
+    model.eval()
+    rng, vocabulary = np.random.default_rng(0), model.args.vocab_size  # type: ignore[union-attr]
+    prompts = [rng.integers(1, vocabulary, length).tolist() for length in case.lengths]
+    stop = list(range(0, vocabulary, 20)) if case.ragged else []  # the random model is nearly uniform
+    return Work(model, prompts, case, stop, find_route(model))
+
+
+# --- the sides: each returns the number of tokens it sampled ------------------------------------------
+
+
+def ours(work: Work) -> int:
+    limits = Sampling(max_tokens=work.case.tokens)
+    groups = sample(work.model, work.prompts, work.case.group, limits, work.stop, key=mx.random.key(0), route=work.route)
+    return sum(len(completion.tokens) for group in groups for completion in group)
+
+
+def one_by_one(work: Work) -> int:
+    sampler, stop, count = make_sampler(1.0), set(work.stop), 0
+    for prompt in work.prompts:
+        for _ in range(work.case.group):
+            logps = []
+            for token, logp in generate_step(mx.array(prompt), work.model, max_tokens=work.case.tokens, sampler=sampler):
+                logps.append(logp[token])
+                if token in stop:
+                    break
+            mx.eval(logps)
+            count += len(logps)
+    return count
+
+
+def batched(work: Work) -> int:
+    return _drained(work, [(prompt, None) for prompt in work.prompts for _ in range(work.case.group)])
+
+
+def batched_shared(work: Work) -> int:
+    rows = []
+    for prompt in work.prompts:
+        cache = make_prompt_cache(work.model)
+        work.model(mx.array(prompt[:-1])[None], cache=cache)
+        mx.eval([layer.state for layer in cache])
+        rows += [(prompt[-1:], copy.copy(cache))] * work.case.group
+    return _drained(work, rows)
+
+
+def _drained(work: Work, rows: list[tuple[list[int], Any]]) -> int:
+    stop, size = [[token] for token in work.stop] or None, len(rows)
+    generator = BatchGenerator(
+        work.model, stop_tokens=stop, sampler=make_sampler(1.0), completion_batch_size=size, prefill_batch_size=size
+    )
+    prompts, caches = zip(*rows, strict=True)
+    generator.insert(list(prompts), [work.case.tokens] * size, caches=list(caches))
+    logps = []
+    while responses := generator.next_generated():
+        logps += [response.logprobs[response.token] for response in responses]
+    mx.eval(logps)
+    generator.close()
+    return len(logps)
+
+
+def mlx_lm_lora(work: Work) -> int:
+    from mlx_lm_lora.trainer.grpo_trainer import generate_grpo  # type: ignore[import-not-found]
+
+    tokenizer: Any = SimpleNamespace(eos_token_ids=work.stop, encode=lambda *_, **__: [], decode=lambda ids: "")
+    size = len(work.prompts) * work.case.group
+    limits = {"max_tokens": work.case.tokens, "group_size": work.case.group, "batch_size": size, "end_token": ""}
+    options = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    return sum(len(row) for row in generate_grpo(work.model, tokenizer, work.prompts, **limits, **options)[0])
+
+
+PEERS: dict[str, Callable[[Work], int]] = {
+    "mlx-lm generate_step": one_by_one,
+    "mlx-lm BatchGenerator": batched,
+    "mlx-lm BatchGenerator, shared caches": batched_shared,
+    "mlx-lm-lora generate_grpo": mlx_lm_lora,
+}
+
+
+# --- the table --------------------------------------------------------------------------------------
+
+
+def measure(case: Case, make: Callable[[Case], nn.Module], repetitions: int) -> list[dict[str, Any]]:
+    """A row of the table for each peer; every side samples the same completions at each repetition."""
+    work = prepare(case, make)
+    calls = {name: _seeded(side, work) for name, side in {"ours": ours, **PEERS}.items()}
+    tokens: dict[str, int] = {}
+    for name, call in list(calls.items()):
+        try:
+            tokens[name] = call()
+        except ImportError as error:
+            print(f"{name}: left out ({error})")
+            del calls[name]
+    costs = dict(zip(calls, interleaved(list(calls.values()), repetitions), strict=True))
+    return [_row(case, name, tokens, costs) for name in calls if name != "ours"]
+
+
+def _seeded(side: Callable[[Work], int], work: Work) -> Callable[[], int]:
+    def call() -> int:
+        mx.random.seed(0)
+        return side(work)
+
+    return call
+
+
+def _row(case: Case, name: str, tokens: dict[str, int], costs: dict[str, Any]) -> dict[str, Any]:
+    our, their = costs["ours"], costs[name]
+    speeds = {side: tokens[side] / costs[side].wall for side in ("ours", name)}
+    return {
+        "case": case.name,
+        "peer_name": name,
+        "ours": round(speeds["ours"]),
+        "peer": round(speeds[name]),
+        "ours_completions": round(len(case.lengths) * case.group / our.wall, 2),
+        "speed_ratio": round(speeds["ours"] / speeds[name], 2),
+        "ours_mb": round(our.peak / 1e6, 1),
+        "peer_mb": round(their.peak / 1e6, 1),
+        "memory_ratio": round(our.peak / their.peak, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "gpu"), help="MLX's default device if not given")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--repetitions", type=int, default=3, help="of each side; the medians are shown")
+    parser.add_argument("--only", metavar="TEXT", default="", help="cases whose name contains this")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows to this file")
+    options = parser.parse_args()
+    if options.device:
+        mx.set_default_device(getattr(mx, options.device))
+    on_gpu = mx.default_device() == mx.Device(mx.gpu)
+    cases, make = (GPU, qwen3_600m) if on_gpu else (CPU, small_llama)
+    cases, make = (QUICK, small_llama) if options.quick else (cases, make)
+    found: list[dict[str, Any]] = []
+    for case in (case for case in cases if options.only in case.name):
+        found += measure(case, make, 1 if options.quick else options.repetitions)
+        print("\n".join(" ".join(map(str, row.values())) for row in found[-len(PEERS) :]), flush=True)
+    print(f"\n{setting(str(mx.default_device()))}\n\n{markdown(found, COLUMNS)}")
+    if options.json:
+        write_json(options.json, found)
+
+
+if __name__ == "__main__":
+    main()
