@@ -41,9 +41,10 @@ from mlxlora.sources import Context  # noqa: E402
 from mlxlora.step import entropy_of, make_step  # noqa: E402
 
 try:
-    from mlx_lm_lora.trainer import grpo_trainer as peer
+    from mlx_lm_lora.trainer import grpo_trainer
 except ImportError:
-    peer = None
+    grpo_trainer = None
+peer: Any = grpo_trainer
 
 COLUMNS = {
     "case": "case",
@@ -104,7 +105,7 @@ class Words:
         return " ".join(map(str, ids))
 
 
-def reward(prompts: list[str], completions: list[str], answer: list[str], types: Any = None) -> list[float]:
+def reward(prompts: list[str], completions: list[str], answer: list[str], types: Any = None) -> list[float | None]:
     """Differs within a group."""
     return [sum(map(int, text.split())) % 97 / 97 for text in completions]
 
@@ -138,7 +139,7 @@ def make_prompts(case: Case) -> list[Prompt]:
 
 def ours(case: Case, rows: Sequence[Prompt]) -> tuple[Parts, Piece, Callable[[], float]]:
     """(what is measured, a batch, the norm of the gradient on it)."""
-    model, objective, route = make_model(case), grpo(beta=case.beta), None
+    model, objective = make_model(case), grpo(beta=case.beta)
     step = make_step(model, optim.Adam(learning_rate=1e-5), objective, score=scorer(model, entropy=entropy_of(objective)))
     route, sampling = find_route(model), Sampling(max_tokens=case.completion)
     how = Rollouts((NamedReward("reward", reward),), case.group_size, sampling, route=route)
@@ -156,7 +157,7 @@ def ours(case: Case, rows: Sequence[Prompt]) -> tuple[Parts, Piece, Callable[[],
         "rollout": rollout,
         "training step": lambda: step(piece.batch),
     }
-    return parts, piece, lambda: step(piece.batch)["grad_norm"].item()
+    return parts, piece, lambda: float(step(piece.batch)["grad_norm"].item())
 
 
 def theirs(case: Case, rows: Sequence[Prompt], piece: Piece) -> tuple[Parts, Callable[[], float]]:
@@ -182,7 +183,7 @@ def theirs(case: Case, rows: Sequence[Prompt], piece: Piece) -> tuple[Parts, Cal
 
     def train(*rolled: Any) -> None:
         (loss, *_), grads = gradient(*rolled)
-        if not mx.all(mx.stack([mx.isfinite(loss), *(mx.all(mx.isfinite(g)) for _, g in tree_flatten(grads))])).item():
+        if not mx.all(mx.stack([mx.isfinite(loss), *(mx.all(mx.isfinite(g)) for _, g in tree_flatten(grads))])).item():  # type: ignore[arg-type]
             raise FloatingPointError
         optimiser.update(model, grads)
         mx.eval(model.state, optimiser.state, loss)
@@ -196,7 +197,7 @@ def theirs(case: Case, rows: Sequence[Prompt], piece: Piece) -> tuple[Parts, Cal
     again = fixed, [""] * len(fixed), [i for i in range(len(rows)) for _ in range(case.group_size)], piece.batch.advantages, {}
 
     def norm() -> float:
-        return mx.sqrt(sum(mx.square(g).sum() for _, g in tree_flatten(gradient(*again)[1]))).item()  # type: ignore[arg-type]
+        return float(np.sqrt(sum(mx.square(g).sum().item() for _, g in tree_flatten(gradient(*again)[1]))))
 
     return {"whole step": whole, "rollout": rollout, "training step": lambda: train(*again)}, norm
 
@@ -215,22 +216,27 @@ def measure(case: Case, repetitions: int) -> list[dict[str, Any]]:
         calls = [part, *([their_parts[name]] if peer else [])]
         for call in calls:
             call(), call()  # every shape is compiled
-        row = {"case": f"{case.name}, {name}", **_compared(*interleaved(calls, repetitions))}
-        found.append({**row, "difference": difference if name == "training step" else ""})
+        row = _compared(*interleaved(calls, repetitions)) | {"case": f"{case.name}, {name}"}
+        found.append(row | {"difference": difference if name == "training step" else ""})
+        print(" ".join(str(found[-1][column]) for column in COLUMNS), flush=True)
     return found
 
 
 def _compared(our: Cost, their: Cost | None = None) -> dict[str, Any]:
     costs = {"ours": round(1000 * our.wall, 1), "ours_mb": round(our.peak / 1e6, 1)}
     if their is None:
-        return {**dict.fromkeys(COLUMNS), **costs}
-    return costs | {
-        "peer": round(1000 * their.wall, 1),
-        "speed_ratio": round(their.wall / our.wall, 2),
-        "cpu_ratio": round(our.cpu / their.cpu, 2),
-        "peer_mb": round(their.peak / 1e6, 1),
-        "memory_ratio": round(our.peak / their.peak, 2),
-    }
+        return dict.fromkeys(COLUMNS) | costs
+    return (
+        dict.fromkeys(COLUMNS)
+        | costs
+        | {
+            "peer": round(1000 * their.wall, 1),
+            "speed_ratio": round(their.wall / our.wall, 2),
+            "cpu_ratio": round(our.cpu / their.cpu, 2),
+            "peer_mb": round(their.peak / 1e6, 1),
+            "memory_ratio": round(our.peak / their.peak, 2),
+        }
+    )
 
 
 def main() -> None:
@@ -248,7 +254,7 @@ def main() -> None:
     found: list[dict[str, Any]] = []
     for case in (case for case in (QUICK if options.quick else CASES) if options.only in case.name):
         found += measure(case, 2 if options.quick else options.repetitions)
-    print(f"{setting(str(mx.default_device()))}\n\n{markdown(found, COLUMNS)}")
+    print(f"\n{setting(str(mx.default_device()))}\n\n{markdown(found, COLUMNS)}")
     if options.json:
         write_json(options.json, found)
 

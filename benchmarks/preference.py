@@ -4,12 +4,14 @@
 
 Both train the same llama-shaped model (random float32 weights, LoRA of rank 8 on every linear layer, Adam) on the same
 pairs in one process, compiled, and take turns. Theirs is the compiled step of `train_dpo`, `train_cpo` and `train_orpo`
-with their loss functions, on batches of their iterators; for DPO a second model is their reference. Ours is `make_step`
-with the layout that a run would choose; "whole" is `make_step` with every row whole, so whole / ours is what sharing prompts
-brings. Our reference is a column that was computed before: "with reference" is the speed when that is paid too, which is so in a run's
-first epoch. CPO is compared without its NLL, which theirs lacks. An error is the relative difference of the first loss to
-the definition, each row by itself; in ORPO theirs averages the NLL over sequences, ours over tokens, as TRL does, so
-completions of several lengths show there.
+with their loss functions, on batches of their iterators; for DPO a second model is their reference. Their metrics are left
+out, because with them the compiled step of CPO raises `IndexError: _Map_base::at` (mlx 0.32.4 on a CPU). Ours is `make_step`
+with the layout that a run would choose; "whole" is `make_step` with every row whole, so whole / ours is what sharing
+prompts brings. Our reference is a column that was computed before: "with reference" is the speed when that is paid too,
+which is so in a run's first epoch. CPO is compared without its NLL, which theirs lacks. An error is the relative
+difference of the first loss to the definition, each row by itself; in ORPO theirs averages the NLL over sequences, ours
+over tokens, as TRL does, so completions of several lengths show there. Memory is above what was there before the step:
+their second model is not counted.
 
 The peer is not a dependency: pip install --no-deps mlx-lm-lora==5.10.2 (and tqdm). Without it only ours is measured.
 """
@@ -33,7 +35,7 @@ from mlx_lm.models import llama  # noqa: E402
 
 from benchmarks.common import interleaved, markdown, setting, write_json  # noqa: E402
 from mlxlora import AdapterOptions, Objective, disabled, make_step, objectives, prepare  # noqa: E402
-from mlxlora.batching import pair_piece, read_tokens  # noqa: E402
+from mlxlora.batching import pair_piece, read_positions  # noqa: E402
 from mlxlora.data import Example, Pair  # noqa: E402
 from mlxlora.logprobs import scorer  # noqa: E402
 from mlxlora.reference import log_probabilities  # noqa: E402
@@ -214,9 +216,9 @@ def their_step(case: Case, pairs: Sequence[Pair]) -> tuple[Step, float] | None:
 
     @partial(mx.compile, inputs=state, outputs=state)
     def step(batch: tuple[mx.array, ...]) -> tuple[Any, ...]:
-        (value, reward, tokens, metrics), grad = loss_and_grad(*batch)
+        (value, reward, tokens, _), grad = loss_and_grad(*batch)
         optimizer.update(model, grad)
-        return value, reward, tokens, metrics
+        return value, reward, tokens
 
     def run() -> float:
         out = step(batch)
@@ -274,7 +276,7 @@ THEIRS = {"dpo": _their_dpo, "cpo": _their_cpo, "orpo": _their_orpo}
 def measure(case: Case, repetitions: int, *, share: bool | None = None) -> dict[str, Any]:
     """One row of the table."""
     pairs, reference = our_reference(case, make_pairs(case))
-    chosen = pays(*read_tokens((p.chosen, p.rejected) for p in pairs)) if share is None else share
+    chosen = pays(*read_positions((p.chosen, p.rejected) for p in pairs)) if share is None else share
     (ours, our_loss), (whole, _), theirs = (
         our_step(case, pairs, share=chosen),
         our_step(case, pairs, share=False),

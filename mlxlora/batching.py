@@ -53,13 +53,15 @@ def collate(examples: Sequence[Example], *, groups: Sequence[Sequence[int]] = ()
 
     Args:
         examples: S rows.
-        groups: numbers of the examples that share a prompt, which is then computed once; all of one size. None: whole rows.
+        groups: numbers of the examples that share a prompt, which is then computed once; all of one size. Empty: whole rows.
         columns: further columns of the batch, as arrays.
 
     Returns:
         A batch whose T, N and K are on the ladder: padding and filler change no result.
     """
     prefixes = [examples[group[0]].tokens[: shared_tokens([examples[s] for s in group])] for group in groups]
+    if not any(map(len, prefixes)):
+        groups, prefixes = (), []
     order = [s for group in groups for s in group] or range(len(examples))
     starts = [len(p) for p, group in zip(prefixes, groups, strict=True) for _ in group] or [0] * len(examples)
     tokens = _padded([examples[s].tokens[start:-1] for s, start in zip(order, starts, strict=True)])  # the last is a target only
@@ -93,13 +95,14 @@ def shared_tokens(examples: Sequence[Example]) -> int:
     return int(differ.argmax()) if differ.any() else limit
 
 
-def read_tokens(groups: Iterable[Sequence[Example]]) -> tuple[int, int]:
-    """Tokens that the model reads if every row is whole, and if each group's prompt is read once."""
-    plain = saved = 0
+def read_positions(groups: Iterable[Sequence[Example]]) -> tuple[int, int]:
+    """Positions that the model computes, padding included, if every row is whole, and if each group's prompt is read once."""
+    plain = shared = 0
     for group in groups:
-        plain += sum(len(e.tokens) - 1 for e in group)
-        saved += (len(group) - 1) * shared_tokens(group)
-    return plain, plain - saved
+        start = shared_tokens(group)
+        plain += sum(bucket(len(e.tokens) - 1) for e in group)
+        shared += (bucket(start) if start else 0) + sum(bucket(len(e.tokens) - 1 - start) for e in group)
+    return plain, shared
 
 
 def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:

@@ -49,7 +49,7 @@ class _KeyedDropout(nn.Dropout):
 def _recomputing(cls: type) -> Any:
     def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
         if not _plain([args, kwargs]):
-            layer._keys.values = _draw(layer._dropouts)
+            layer._keys.values = _draw(layer)
             return cls.__call__(layer, *args, **kwargs)
         cache = next((a for a in (*args, *kwargs.values()) if isinstance(a, SharedCache)), PromptCache())
 
@@ -62,7 +62,7 @@ def _recomputing(cls: type) -> Any:
             layer.update(mine)
             return out, cache.kv
 
-        given = (layer.trainable_parameters(), _draw(layer._dropouts), cache.kv, args, kwargs)
+        given = (layer.trainable_parameters(), _draw(layer), cache.kv, args, kwargs)
         out, cache.kv = mx.checkpoint(inner)(*given)  # keys and values go in and out as arguments, not by closure
         return out
 
@@ -78,8 +78,8 @@ def _plain(value: Any) -> bool:
     return value is None or isinstance(value, mx.array | bool | int | float | str | mx.Dtype | SharedCache)
 
 
-def _draw(count: int) -> mx.array:
-    """[count, 2] keys from the random state; without an active dropout the state stays as it is, so a validation leaves no trace."""
-    if not count:
+def _draw(layer: Any) -> mx.array:
+    """[dropouts, 2] keys from the random state; no dropout is active in evaluation, which so leaves the state alone."""
+    if not (layer._dropouts and layer.training):
         return mx.zeros((0, 2), mx.uint32)
-    return mx.random.randint(0, 1 << 31, (count, 2)).astype(mx.uint32)
+    return mx.random.randint(0, 1 << 31, (layer._dropouts, 2)).astype(mx.uint32)

@@ -14,7 +14,7 @@ import yaml
 from attrs import evolve, field, frozen
 
 from .adapters import CONFIG, WEIGHTS, load_weights, prepare, save
-from .batching import Make, Order, Piece, grouped, read_tokens, stream
+from .batching import Make, Order, Piece, grouped, read_positions, stream
 from .checkpoint import Progress, load_checkpoint, newest, save_checkpoint
 from .compose import Objective
 from .config import AdapterOptions, Output, Training
@@ -145,7 +145,7 @@ def execute(run: Run) -> dict[str, Any]:
     run.model.train()
     score = scorer(run.model, temperature=run.source.temperature, entropy=entropy_of(run.objective))
     run = evolve(run, score=run.score or score, share=_shares(run, run.score or score))
-    total = total_steps(run.training, len(run.splits["train"].items))
+    total = total_steps(run.training, len(run.splits["train"].items), run.source.repeats)
     optimiser = make_optimiser(run.training, total)
     progress = _start(run, optimiser)
     step = make_step(run.model, optimiser, run.objective, score=run.score, max_grad_norm=run.training.max_grad_norm)
@@ -160,14 +160,15 @@ def _shares(run: Run, score: Scorer) -> bool:
     wanted = run.source.share
     if wanted is False:
         return False
-    plain, shared = read_tokens(run.source.examples(item) for item in run.splits["train"].items)
+    plain, shared = read_positions(run.source.examples(item) for item in run.splits["train"].items)
     if plain == shared or not (wanted or pays(plain, shared)):
         return False
-    saved = f"{1 - shared / plain:.0%} of the tokens"
     if problem := obstacle(score.forward, run.model):
-        run.tell("note", f"each prompt is computed once per completion: this model cannot share it ({problem})", warning=bool(wanted))
+        run.tell(
+            "note", f"each prompt is computed once per completion: this model cannot share it ({problem})", warning=bool(wanted)
+        )
         return False
-    run.tell("note", f"each prompt is computed once for all of its completions, which saves {saved}")
+    run.tell("note", f"each prompt is computed once for all of its completions: {shared / plain:.0%} of the work")
     return True
 
 
@@ -182,13 +183,14 @@ def _check_splits(run: Run) -> None:
         raise InputError("--test needs a test split: add test.jsonl to the data folder")
 
 
-def total_steps(training: Training, rows: int) -> int:
-    """Optimiser steps of a run; the last one may have fewer batches.
+def total_steps(training: Training, rows: int, repeats: int = 1) -> int:
+    """Optimiser steps of a run, `repeats` on every batch; the last one may have fewer batches.
 
     >>> total_steps(Training(epochs=2, batch_size=4, grad_accumulation_steps=2), rows=10)
     3
     """
-    return -(-_batches(training, rows) // training.grad_accumulation_steps)
+    steps = -(-_batches(training, rows) // training.grad_accumulation_steps)
+    return steps if training.epochs is None else steps * repeats
 
 
 def _batches(training: Training, rows: int) -> int:
@@ -279,6 +281,8 @@ def _make(run: Run, *, validation: bool) -> Make:
     make = run.source.make(context)
     if validation or not run.source.online or "ref_logps" not in run.objective.needs:
         return make
+    if run.reference is None and run.adapter.train_type == "full":
+        raise InputError("the objective needs a reference, which full training changes as it goes; use --train-type lora or dora")
     return referenced(make, run.reference() if run.reference else run.model, run.source.temperature)
 
 

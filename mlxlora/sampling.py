@@ -59,7 +59,8 @@ def categorical(logits: mx.array, noise: mx.array) -> mx.array:
     """Inverts the distribution function: [R, V] logits, [R, 2] uniform numbers to [R] int32 tokens.
 
     One number picks a block of the vocabulary, the other a token in it: a running sum over the whole vocabulary would
-    lose tokens rarer than float32's 6e-8. A third of the time of Gumbel noise on a CPU, which needs V numbers a row.
+    lose tokens rarer than float32's 6e-8. Gumbel noise needs V numbers a row: on a CPU with V = 16000 whole rollouts took
+    1.3 times as long with it, on a GPU about as long.
 
     >>> categorical(mx.log(mx.array([[0.25, 0.0, 0.75]] * 2)), mx.array([[0.0, 0.2], [0.0, 0.3]])).tolist()
     [0, 2]

@@ -18,8 +18,8 @@ from .types import Batch
 
 Forward = Callable[..., mx.array]
 
-# Tokens read without sharing / with sharing, from which on sharing is faster. cpu: see benchmarks/preference.py. cuda: an
-# H200, Qwen3-0.6B's shape, 8 pairs: 0.4x at a ratio of 1.33, 0.8x at 1.75, 1.1x at 1.8. Not measured on a Mac.
+# Positions computed without sharing / with sharing, from which on sharing is faster. cpu: see benchmarks/preference.py. cuda:
+# an H200, Qwen3-0.6B's shape, 8 pairs: 0.4x at a ratio of 1.33, 0.8x at 1.75, 1.1x at 1.8. Not measured on a Mac.
 PAYS_FROM = {"cpu": 1.1, "cuda": 1.8, "metal": 1.8}
 
 
@@ -94,7 +94,7 @@ def _repeated(array: mx.array, repeats: int) -> mx.array:
 
 
 def pays(plain: int, shared: int, device: str | None = None) -> bool:
-    """Whether sharing is faster, by the tokens that the model reads without it and with it.
+    """Whether sharing is faster, by the positions that the model computes without it and with it.
 
     >>> pays(plain=2 * (384 + 64), shared=384 + 2 * 64, device="cpu"), pays(2 * (128 + 128), 128 + 2 * 128, "cuda")
     (True, False)

@@ -50,7 +50,7 @@ def test_the_table_names_every_architecture_and_every_reason() -> None:
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (SystemExit(1), "asks for another package"),
+        (SystemExit(1), "a package that is not installed"),
         (RuntimeError("[metal_kernel] No Metal back-end."), "Metal kernel"),
         (ValueError("[gather_axis] Cannot calculate VJP with respect to indices."), "no gradient"),
         (ValueError("[eval] Attempting to eval an array during function transformations"), "evaluates arrays"),

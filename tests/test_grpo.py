@@ -16,7 +16,13 @@ from conftest import Outcome
 from mlx_lm.utils import load
 from test_resume import stop
 
-from mlxlora.policy import GRPO_LOSSES
+from mlxlora.config import AdapterOptions, Training
+from mlxlora.errors import InputError
+from mlxlora.online import Rollouts, prompts
+from mlxlora.policy import GRPO_LOSSES, grpo
+from mlxlora.recipes import run
+from mlxlora.rewards import NamedReward
+from mlxlora.rollouts import Sampling
 
 Run = Callable[..., Outcome]
 REWARDS = """
@@ -227,6 +233,19 @@ def test_dropout_is_active_with_a_reference(command: tuple[Any, ...], tmp_path: 
         assert mlxlora(*command, *TINY, "--beta", 0.1, "--dropout", dropout, "--adapter-path", path).code == 0
         norms.append(train_records(path)[0]["grad_norm"])
     assert norms[0] != norms[1]
+
+
+def test_full_training_without_a_second_model_has_no_reference(model_folder: Path, folder: Path, tmp_path: Path) -> None:
+    source = prompts(str(folder), Rollouts((NamedReward("equal", lambda completions: [1.0] * len(completions)),), 2, Sampling()))
+    full, loaded = AdapterOptions(train_type="full", num_layers=-1), load(str(model_folder))[:2]
+    with pytest.raises(InputError, match="reference"):
+        run(*loaded, grpo(beta=0.1), source, Training(iters=1, batch_size=2), adapter=full, adapter_path=str(tmp_path), quiet=True)
+
+
+def test_an_epoch_is_a_pass_over_the_prompts(command: tuple[Any, ...], tmp_path: Path, mlxlora: Run) -> None:
+    more = ("--epochs", 1, "--num-iterations", 2, "--beta", 0, "--val-batches", 0, "--adapter-path", tmp_path)
+    assert mlxlora(*command, *TINY, *more).code == 0
+    assert len(train_records(tmp_path)) == 8, "four batches of the seven prompts, two steps on each"
 
 
 # --- rewards -----------------------------------------------------------------------------------------------

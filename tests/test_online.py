@@ -85,7 +85,7 @@ def source(
     return found.make(Context(model, tokenizer, seed, validation, items)), items
 
 
-def spread(completion_ids: list[list[int]]) -> list[float]:
+def spread(completion_ids: list[list[int]]) -> list[float | None]:
     """Differs within a group, and for all that is known about the completion only."""
     return [sum(ids) % 97 / 97 for ids in completion_ids]
 

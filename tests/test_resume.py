@@ -14,6 +14,8 @@ import numpy as np
 import orjson
 import pytest
 
+from mlxlora.loop import Abandoned, Interruptible
+
 TIMED = ("seconds", "seconds_waited", "seconds_stepped", "tokens_per_second", "peak_memory_gb")
 LENGTHS = ("--iters", 24, "--steps-per-report", 2, "--steps-per-eval", 5, "--save-every", 3)
 VARIANTS = {
@@ -78,6 +80,28 @@ def test_ctrl_c_before_the_first_step(
         assert mlxlora(*command, "--adapter-path", tmp_path / "stopped").code == 130
     assert mlxlora(*command, "--adapter-path", tmp_path / "stopped", "--resume").code == 0
     same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_one_ctrl_c_waits_for_the_step_and_two_do_not() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt) as raised, Interruptible() as interrupt, interrupt.held():
+        signal.raise_signal(signal.SIGINT)
+        done.append("step")
+    assert done == ["step"] and raised.type is KeyboardInterrupt
+    with pytest.raises(Abandoned), Interruptible() as interrupt, interrupt.held():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_second_ctrl_c_saves_nothing(
+    command: tuple[Any, ...], tmp_path: Path, mlxlora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def abandoned(*_: Any, **__: Any) -> None:
+        raise Abandoned
+
+    monkeypatch.setattr("mlxlora.run.train", abandoned)
+    assert mlxlora(*command, *LENGTHS, "--adapter-path", tmp_path).code == 130
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def truncated(checkpoint: Path) -> None:

@@ -19,7 +19,7 @@ from test_laws_objectives import OBJECTIVES
 from tiny import LLAMA, VOCABULARY, dense, distance, experts, loss_and_gradient, quantised, shaken, softcapped, tied
 
 from mlxlora import AdapterOptions, prepare
-from mlxlora.batching import bucket, collate, pair_piece, read_tokens, shared_tokens
+from mlxlora.batching import bucket, collate, pair_piece, read_positions, shared_tokens
 from mlxlora.compose import Objective
 from mlxlora.data import Example, Pair
 from mlxlora.logprobs import scorer
@@ -60,7 +60,13 @@ SHORT = ("--iters", 3, "--steps-per-report", 1, "--num-layers", -1)
 ON_PAIRS = {name: o for name, o in OBJECTIVES.items() if name.startswith(("dpo", "cpo", "simpo", "alphapo", "orpo"))}
 MAMBA = {"num_heads": 4, "head_dim": 16, "state_size": 16, "conv_kernel": 4, "n_groups": 1, "expand": 1, "chunk_size": 8}
 MAMBA |= {"use_bias": False, "use_conv_bias": True, "residual_in_fp32": False, "rms_norm": True, "time_step_rank": 4}
-MAMBA |= {"hidden_size": 64, "vocab_size": VOCABULARY, "num_hidden_layers": 2, "layer_norm_epsilon": 1e-5, "time_step_limit": (0.0, 9.0)}
+MAMBA |= {
+    "hidden_size": 64,
+    "vocab_size": VOCABULARY,
+    "num_hidden_layers": 2,
+    "layer_norm_epsilon": 1e-5,
+    "time_step_limit": (0.0, 9.0),
+}
 
 
 def adapted(model: nn.Module, **options: Any) -> nn.Module:
@@ -73,7 +79,9 @@ def pair(seed: int, *, prompt: int, longest: int = 12) -> Pair:
     """A random pair with reference log-probabilities; the completions may begin alike."""
     rng = np.random.default_rng(seed)
     start, same = rng.integers(1, VOCABULARY, prompt), rng.integers(1, VOCABULARY, int(rng.integers(0, 3)))
-    return Pair(*(_example(rng, start, np.concatenate([same, rng.integers(1, VOCABULARY, rng.integers(1, longest))])) for _ in "cr"))
+    return Pair(
+        *(_example(rng, start, np.concatenate([same, rng.integers(1, VOCABULARY, rng.integers(1, longest))])) for _ in "cr")
+    )
 
 
 def _example(rng: np.random.Generator, prompt: np.ndarray, completion: np.ndarray) -> Example:
@@ -193,13 +201,21 @@ def test_the_token_that_predicts_the_first_scored_one_stays_in_the_row() -> None
     a, b = (_example(rng, np.array([5, 6, 7]), np.array(tail)) for tail in ([8, 1], [8, 2]))
     assert shared_tokens([a, b]) == 2
     assert shared_tokens([a, _example(rng, np.array([5, 9, 7]), np.array([1]))]) == 1
-    assert read_tokens([[a, b]]) == (8, 6)
 
 
 def test_scored_prompts_are_not_shared() -> None:
     rng = np.random.default_rng(0)
     e = _example(rng, np.array([5, 6, 7]), np.array([8]))
-    assert shared_tokens([evolve(e, scored=np.arange(4) > 0)] * 2) == 0
+    scored = [evolve(e, scored=np.arange(4) > 0)] * 2
+    assert shared_tokens(scored) == 0
+    assert collate(scored, groups=[(0, 1)]).prefix is None
+    assert read_positions([scored]) == (64, 64)
+
+
+def test_the_estimate_counts_padding() -> None:
+    short, long = pair(0, prompt=20), pair(0, prompt=200)
+    assert read_positions([(short.chosen, short.rejected)]) == (64, 96)
+    assert read_positions([(long.chosen, long.rejected)]) == (2 * bucket(200), bucket(199) + 64)
 
 
 def test_a_window_reaches_back_into_the_prompt() -> None:
@@ -241,10 +257,10 @@ def rows(folder: Path, prompt: str) -> Path:
 @pytest.mark.parametrize(
     ("prompt", "flags", "said"),
     [
-        ("a long question " * 4, (), "once for all of its completions, which saves"),
+        ("a long question " * 4, (), "once for all of its completions"),
         ("a", (), ""),
         ("a long question " * 4, ("--no-share-prompts",), ""),
-        ("a", ("--share-prompts",), "once for all of its completions, which saves"),
+        ("a", ("--share-prompts",), "once for all of its completions"),
     ],
     ids=["auto", "too short", "off", "on"],
 )

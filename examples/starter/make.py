@@ -132,7 +132,7 @@ def accuracy(folder: Path, rows: list[dict]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the bundled starter from nothing.")
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parents[2] / "mlxlora" / "starter")
-    parser.add_argument("--iters", type=int, default=3000, help="pretraining steps")
+    parser.add_argument("--iters", type=int, default=4000, help="pretraining steps")
     args = parser.parse_args()
     make(args.output, args.iters)
     rows = text.datasets()["grpo/valid.jsonl"]
