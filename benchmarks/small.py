@@ -221,7 +221,8 @@ def build(name: str, seed: int = 0) -> nn.Module:
     module = import_module(f"mlx_lm.models.{name}")
     model = module.Model(module.ModelArgs.from_dict(small_config(name)))
     model.set_dtype(mx.float32)
-    zeros = {k: v for k, v in tree_flatten(model.parameters()) if mx.issubdtype(v.dtype, mx.floating) and not v.any()}
+    weights: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    zeros = {k: v for k, v in weights.items() if mx.issubdtype(v.dtype, mx.floating) and not v.any()}
     model.update(tree_unflatten([(name, 0.1 * mx.random.normal(value.shape)) for name, value in zeros.items()]))
     mx.eval(model.parameters())
     return model

@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
+from safetensors import SafetensorError, safe_open
 
 from .config import AdapterOptions
 from .errors import InputError
@@ -144,10 +145,12 @@ def read_arrays(file: str | Path) -> dict[str, mx.array]:
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a safetensors file such as adapters/{WEIGHTS}")
     try:
+        with safe_open(path, framework="np"):  # checks the header before MLX trusts it
+            pass
         with path.open("rb") as handle:
-            arrays = mx.load(handle, format="safetensors")  # type: ignore[call-overload]
+            arrays: Any = mx.load(handle, format="safetensors")
             mx.eval(arrays)
-    except (RuntimeError, ValueError) as error:
+    except (SafetensorError, RuntimeError, ValueError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({str(error).splitlines()[0]})") from None
     return arrays
 

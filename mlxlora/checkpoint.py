@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 import orjson
 from attrs import asdict, define, field
 from mlx.utils import tree_flatten, tree_unflatten
@@ -40,7 +41,7 @@ class Progress:
     best: float | None = None
     waited: int = 0
     stop: str = ""
-    key: mx.array = field(factory=lambda: mx.random.state[0], metadata={"array": True})
+    key: mx.array = field(factory=lambda: random_key(), metadata={"array": True})
 
 
 def save_checkpoint(
@@ -79,9 +80,20 @@ def load_checkpoint(path: Path, model: nn.Module, optimiser: optim.Optimizer) ->
         raise InputError(f"{path} does not fit this run: {problems}")
     model.load_weights(list(weights.items()), strict=False)
     _update(optimiser.state, tree_unflatten(list(arrays.items())))
-    high, low = key.tolist()  # type: ignore[misc]
-    mx.random.seed((high << 32) | low)  # the key of a seed is its two halves
+    restore_random_key(key)
     return Progress(key=key, **state)
+
+
+def random_key() -> mx.array:
+    """The state of MLX's global random generator, [2] uint32."""
+    state: Any = mx.random.state
+    return state[0]
+
+
+def restore_random_key(key: mx.array) -> None:
+    """Puts a state back: the key of a seed is its two halves."""
+    high, low = (int(half) for half in np.array(key))
+    mx.random.seed((high << 32) | low)
 
 
 def newest(directory: Path) -> tuple[Path | None, list[str]]:

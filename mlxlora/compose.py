@@ -38,11 +38,10 @@ class Objective:
     A term whose coefficient is 0 is reported but not optimised.
     """
 
-    terms: tuple[tuple[float, Term], ...] = field()
+    terms: tuple[tuple[float, Term], ...]
 
-    @terms.validator
-    def _unique(self, _: object, terms: tuple[tuple[float, Term], ...]) -> None:
-        names = [t.name for _, t in terms]
+    def __attrs_post_init__(self) -> None:
+        names = [t.name for _, t in self.terms]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise ValueError(f"terms of an objective must have unique names, got {', '.join(twice)} twice; give one a name=")
 

@@ -6,6 +6,7 @@ from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from .batching import Piece
 from .compose import Metrics, Objective
@@ -38,7 +39,7 @@ def make_evaluate(model: nn.Module, objective: Objective, score: Scorer) -> Eval
             parts = sums(piece.batch)
             mx.eval(parts)
             for pooled, part in zip((total, count), parts, strict=True):
-                pooled.update({name: pooled.get(name, 0.0) + value.item() for name, value in part.items()})
+                pooled.update({name: pooled.get(name, 0.0) + float(np.array(value)) for name, value in part.items()})
         model.train(training)
         return _with_loss(objective, {name: total[name] / max(count[name], 1) for name in total})
 

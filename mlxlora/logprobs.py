@@ -97,7 +97,7 @@ def _scores(head: Head, temperature: float, entropy: bool | None, hidden: mx.arr
     logits = head(hidden)
     if temperature != 1.0:
         logits = logits.astype(mx.float32) / temperature
-    logps, lse = _logps(logits, targets)
+    logps, lse = _logps(logits, targets)  # type: ignore[misc]
     if entropy is None:
         return logps[None]
     entropies = _entropy(logits, lse)
@@ -157,11 +157,12 @@ def _rows(inner: Head, chunk: int, kinds: int) -> Head:
     """
 
     def with_rows(hidden: mx.array, targets: mx.array, _: int) -> list[mx.array]:
-        (scores,), (first,) = mx.vjp(lambda h: inner(h, targets), [hidden], [_only(0, inner, hidden, targets)])
-        if kinds == 1:
-            return [scores, first[None]]
-        _, (second,) = mx.vjp(lambda h: inner(h, targets), [hidden], [_only(1, inner, hidden, targets)])
-        return [scores, mx.stack([first, second])]
+        def rows(kind: int) -> tuple[mx.array, mx.array]:
+            outputs, gradients = mx.vjp(lambda h: inner(h, targets), [hidden], [_only(kind, inner, hidden, targets)])
+            return outputs[0], gradients[0]
+
+        scores, first = rows(0)
+        return [scores, mx.stack([first, *(rows(kind)[1] for kind in range(1, kinds))])]
 
     @mx.custom_function
     def forward(hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
@@ -174,7 +175,7 @@ def _rows(inner: Head, chunk: int, kinds: int) -> Head:
         gradient = (cotangents[0][:kinds, :, None] * outputs[1]).sum(axis=0)
         return gradient.astype(hidden.dtype), mx.zeros_like(targets)
 
-    return lambda hidden, targets: forward(hidden, targets)[0]
+    return lambda hidden, targets: forward(hidden, targets)[0]  # type: ignore[index]
 
 
 def _only(kind: int, inner: Head, hidden: mx.array, targets: mx.array) -> mx.array:
@@ -212,7 +213,7 @@ def _recomputed(inner: Head, model: nn.Module, names: tuple[str, ...], chunk: in
         done = _chunks(hidden, targets, chunk, piece)
         return mx.concatenate([d[0] for d in done]), mx.zeros_like(targets), *done[-1][1:]
 
-    return lambda hidden, targets: forward(hidden, targets, *_parameters(model, names))
+    return lambda hidden, targets: forward(hidden, targets, *_parameters(model, names))  # type: ignore[return-value]
 
 
 def _parameters(model: nn.Module, names: tuple[str, ...]) -> list[mx.array]:

@@ -6,11 +6,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
-import mlx.core as mx
 from attrs import define
 
 from .batching import Piece
-from .checkpoint import Progress
+from .checkpoint import Progress, random_key
 from .errors import RunError
 from .step import Step
 
@@ -41,7 +40,7 @@ def train(
             with interrupt.held():
                 for _ in range(min(repeats, total - progress.step)):
                     start = time.perf_counter()
-                    metrics = {name: value.item() for name, value in step(*(p.batch for p in pieces)).items()}
+                    metrics = step.measured(*(p.batch for p in pieces))
                     _check(metrics, progress, pieces)
                     seconds = {"seconds_waited": waited, "seconds_stepped": time.perf_counter() - start}
                     _advance(progress, metrics | seconds, pieces)
@@ -79,7 +78,7 @@ def _advance(progress: Progress, metrics: dict[str, float], pieces: Sequence[Pie
     progress.window["learning_rate"] = metrics["learning_rate"]
     progress.step += 1
     progress.tokens += tokens
-    progress.key = mx.random.state[0]
+    progress.key = random_key()
 
 
 class Abandoned(KeyboardInterrupt):

@@ -42,7 +42,8 @@ class _KeyedDropout(nn.Dropout):
     def __call__(self, x: mx.array) -> mx.array:
         if not self.training:
             return x
-        mask = mx.random.bernoulli(self._p_1, x.shape, key=self._keys.values[self._index])
+        keys: Any = self._keys
+        mask = mx.random.bernoulli(self._p_1, x.shape, key=keys.values[self._index])
         return (mask * x) * (1 / self._p_1)
 
 

@@ -129,7 +129,8 @@ def _trusted(cache: Path, wanted: dict[bytes, Example], score: Scorer, note: Not
 
 def _read(path: Path) -> dict[bytes, Logps]:
     with path.open("rb") as file:
-        arrays, metadata = mx.load(file, format="safetensors", return_metadata=True)  # type: ignore[call-overload,misc]
+        loaded: Any = mx.load(file, format="safetensors", return_metadata=True)
+    arrays, metadata = loaded
     digests, ends, logps = (np.array(arrays[name]) for name in ("digests", "ends", "logps"))
     if metadata.get("sha256") != _checksum(digests, ends, logps):
         raise ValueError("its checksum does not match")

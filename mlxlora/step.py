@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 from attrs import define
 from mlx.utils import tree_flatten, tree_map
 
@@ -42,6 +43,10 @@ class Step:
         metrics = self.whole(batches[0]) if len(batches) == 1 else self._pieces(batches)
         mx.eval(self.state, metrics)
         return metrics
+
+    def measured(self, *batches: Batch) -> dict[str, float]:
+        """The same, with metrics as numbers."""
+        return {name: float(np.array(value)) for name, value in self(*batches).items()}
 
     def _pieces(self, batches: Sequence[Batch]) -> Metrics:
         counts = reduce(_add, map(self.objective.counts, batches))
@@ -120,7 +125,8 @@ def compute_cast(model: nn.Module) -> Callable[[Any], Any]:
     are cast. Without frozen floating-point weights nothing is cast.
     """
     trainable = dict(tree_flatten(model.trainable_parameters()))
-    frozen = {k: v for k, v in tree_flatten(model.parameters()) if k not in trainable}
+    parameters: dict[str, Any] = dict(tree_flatten(model.parameters()))
+    frozen = {name: value for name, value in parameters.items() if name not in trainable}
     dtypes = [v.dtype for v in frozen.values() if mx.issubdtype(v.dtype, mx.floating)]
     if not dtypes:
         return lambda parameters: parameters
