@@ -41,8 +41,9 @@ from mlxlora.logprobs import scorer  # noqa: E402
 from mlxlora.reference import log_probabilities  # noqa: E402
 from mlxlora.sharing import pays  # noqa: E402
 
+dpo_trainer: Any
 try:
-    from mlx_lm_lora.trainer import cpo_trainer, dpo_trainer, orpo_trainer  # pyright: ignore[reportMissingImports]
+    from mlx_lm_lora.trainer import cpo_trainer, dpo_trainer, orpo_trainer
 except ImportError:
     cpo_trainer = dpo_trainer = orpo_trainer = None
 
@@ -197,7 +198,10 @@ def our_reference(case: Case, pairs: Sequence[Pair]) -> tuple[list[Pair], Step |
 
     with disabled(model):
         logps = iter(log_probabilities(flat, score, len(flat)))
-    scored = [Pair(*(evolve(e, ref_logps=next(logps)) for e in (p.chosen, p.rejected))) for p in pairs]
+    columns = [(next(logps), next(logps)) for _ in pairs]
+    scored = [
+        Pair(evolve(p.chosen, ref_logps=c), evolve(p.rejected, ref_logps=r)) for p, (c, r) in zip(pairs, columns, strict=True)
+    ]
     return scored, again
 
 

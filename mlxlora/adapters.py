@@ -11,7 +11,7 @@ import orjson
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
-from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from safetensors import SafetensorError, safe_open
 
 from .config import AdapterOptions
@@ -19,6 +19,7 @@ from .errors import InputError
 from .files import atomic_file
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
+DEFAULT_LAYERS = 16  # as mlx-lm
 _BASE = {  # where each kind of adapter keeps the module that it adapts
     **dict.fromkeys((LoRALinear, DoRALinear, LoRASwitchLinear), "linear"),
     **dict.fromkeys((LoRAEmbedding, DoRAEmbedding), "embedding"),
@@ -31,7 +32,7 @@ def prepare(model: nn.Module, options: AdapterOptions) -> nn.Module:
     Raises:
         InputError: more layers than the model has, modules that do not exist, quantised weights to be trained in full.
     """
-    layers = _layers(model, options.num_layers)
+    layers = layers_to_train(model, options)
     if not hasattr(model, "_no_grad"):
         nn.Module.__init__(model)  # mlx-lm's recurrent_gemma forgets to (0.32.2)
     model.freeze()
@@ -44,8 +45,15 @@ def prepare(model: nn.Module, options: AdapterOptions) -> nn.Module:
     return model
 
 
-def _layers(model: nn.Module, asked: int) -> int:
-    depth = len(model.layers)  # type: ignore[arg-type]
+def layers_to_train(model: nn.Module, options: AdapterOptions) -> int:
+    """How many blocks, from the last, `options` ask for.
+
+    Raises:
+        InputError: more than the model has.
+    """
+    depth, asked = len(model.layers), options.num_layers  # type: ignore[arg-type]
+    if asked is None:
+        return min(DEFAULT_LAYERS, depth)
     if asked > depth:
         raise InputError(f"--num-layers {asked}: the model has {depth} layers; use {depth} or -1 for all")
     return depth if asked == -1 else asked
@@ -107,7 +115,7 @@ def save(model: nn.Module, directory: str | Path, options: AdapterOptions, name:
     config = {
         "model": name,
         "fine_tune_type": options.train_type,
-        "num_layers": len(model.layers) if options.num_layers == -1 else options.num_layers,  # type: ignore[arg-type]
+        "num_layers": layers_to_train(model, options),
         "lora_parameters": None if options.train_type == "full" else lora_parameters(options),
     }
     with atomic_file(directory / CONFIG) as path:
@@ -120,6 +128,21 @@ def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str
     """A safetensors file at exactly `path` (MLX would append the suffix)."""
     with path.open("wb") as file:
         mx.save_safetensors(file, arrays, metadata or {})  # type: ignore[arg-type]
+
+
+def attach(model: nn.Module, directory: str | Path) -> nn.Module:
+    """The model with the adapters, or trained weights, of an adapter directory, for inference.
+
+    Raises:
+        InputError: there are none, or they do not fit; the first mismatches are in the message.
+    """
+    try:
+        load_adapters(model, str(directory))
+    except (OSError, KeyError, ValueError, RuntimeError) as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        more = f" and {len(lines) - 4} more" if len(lines) > 4 else ""
+        raise InputError(f"--adapter-path {directory}: {'; '.join(lines[:4])}{more}") from None
+    return model.eval()
 
 
 def load_weights(model: nn.Module, file: str | Path) -> None:

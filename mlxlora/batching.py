@@ -143,8 +143,9 @@ def _up(size: int) -> int:
 class Order:
     """Which rows make the k-th batch: a pure function of the seed, so that a run resumes by counting.
 
-    Every row comes once an epoch. Shuffled rows are sorted by length within windows of 16 batches, so that a batch
-    pads little, and the batches are shuffled again.
+    Every row comes once an epoch. Shuffled rows are sorted by padded length within windows of 16 batches, so that a
+    batch pads little, and the batches are shuffled again. Rows of one padded length stay in random order: sorting
+    them further would save nothing and make batches of look-alikes.
 
     Attributes:
         lengths: of the rows, in tokens.
@@ -173,7 +174,8 @@ class Order:
             return _cut(rows, size)
         rng = np.random.default_rng((self.seed, epoch))
         rows = rng.permutation(rows).tolist()
-        batches = [b for window in _cut(rows, 16 * size) for b in _cut(sorted(window, key=self.lengths.__getitem__), size)]
+        padded = [bucket(length) for length in self.lengths]
+        batches = [b for window in _cut(rows, 16 * size) for b in _cut(sorted(window, key=padded.__getitem__), size)]
         return [batches[i] for i in rng.permutation(len(batches))]
 
 

@@ -72,7 +72,11 @@ class AdapterOptions:
     train_type: Literal["lora", "dora", "full"] = option(
         "lora", "What is trained: low-rank adapters or the weights themselves.", v.in_(("lora", "dora", "full"))
     )
-    num_layers: int = option(16, "Blocks to train, from the last; -1 = all (full: embeddings, norms and head too).", _NotZero())
+    num_layers: int | None = option(
+        None,
+        "Blocks to train, from the last; -1 = all (full: embeddings, norms, head too); default: 16 at most.",
+        _NotZero(),
+    )
     rank: int = option(8, "Rank of each update.", v.ge(1))
     scale: float = option(20.0, "Multiplier of the update (alpha / rank elsewhere).", v.gt(0))
     dropout: float = option(0.0, "Dropout on the input of an update.", v.ge(0), v.lt(1))
@@ -105,14 +109,20 @@ class DataOptions(RowOptions):
 
 
 @frozen
-class PairData(RowOptions):
+class GroupOptions(RowOptions):
+    """Data"""
+
+    share_prompts: bool | None = option(None, "Compute a prompt once for all of its completions; default: where that is faster.")
+
+
+@frozen
+class PairData(GroupOptions):
     """Data"""
 
     prompt_truncation: Literal["right", "left"] = option(
         "right", "Of over-long pairs: drop those whose prompt leaves no room (right), or cut the prompt's beginning (left).",
         v.in_(("right", "left")),
     )  # fmt: skip
-    share_prompts: bool | None = option(None, "Compute a prompt once for both completions; default: where that is faster.")
 
 
 @frozen
@@ -203,7 +213,7 @@ class ORPOOptions:
 
 
 @frozen
-class PromptData(RowOptions):
+class PromptData(GroupOptions):
     """Data"""
 
     system: str | None = option(None, "System message of rows that bring none.")

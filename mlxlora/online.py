@@ -14,7 +14,7 @@ from .advantages import batch_scaled, centred, group_relative, no_signal
 from .batching import Make, Piece, collate
 from .config import PromptData, RewardOptions
 from .data import Example, Prompt, prompt_example
-from .kv import Route
+from .kv import Route, find_route
 from .rewards import NamedReward
 from .rollouts import Completion, Sampling, rollout_stats, sample
 from .rows import KEYS, Row
@@ -86,7 +86,12 @@ def prompts(data: str | PromptData, rollouts: Rollouts, *, repeats: int = 1, **o
 
     def make(context: Context) -> Make:
         how = _greedy(rollouts) if context.validation else rollouts
+        how = evolve(how, route=how.route or find_route(context.model))
         return lambda items, index: _piece(context, how, items, index)
+
+    def expected(prompt: Prompt) -> list[Example]:
+        half = Completion(np.zeros(max(rollouts.sampling.max_tokens // 2, 1), np.int32), np.zeros(0, np.float32), finished=True)
+        return [_example(prompt, half, rollouts)] * rollouts.group_size
 
     return Source(
         data,
@@ -97,6 +102,8 @@ def prompts(data: str | PromptData, rollouts: Rollouts, *, repeats: int = 1, **o
         online=True,
         temperature=rollouts.sampling.temperature,
         repeats=repeats,
+        share=data.share_prompts,
+        expected=expected,
     )
 
 
@@ -116,7 +123,8 @@ def _piece(context: Context, how: Rollouts, items: Sequence[Prompt], index: int)
     measured = {"frac_reward_zero_std": silent, **_measures(how, groups), **stats}
     examples = [_example(group.prompt, c, how) for group in groups for c in group.completions]
     advantages = how.advantage(mx.array(np.stack([g.rewards for g in groups]).astype(np.float32)))
-    batch = collate(examples, advantages=advantages.reshape(-1))
+    numbers = np.arange(len(examples)).reshape(len(groups), -1).tolist() if context.share else ()
+    batch = collate(examples, groups=numbers, advantages=advantages.reshape(-1))
     if how.keep_logps:
         kept = np.concatenate([c.logps[e.scored[-len(c.logps) :]] for c, e in zip(flat, examples, strict=True)])
         batch = batch._replace(old_logps=mx.array(np.pad(kept, (0, batch.targets.size - kept.size))))

@@ -8,6 +8,7 @@ import mlx.nn as nn
 from attrs import evolve
 
 from . import objectives, settings, sources
+from .adapters import attach, layers_to_train
 from .compose import Objective
 from .config import (
     AdapterOptions,
@@ -138,7 +139,14 @@ def _rollouts(chosen: Groups) -> Rollouts:
 
 def _loader(model: ModelOptions, path: str | None) -> Callable[[], nn.Module] | None:
     """Loads another model when it is needed."""
-    return (lambda: load(evolve(model, model=path))[0]) if path else None
+
+    def other() -> nn.Module:
+        try:
+            return load(evolve(model, model=path))[0]
+        except InputError as error:
+            raise InputError(str(error).replace("--model", "--reference-model-path", 1)) from None
+
+    return other if path else None
 
 
 def _reference(model: ModelOptions, method: DPOOptions) -> dict[str, Any]:
@@ -214,11 +222,10 @@ def load(options: ModelOptions, adapter_path: str | None = None) -> tuple[nn.Mod
     _check_folder(options.model)
     trust = options.trust_remote_code
     try:
-        return load_model(  # type: ignore[return-value]
-            options.model, tokenizer_config={"trust_remote_code": trust}, adapter_path=adapter_path, trust_remote_code=trust
-        )
+        model, tokenizer, *_ = load_model(options.model, tokenizer_config={"trust_remote_code": trust}, trust_remote_code=trust)
     except Exception as error:  # the hub, the network, any file of the model: the user can act on each of their messages
         raise InputError(f"--model {options.model}: cannot be loaded: {' '.join(str(error).split())}") from error
+    return attach(model, adapter_path) if adapter_path else model, tokenizer
 
 
 def _check_folder(model: str) -> None:
@@ -251,6 +258,7 @@ def _load_and_run(source: Source, objective: Objective, groups: Groups, referenc
     claim(groups[Output])
     rows = sources.read(source.data, groups[Training].seed)
     model, tokenizer = load(groups[ModelOptions])
+    layers_to_train(model, groups[AdapterOptions])  # before the rows are tokenised
     return _run(model, tokenizer, objective, source, rows, groups, **reference or {})
 
 
@@ -272,10 +280,10 @@ def _run(
         **reference,
     )
     _introduce(whole)
-    before = _sample(whole)
+    question, before = _sample(whole)
     results = execute(whole)
-    if before:
-        results = {"question": before[0], "answer before": before[1], "answer after": _sample(whole)[1], **results}  # type: ignore[index]
+    if question:
+        results = {"question": question, "answer before": before, "answer after": _sample(whole)[1], **results}
     whole.tell("finish", results)
     return results
 
@@ -303,7 +311,7 @@ def _count(run: Run, name: str, split: Split) -> None:
     if counts.truncated:
         run.tell("note", f"{name}: {counts.truncated} rows were cut to {limit}", warning=True)
     if counts.dropped:
-        run.tell("note", f"{name}: {counts.dropped} rows dropped, nothing scored was left within {limit}", warning=True)
+        run.tell("note", f"{name}: {counts.dropped} rows dropped: too long for {limit}", warning=True)
 
 
 def _plain(run: Run) -> bool:
@@ -312,20 +320,20 @@ def _plain(run: Run) -> bool:
     return "<|" not in run.tokenizer.decode(first.tokens.tolist()[:8])
 
 
-def _sample(run: Run) -> tuple[str, str] | None:
-    """A question of the validation rows and the model's greedy answer, where rows have a prompt."""
+def _sample(run: Run) -> tuple[str, str]:
+    """A question of the validation rows and the model's greedy answer, for the starter; else nothing."""
     from mlx_lm import generate
 
     items = run.splits["valid"].items or run.splits["train"].items
     first: Example = run.source.examples(items[0])[0]
-    start = int(first.scored.argmax())
+    start = int(first.scored.argmax()) if first.scored.any() else len(first.tokens)
     if start < 2 or not _is_starter(run.name):
-        return None
+        return "", ""
     run.model.eval()
     prompt = first.tokens[:start].tolist()
     answer = generate(run.model, run.tokenizer, prompt, max_tokens=40)
     run.model.train()
-    return run.tokenizer.decode(prompt).strip(), answer.strip()
+    return " ".join(run.tokenizer.decode(prompt, skip_special_tokens=True).split()), answer.strip()
 
 
 def _is_starter(name: str) -> bool:

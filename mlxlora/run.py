@@ -145,6 +145,8 @@ def execute(run: Run) -> dict[str, Any]:
     run.model.train()
     score = scorer(run.model, temperature=run.source.temperature, entropy=entropy_of(run.objective))
     score = run.score or score
+    if score.split is None:
+        run.tell("note", "this model cannot be split into backbone and head: the logits of all tokens are computed", warning=True)
     run = evolve(run, score=score, share=_shares(run, score))
     total = total_steps(run.training, len(run.splits["train"].items), run.source.repeats)
     optimiser = make_optimiser(run.training, total)
@@ -161,7 +163,7 @@ def _shares(run: Run, score: Scorer) -> bool:
     wanted = run.source.share
     if wanted is False:
         return False
-    plain, shared = read_positions(run.source.examples(item) for item in run.splits["train"].items)
+    plain, shared = read_positions(map(run.source.expected or run.source.examples, run.splits["train"].items))
     if plain == shared or not (wanted or pays(plain, shared)):
         return False
     if problem := obstacle(score.forward, run.model):
@@ -255,16 +257,20 @@ def _train(run: Run, step: Step, evaluate: Evaluate, optimiser: Any, progress: P
     hooks = (
         lambda progress, _: run.tell("progress", progress.step, total),
         every(run.output.steps_per_report, partial(_report, run), total),
-        every(run.output.steps_per_eval, lambda progress, _: _validate(run, evaluate, progress), total),
+        every(_up(run.output.steps_per_eval, run.source.repeats), lambda progress, _: _validate(run, evaluate, progress), total),
         every(_up(run.output.save_every, run.source.repeats), checkpoint, total),
     )
     try:
         train(step, _pieces(run, progress.step), progress, total, hooks, repeats=run.source.repeats)
     except Abandoned:
         raise
-    except (KeyboardInterrupt, RunError):
+    except KeyboardInterrupt:
         checkpoint(progress)
         run.tell("finish", {"stopped": f"after step {progress.step}", "to go on": "the same command with --resume"})
+        raise
+    except RunError:
+        checkpoint(progress)
+        run.tell("finish", {"stopped": f"after step {progress.step}", "last good state": str(run.directory)})
         raise
 
 

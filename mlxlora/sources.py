@@ -49,7 +49,8 @@ class Source:
         online: the policy samples the sequences during the run; validation is then the mean of what pieces measured.
         temperature: logits are divided by it before they are scored, as they were when the sequences were sampled.
         repeats: optimiser steps on every batch.
-        share: whether the examples of an item share their prompt's computation; None: where that is faster.
+        share: whether the sequences of an item share their prompt's computation; None: where that is faster.
+        expected: the sequences that an item is expected to become, to estimate that; None: its examples.
     """
 
     data: RowOptions
@@ -61,6 +62,7 @@ class Source:
     temperature: float = 1.0
     repeats: int = 1
     share: bool | None = False
+    expected: Callable[[Any], Sequence[Example]] | None = None
 
     def length(self, item: Any) -> int:
         """Tokens of an item's longest sequence, so that items of a length go together."""

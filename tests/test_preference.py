@@ -24,8 +24,7 @@ from mlxlora.data import Pair
 from mlxlora.step import make_step
 
 CHATML = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 QUICK = ("--num-layers", -1, "--iters", 3, "--batch-size", 1, "--steps-per-report", 1, "--learning-rate", 2e-2, "--no-shuffle")
 CHOSEN, REJECTED = 8, 5  # scored tokens of the pairs below, the end of sequence among them
@@ -236,12 +235,15 @@ def direct(model: Any, ids: np.ndarray) -> np.ndarray:
         ("cpo", ("--loss-type", "simpo", "--beta", 0), "--beta must be > 0"),
         ("dpo", ("--label-smoothing", 0.5), "--label-smoothing must be < 0.5"),
         ("dpo", ("--ld-alpha", 2), "--ld-alpha must be <= 1"),
+        ("dpo", ("--reference-model-path", "/absent"), "--reference-model-path /absent: no such folder"),
     ],
 )
 def test_what_is_refused(
     method: str, flags: tuple[Any, ...], message: str, model_folder: Path, pairs: Path, tmp_path: Path, mlxlora: Any
 ) -> None:
-    outcome = mlxlora(method, "--model", model_folder, "--data", pairs, "--adapter-path", tmp_path / "run", *flags)
+    outcome = mlxlora(
+        method, "--model", model_folder, "--data", pairs, "--batch-size", 1, "--adapter-path", tmp_path / "run", *flags
+    )
     assert outcome.code == 2 and message in outcome.err
     assert "Traceback" not in outcome.err and not (tmp_path / "run").exists()
 
@@ -262,33 +264,26 @@ def turn(role: str, content: str) -> dict[str, str]:
 
 
 ASKED, GOOD, BAD = turn("user", "hi"), turn("assistant", "yes"), turn("assistant", "no")
-ROWS = {
-    "strings": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "a", "b<|im_end|>", "c<|im_end|>"),
-    "system": ({"prompt": "a", "chosen": "b", "rejected": "c", "system": "S"}, "S\n\na", "b<|im_end|>", "c<|im_end|>"),
-    "messages": ({"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD]}, "<user>hi<|im_end|><assistant>", "yes<|im_end|>", "no<|im_end|>"),
-    "one message": ({"prompt": "hi", "chosen": GOOD, "rejected": BAD}, "<user>hi<|im_end|><assistant>", "yes<|im_end|>", "no<|im_end|>"),
-    "messages with a system": (
+SHARE_GPT = [{"from": "human", "value": "hi"}], {"from": "gpt", "value": "yes"}, {"from": "gpt", "value": "no"}
+CHAT, END = "<user>hi<|im_end|><assistant>", "<|im_end|>"
+HH = "\n\nHuman: hi\n\nAssistant:"
+ROWS: dict[str, tuple[dict[str, Any], str, str, str]] = {  # a row, the text of its prompt, and of its answers before their end
+    "strings": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "a", "b", "c"),
+    "system": ({"prompt": "a", "chosen": "b", "rejected": "c", "system": "S"}, "S\n\na", "b", "c"),
+    "messages": ({"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD]}, CHAT, "yes", "no"),
+    "one message": ({"prompt": "hi", "chosen": GOOD, "rejected": BAD}, CHAT, "yes", "no"),
+    "system and messages": (
         {"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD], "system": "S"},
-        "<system>S<|im_end|><user>hi<|im_end|><assistant>", "yes<|im_end|>", "no<|im_end|>",
+        f"<system>S<|im_end|>{CHAT}",
+        "yes",
+        "no",
     ),
-    "whole conversations": ({"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}, "<user>hi<|im_end|><assistant>", "yes<|im_end|>", "no<|im_end|>"),
-    "conversations as objects": (
-        {"chosen": {"messages": [ASKED, GOOD]}, "rejected": {"messages": [ASKED, BAD]}},
-        "<user>hi<|im_end|><assistant>", "yes<|im_end|>", "no<|im_end|>",
-    ),
-    "a prompt that they repeat": (
-        {"prompt": [ASKED], "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
-        "<user>hi<|im_end|><assistant>", "yes<|im_end|>", "no<|im_end|>",
-    ),
-    "HH-RLHF": (
-        {"chosen": "\n\nHuman: hi\n\nAssistant: yes", "rejected": "\n\nHuman: hi\n\nAssistant: no"},
-        "\n\nHuman: hi\n\nAssistant:", " yes<|im_end|>", " no<|im_end|>",
-    ),
-    "ShareGPT": (
-        {"conversations": [{"from": "human", "value": "hi"}], "chosen": {"from": "gpt", "value": "yes"}, "rejected": {"from": "gpt", "value": "no"}},
-        "<user>hi<|im_end|><assistant>", "yes<|im_end|>", "no<|im_end|>",
-    ),
-}  # fmt: skip
+    "conversations": ({"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}, CHAT, "yes", "no"),
+    "objects": ({"chosen": {"messages": [ASKED, GOOD]}, "rejected": {"messages": [ASKED, BAD]}}, CHAT, "yes", "no"),
+    "repeated prompt": ({"prompt": [ASKED], "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}, CHAT, "yes", "no"),
+    "HH-RLHF": ({"chosen": f"{HH} yes", "rejected": f"{HH} no"}, HH, " yes", " no"),
+    "ShareGPT": (dict(zip(("conversations", "chosen", "rejected"), SHARE_GPT, strict=True)), CHAT, "yes", "no"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -309,8 +304,8 @@ def test_rows(row: dict, prompt: str, chosen: str, rejected: str, chat_folder: P
     pair = items(write(tmp_path / "rows.jsonl", [row]), chat_folder)[0]
     tokenizer = load(str(chat_folder))[1]
     for side, text in ((pair.chosen, chosen), (pair.rejected, rejected)):
-        assert tokenizer.decode(side.tokens.tolist()) == prompt + text
-        assert tokenizer.decode(side.tokens[side.scored].tolist()) == text
+        assert tokenizer.decode(side.tokens.tolist()) == prompt + text + END
+        assert tokenizer.decode(side.tokens[side.scored].tolist()) == text + END
 
 
 @pytest.mark.parametrize("name", ["lf_dpo_en_demo.json", "rasbt_preference.json"])
@@ -351,7 +346,9 @@ def test_over_long_pairs(model_folder: Path, tmp_path: Path, mlxlora: Any) -> No
         assert "train: 5 rows\n" in right.out and "1 rows were cut to --max-seq-length 32" in right.out
         assert "1 rows dropped, nothing scored was left within --max-seq-length 32" in right.out
         assert "2 rows were cut" in left.out and "dropped" not in left.out
-    (*_, cut), (*_, moved, kept) = (items(data, model_folder, max_seq_length=32, prompt_truncation=side) for side in ("right", "left"))
+    (*_, cut), (*_, moved, kept) = (
+        items(data, model_folder, max_seq_length=32, prompt_truncation=side) for side in ("right", "left")
+    )
     assert (cut.chosen.scored.sum(), cut.rejected.scored.sum()) == (12, 2)
     assert (moved.chosen.scored.sum(), moved.rejected.scored.sum()) == (31, 2)  # a token of the prompt predicts the first
     assert (kept.chosen.scored.sum(), kept.rejected.scored.sum(), len(kept.chosen.tokens)) == (2, 2, 32)
@@ -411,7 +408,7 @@ def test_no_reference_is_ever_scored(method: str, train: Any, tmp_path: Path, mo
 
 def test_another_reference(train: Any, loads: list[str], model_folder: Path, tmp_path: Path) -> None:
     """Its log-probabilities are subtracted: rewards of the first step are differences of the two models."""
-    other, tokenizer = load(str(model_folder))
+    other = load(str(model_folder))[0]
     other.update({"lm_head": {"weight": other.lm_head.weight * 9}})
     save_model(tmp_path / "other", model_folder, other)
     policy = load(str(model_folder))[0]

@@ -62,7 +62,8 @@ def test_blocks_are_marked():
 
 def test_blocks_run(tmp_path):
     shutil.copytree(starter.model_path(), tmp_path / "model")
-    shutil.copytree(starter.data_path("sft"), tmp_path / "data")
+    for name, mode in (("data", "sft"), ("pairs", "dpo"), ("prompts", "grpo")):
+        shutil.copytree(starter.data_path(mode), tmp_path / name)
     for block in BLOCKS:
         if "not run" not in block.notes:
             execute(block, tmp_path)
