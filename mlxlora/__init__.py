@@ -10,17 +10,24 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "types": ("Batch", "chosen", "completions", "everything", "rejected"),
-    "config": ("AdapterOptions", "DataOptions", "ModelOptions", "Output", "SFTOptions", "Training"),
+    "config": (
+        *("AdapterOptions", "CPOOptions", "DataOptions", "DPOOptions", "GRPOOptions", "ModelOptions", "ORPOOptions", "Output"),
+        *("PairData", "PromptData", "RewardOptions", "SamplingOptions", "SFTOptions", "Training"),
+    ),
     "errors": ("InputError", "RunError"),
-    "compose": ("Objective", "Term", "term", "watch", "token_mean", "sequence_mean", "sequence_sum", "fixed_length"),
+    "compose": ("Objective", "Term", "term", "watch", "token_mean", "sequence_mean", "sequence_sum", "batch_mean", "fixed_length"),
     "logprobs": ("scorer", "token_logps"),
     "scores": ("sum_logps", "mean_logps", "log_ratio", "mean_log_ratio", "log_odds"),
     "losses": ("sigmoid", "hinge", "ipo", "dpop"),
     "terms": ("nll", "dft", "preference"),
+    "surrogates": ("clipped_surrogate", "kl"),
     "step": ("make_step",),
     "adapters": ("prepare", "disabled", "save"),
-    "sources": ("rows",),
-    "recipes": ("run", "sft", "load"),
+    "sources": ("rows", "pairs"),
+    "rollouts": ("Sampling", "sample"),
+    "rewards": ("NamedReward", "load_rewards"),
+    "online": ("Rollouts", "prompts"),
+    "recipes": ("run", "load", "sft", "dpo", "orpo", "cpo", "grpo"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 _MODULES = ("advantages", "losses", "objectives", "scores", "terms", "compose")

@@ -11,7 +11,7 @@ import numpy as np
 from attrs import frozen
 
 from .errors import InputError
-from .rows import KEYS, Chat, Completion, Row, Text, preference, prompt_row, supervised
+from .formats import KEYS, Chat, Completion, Row, Text, preference, prompt_row, supervised
 from .templates import Message, assistant_turns, common_prefix, render, with_system
 
 Item = TypeVar("Item")

@@ -14,10 +14,10 @@ from .advantages import batch_scaled, centred, group_relative, no_signal
 from .batching import Make, Piece, collate
 from .config import PromptData, RewardOptions
 from .data import Example, Prompt, prompt_example
+from .formats import KEYS, Row
 from .kv import Route, find_route
 from .rewards import NamedReward
 from .rollouts import Completion, Sampling, rollout_stats, sample
-from .rows import KEYS, Row
 from .sources import Context, Source
 
 Advantage = Callable[[mx.array], mx.array]

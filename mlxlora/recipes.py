@@ -35,7 +35,7 @@ from .reference import cache_file
 from .report import Terminal
 from .rewards import load_rewards
 from .rollouts import Sampling
-from .run import Run, claim, execute, reporters, split_pieces
+from .runs import Run, claim, execute, reporters, split_pieces
 from .sources import Source, Split
 from .userfile import load_object
 

@@ -10,7 +10,7 @@ from .batching import Make, Piece, example_piece, pair_piece
 from .config import DataOptions, PairData, RowOptions
 from .data import Counts, Example, Pair, preference_pair, supervised_example, tokenize_all
 from .errors import InputError
-from .rows import KEYS, Row, read_splits, split_off
+from .formats import KEYS, Row, read_splits, split_off
 
 Tokenizer = Any
 

@@ -280,7 +280,7 @@ def test_rows_are_cut_and_dropped_and_counted(place, capsys):
     (place / "train.jsonl").write_bytes(jsonl(GOOD, GOOD, long))
     assert sft("--mask-prompt", "--max-seq-length", 48) == 0
     printed = capsys.readouterr().out
-    assert "warning: train: 1 rows dropped, nothing scored was left within --max-seq-length 48" in printed
+    assert "warning: train: 1 rows dropped: too long for --max-seq-length 48" in printed
     assert sft("--max-seq-length", 48, "--overwrite") == 0
     assert "warning: train: 1 rows were cut to --max-seq-length 48" in capsys.readouterr().out
 

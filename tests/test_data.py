@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mlxlora.data import Example, Pair, Prompt, preference_pair, prompt_example, supervised_example, tokenize_all
 from mlxlora.errors import InputError
-from mlxlora.rows import Row, read_rows
+from mlxlora.formats import Row, read_rows
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/parity and ../shared/data")

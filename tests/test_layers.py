@@ -13,12 +13,12 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     "errors types files split blas",
     "config settings tables losses advantages templates userfile sharing report reward_functions initialise",
-    "compose logprobs scores kv adapters optimisers rows rewards sampling recompute",
+    "compose logprobs scores kv adapters optimisers formats rewards sampling recompute",
     "terms surrogates step checkpoint data rollouts",
     "policy batching",
     "objectives evaluate loop reference sources",
     "online",
-    "run",
+    "runs",
     "recipes",
 )
 """From the bottom to the top: a module imports modules of lower layers, never of its own."""

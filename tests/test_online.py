@@ -19,13 +19,13 @@ from mlxlora.adapters import disabled, prepare
 from mlxlora.advantages import batch_scaled, centred, group_relative
 from mlxlora.batching import Make, Piece
 from mlxlora.config import AdapterOptions, PromptData, RewardOptions
+from mlxlora.formats import Row
 from mlxlora.logprobs import scorer
 from mlxlora.online import ADVANTAGES, Rollouts, prompts
 from mlxlora.policy import grpo
 from mlxlora.reference import referenced
 from mlxlora.rewards import NamedReward, combine
 from mlxlora.rollouts import Route, Sampling, find_route
-from mlxlora.rows import Row
 from mlxlora.sources import Context
 
 TEXTS = ("ab", "what is 2 + 3?", "hello, world", "z")

@@ -344,7 +344,7 @@ def test_over_long_pairs(model_folder: Path, tmp_path: Path, mlxlora: Any) -> No
         left = mlxlora(*command, "--adapter-path", tmp_path / f"{method}-left", "--prompt-truncation", "left")
         assert right.code == left.code == 0
         assert "train: 5 rows\n" in right.out and "1 rows were cut to --max-seq-length 32" in right.out
-        assert "1 rows dropped, nothing scored was left within --max-seq-length 32" in right.out
+        assert "1 rows dropped: too long for --max-seq-length 32" in right.out
         assert "2 rows were cut" in left.out and "dropped" not in left.out
     (*_, cut), (*_, moved, kept) = (
         items(data, model_folder, max_seq_length=32, prompt_truncation=side) for side in ("right", "left")
@@ -400,8 +400,8 @@ def test_one_model_and_one_forward_for_both_sides(
 
 @pytest.mark.parametrize("method", ["cpo", "orpo"])
 def test_no_reference_is_ever_scored(method: str, train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlxlora.run.with_reference", None)
-    monkeypatch.setattr("mlxlora.run.referenced", None)
+    monkeypatch.setattr("mlxlora.runs.with_reference", None)
+    monkeypatch.setattr("mlxlora.runs.referenced", None)
     train(method)
     assert not (tmp_path / "cache").exists()
 

@@ -76,7 +76,7 @@ def test_ctrl_c_before_the_first_step(
         yield
 
     with monkeypatch.context() as patch:
-        patch.setattr("mlxlora.run._pieces", interrupted)
+        patch.setattr("mlxlora.runs._pieces", interrupted)
         assert mlxlora(*command, "--adapter-path", tmp_path / "stopped").code == 130
     assert mlxlora(*command, "--adapter-path", tmp_path / "stopped", "--resume").code == 0
     same_run(tmp_path / "stopped", tmp_path / "whole")
@@ -99,7 +99,7 @@ def test_a_second_ctrl_c_saves_nothing(
     def abandoned(*_: Any, **__: Any) -> None:
         raise Abandoned
 
-    monkeypatch.setattr("mlxlora.run.train", abandoned)
+    monkeypatch.setattr("mlxlora.runs.train", abandoned)
     assert mlxlora(*command, *LENGTHS, "--adapter-path", tmp_path).code == 130
     assert not (tmp_path / "checkpoints").exists()
 

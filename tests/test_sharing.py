@@ -278,7 +278,7 @@ def test_command_line(prompt: str, flags: tuple[str, ...], said: str, tmp_path: 
 
 
 def test_the_fallback_is_told(tmp_path: Path, model_folder: Path, mlxlora: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlxlora.run.obstacle", lambda *_: "its values differ by 1.0e+00")
+    monkeypatch.setattr("mlxlora.runs.obstacle", lambda *_: "its values differ by 1.0e+00")
     data = rows(tmp_path / "data", "a long question " * 4)
     outcome = mlxlora("cpo", "--model", model_folder, "--data", data, *SHORT, "--adapter-path", tmp_path / "run")
     assert outcome.code == 0, outcome.err

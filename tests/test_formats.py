@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxlora.errors import InputError
-from mlxlora.rows import (
+from mlxlora.formats import (
     Chat,
     Completion,
     Labelled,
