@@ -395,7 +395,8 @@ def _finish(run: Run, step: Step, evaluate: Evaluate, progress: Progress, second
     if progress.stop:
         results["stopped early"] = progress.stop
     if progress.best is not None:
-        results["best valid loss"] = round(progress.best, 4)
+        name, value = ("reward", -progress.best) if run.source.online else ("loss", progress.best)
+        results[f"best valid {name}"] = round(value, 4)
     if run.output.test:
         if run.output.keep_best:
             load_weights(run.model, run.directory)
