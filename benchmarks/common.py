@@ -1,5 +1,6 @@
-"""What the benchmarks share: tables, JSON, timing and memory."""
+"""What the benchmarks share: models, flags, tables, JSON, timing and memory."""
 
+import argparse
 import json
 import platform
 import time
@@ -10,6 +11,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+from mlx_lm.models import llama
 
 
 class Cost(NamedTuple):
@@ -78,3 +80,45 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "(not installed)"
+
+
+def small_llama(*, hidden: int, layers: int, vocabulary: int) -> llama.Model:
+    """A llama with random weights, the same at every call; heads of 32, untied."""
+    mx.random.seed(0)
+    args = llama.ModelArgs(
+        model_type="llama",
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=hidden * 11 // 4,
+        num_attention_heads=hidden // 32,
+        rms_norm_eps=1e-5,
+        vocab_size=vocabulary,
+        tie_word_embeddings=False,
+    )
+    return llama.Model(args)
+
+
+def flags(description: str | None, repetitions: int) -> argparse.ArgumentParser:
+    """The flags that every benchmark has."""
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "gpu"), help="MLX's default device if not given")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--repetitions", type=int, default=repetitions, help="of each side; the medians are shown")
+    parser.add_argument("--only", metavar="TEXT", default="", help="cases whose name contains this")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows to this file")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The flags given, with the device set."""
+    options = parser.parse_args()
+    if options.device:
+        mx.set_default_device(getattr(mx, options.device))
+    return options
+
+
+def tell(rows: Sequence[dict[str, Any]], columns: dict[str, str], json_file: str | None) -> None:
+    """Prints the table, and writes the rows where --json says."""
+    print(f"\n{setting(mx.default_device().type.name)}\n\n{markdown(rows, columns)}")
+    if json_file:
+        write_json(json_file, rows)

@@ -9,7 +9,6 @@ Theirs is `generate_grpo`, `_rollout_rewards`, `grpo_loss` in microbatches and t
 compiled). `difference` is that of the gradient's norm on the same completions and advantages.
 """
 
-import argparse
 from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any
@@ -24,9 +23,8 @@ import mlx.optimizers as optim  # noqa: E402
 import numpy as np  # noqa: E402
 from attrs import frozen  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
-from mlx_lm.models import llama  # noqa: E402
 
-from benchmarks.common import Cost, interleaved, markdown, setting, write_json  # noqa: E402
+from benchmarks.common import Cost, flags, interleaved, parsed, small_llama, tell  # noqa: E402
 from mlxlora.adapters import prepare  # noqa: E402
 from mlxlora.batching import Make, Piece  # noqa: E402
 from mlxlora.config import AdapterOptions, PromptData  # noqa: E402
@@ -112,18 +110,8 @@ def reward(prompts: list[str], completions: list[str], answer: list[str], types:
 
 def make_model(case: Case) -> nn.Module:
     """The same weights at every call, with adapters whose update is not 0."""
-    mx.random.seed(0)
-    args = llama.ModelArgs(
-        model_type="llama",
-        hidden_size=case.hidden,
-        num_hidden_layers=case.layers,
-        intermediate_size=case.hidden * 11 // 4,
-        num_attention_heads=case.hidden // 32,
-        rms_norm_eps=1e-5,
-        vocab_size=case.vocabulary,
-        tie_word_embeddings=False,
-    )
-    model = prepare(llama.Model(args), AdapterOptions(num_layers=-1, rank=8))
+    base = small_llama(hidden=case.hidden, layers=case.layers, vocabulary=case.vocabulary)
+    model = prepare(base, AdapterOptions(num_layers=-1, rank=8))
     mx.eval(model.parameters())
     return model.train()
 
@@ -240,23 +228,13 @@ def _compared(our: Cost, their: Cost | None = None) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "gpu"), help="MLX's default device if not given")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
-    parser.add_argument("--repetitions", type=int, default=7, help="of each side; the medians are shown")
-    parser.add_argument("--only", metavar="TEXT", default="", help="cases whose name contains this")
-    parser.add_argument("--json", metavar="FILE", help="also write the rows to this file")
-    options = parser.parse_args()
-    if options.device:
-        mx.set_default_device(getattr(mx, options.device))
+    options = parsed(flags(__doc__, repetitions=7))
     if peer is None:
         print("mlx-lm-lora is not installed (pip install --no-deps mlx-lm-lora): ours only")
     found: list[dict[str, Any]] = []
     for case in (case for case in (QUICK if options.quick else CASES) if options.only in case.name):
         found += measure(case, 2 if options.quick else options.repetitions)
-    print(f"\n{setting(str(mx.default_device()))}\n\n{markdown(found, COLUMNS)}")
-    if options.json:
-        write_json(options.json, found)
+    tell(found, COLUMNS, options.json)
 
 
 if __name__ == "__main__":

@@ -31,9 +31,8 @@ import mlx.optimizers as optim  # noqa: E402
 import numpy as np  # noqa: E402
 from attrs import evolve, frozen  # noqa: E402
 from mlx.utils import tree_map  # noqa: E402
-from mlx_lm.models import llama  # noqa: E402
 
-from benchmarks.common import interleaved, markdown, setting, write_json  # noqa: E402
+from benchmarks.common import flags, interleaved, parsed, small_llama, tell  # noqa: E402
 from mlxlora import AdapterOptions, Objective, disabled, make_step, objectives, prepare  # noqa: E402
 from mlxlora.batching import pair_piece, read_positions  # noqa: E402
 from mlxlora.data import Example, Pair  # noqa: E402
@@ -111,18 +110,8 @@ def quick_cases() -> list[Case]:
 
 def make_model(case: Case) -> nn.Module:
     """The same weights at every call; the adapters' update is not 0, so that policy and reference differ."""
-    mx.random.seed(0)
-    args = llama.ModelArgs(
-        model_type="llama",
-        hidden_size=case.hidden,
-        num_hidden_layers=case.layers,
-        intermediate_size=case.hidden * 11 // 4,
-        num_attention_heads=case.hidden // 32,
-        rms_norm_eps=1e-5,
-        vocab_size=case.vocabulary,
-        tie_word_embeddings=False,
-    )
-    model = prepare(llama.Model(args), AdapterOptions(num_layers=-1, rank=8, scale=2.0))
+    base = small_llama(hidden=case.hidden, layers=case.layers, vocabulary=case.vocabulary)
+    model = prepare(base, AdapterOptions(num_layers=-1, rank=8, scale=2.0))
     model.lm_head.weight *= 8  # else every token's log-probability is -log V, and nothing could be seen of a wrong one
     model.update(tree_map(lambda p: p + 0.01 * mx.random.normal(p.shape), model.trainable_parameters()))
     mx.eval(model.parameters())
@@ -316,17 +305,10 @@ def measure(case: Case, repetitions: int, *, share: bool | None = None) -> dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "gpu"), help="MLX's default device if not given")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    parser = flags(__doc__, repetitions=7)
     parser.add_argument("--pairs", type=int, default=4, help="in a batch")
     parser.add_argument("--share", action=argparse.BooleanOptionalAction, help="our layout; what a run would choose if not given")
-    parser.add_argument("--repetitions", type=int, default=7, help="of each side; the medians are shown")
-    parser.add_argument("--only", metavar="TEXT", default="", help="cases whose name contains this")
-    parser.add_argument("--json", metavar="FILE", help="also write the rows to this file")
-    options = parser.parse_args()
-    if options.device:
-        mx.set_default_device(getattr(mx, options.device))
+    options = parsed(parser)
     if dpo_trainer is None:
         print("mlx-lm-lora is not installed, so only ours is measured: pip install --no-deps mlx-lm-lora==5.10.2 tqdm")
     found = []
@@ -334,9 +316,7 @@ def main() -> None:
         if options.only in f"{case.method}, {case.name}":
             found.append(measure(case, 2 if options.quick else options.repetitions, share=options.share))
             print(" ".join(str(value) for value in found[-1].values()), flush=True)
-    print(f"\n{setting(str(mx.default_device()))}\n\n{markdown(found, COLUMNS)}")
-    if options.json:
-        write_json(options.json, found)
+    tell(found, COLUMNS, options.json)
 
 
 if __name__ == "__main__":

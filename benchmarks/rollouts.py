@@ -8,7 +8,6 @@ prompt that was read once) also keep every sampled token's log-probability, as p
 `generate_grpo` keeps none and so has less to do. "ragged": a twentieth of the probability ends a completion at every token.
 """
 
-import argparse
 import copy
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -27,7 +26,7 @@ from mlx_lm.models import llama, qwen3  # noqa: E402
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 from mlx_lm.sample_utils import make_sampler  # noqa: E402
 
-from benchmarks.common import interleaved, markdown, setting, write_json  # noqa: E402
+from benchmarks.common import flags, interleaved, parsed, tell  # noqa: E402
 from mlxlora.rollouts import Route, Sampling, find_route, sample  # noqa: E402
 
 COLUMNS = {
@@ -222,15 +221,7 @@ def _row(case: Case, name: str, tokens: dict[str, int], costs: dict[str, Any]) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "gpu"), help="MLX's default device if not given")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
-    parser.add_argument("--repetitions", type=int, default=3, help="of each side; the medians are shown")
-    parser.add_argument("--only", metavar="TEXT", default="", help="cases whose name contains this")
-    parser.add_argument("--json", metavar="FILE", help="also write the rows to this file")
-    options = parser.parse_args()
-    if options.device:
-        mx.set_default_device(getattr(mx, options.device))
+    options = parsed(flags(__doc__, repetitions=3))
     on_gpu = mx.default_device() == mx.Device(mx.gpu)
     cases, make = (GPU, qwen3_600m) if on_gpu else (CPU, small_llama)
     cases, make = (QUICK, small_llama) if options.quick else (cases, make)
@@ -238,9 +229,7 @@ def main() -> None:
     for case in (case for case in cases if options.only in case.name):
         found += measure(case, make, 1 if options.quick else options.repetitions)
         print("\n".join(" ".join(map(str, row.values())) for row in found[-len(PEERS) :]), flush=True)
-    print(f"\n{setting(str(mx.default_device()))}\n\n{markdown(found, COLUMNS)}")
-    if options.json:
-        write_json(options.json, found)
+    tell(found, COLUMNS, options.json)
 
 
 if __name__ == "__main__":

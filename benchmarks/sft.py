@@ -7,7 +7,6 @@ rows in one process, compiled, and take turns. Theirs is the compiled step of `m
 `default_loss`, on the batches of its `iterate_batches`; ours is `make_step`, on our batches.
 """
 
-import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -23,11 +22,10 @@ import mlx.nn as nn  # noqa: E402
 import mlx.optimizers as optim  # noqa: E402
 import numpy as np  # noqa: E402
 from attrs import frozen  # noqa: E402
-from mlx_lm.models import llama  # noqa: E402
 from mlx_lm.tuner.datasets import CacheDataset  # noqa: E402
 from mlx_lm.tuner.trainer import default_loss, iterate_batches  # noqa: E402
 
-from benchmarks.common import interleaved, markdown, setting, write_json  # noqa: E402
+from benchmarks.common import flags, interleaved, parsed, small_llama, tell  # noqa: E402
 from mlxlora import AdapterOptions, make_step, objectives, prepare  # noqa: E402
 from mlxlora.batching import Order, collate  # noqa: E402
 from mlxlora.data import Example  # noqa: E402
@@ -113,18 +111,8 @@ def file_lengths(path: str, rows: int) -> Lengths:
 
 def make_model(case: Case) -> nn.Module:
     """The same weights at every call."""
-    mx.random.seed(0)
-    args = llama.ModelArgs(
-        model_type="llama",
-        hidden_size=case.hidden,
-        num_hidden_layers=4,
-        intermediate_size=case.hidden * 11 // 4,
-        num_attention_heads=case.hidden // 32,
-        rms_norm_eps=1e-5,
-        vocab_size=case.vocabulary,
-        tie_word_embeddings=False,
-    )
-    model = prepare(llama.Model(args), AdapterOptions(num_layers=-1, rank=8))
+    base = small_llama(hidden=case.hidden, layers=4, vocabulary=case.vocabulary)
+    model = prepare(base, AdapterOptions(num_layers=-1, rank=8))
     model.lm_head.weight *= 8  # else every token's loss is log V, and nothing could be seen of a wrong one
     mx.eval(model.parameters())
     return model.train()
@@ -232,25 +220,16 @@ def measure(case: Case, repetitions: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "gpu"), help="MLX's default device if not given")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    parser = flags(__doc__, repetitions=7)
     parser.add_argument("--rows", metavar="FILE", help="JSONL whose rows give the mixed lengths; drawn at random if not given")
-    parser.add_argument("--repetitions", type=int, default=7, help="of each side; the medians are shown")
-    parser.add_argument("--only", metavar="TEXT", default="", help="cases whose name contains this")
-    parser.add_argument("--json", metavar="FILE", help="also write the rows to this file")
-    options = parser.parse_args()
-    if options.device:
-        mx.set_default_device(getattr(mx, options.device))
+    options = parsed(parser)
     lengths = file_lengths(options.rows, 32) if options.rows else mixed_lengths(32)
     todo = quick_cases() if options.quick else cases(lengths)
     found = []
     for case in (case for case in todo if options.only in case.name):
         found.append(measure(case, 2 if options.quick else options.repetitions))
         print(" ".join(str(value) for value in found[-1].values()), flush=True)
-    print(f"\n{setting(mx.default_device().type.name)}\n\n{markdown(found, COLUMNS)}")
-    if options.json:
-        write_json(options.json, found)
+    tell(found, COLUMNS, options.json)
 
 
 if __name__ == "__main__":

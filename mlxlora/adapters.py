@@ -139,9 +139,7 @@ def attach(model: nn.Module, directory: str | Path) -> nn.Module:
     try:
         load_adapters(model, str(directory))
     except (OSError, KeyError, ValueError, RuntimeError) as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        more = f" and {len(lines) - 4} more" if len(lines) > 4 else ""
-        raise InputError(f"--adapter-path {directory}: {'; '.join(lines[:4])}{more}") from None
+        raise InputError(f"--adapter-path {directory}: {_some([line.strip() for line in str(error).splitlines()])}") from None
     return model.eval()
 
 
@@ -178,11 +176,16 @@ def read_arrays(file: str | Path) -> dict[str, mx.array]:
     return arrays
 
 
-def mismatches(arrays: dict[str, mx.array], wanted: dict[str, mx.array], shown: int = 4) -> str:
+def mismatches(arrays: dict[str, mx.array], wanted: dict[str, mx.array]) -> str:
     """What is missing, superfluous or of another shape, in one line; empty if nothing is."""
     both = [(n, list(a.shape), list(wanted[n].shape)) for n, a in arrays.items() if n in wanted]
     found = [f"{n} has shape {ours}, not {theirs}" for n, ours, theirs in both if ours != theirs]
     found += [f"{n} is not trainable in the model" for n in arrays if n not in wanted]
     found += [f"{n} is missing" for n in wanted if n not in arrays]
-    more = f" and {len(found) - shown} more" if len(found) > shown else ""
-    return "; ".join(found[:shown]) + more
+    return _some(found)
+
+
+def _some(problems: list[str], shown: int = 20) -> str:
+    """Problems in one line, those past `shown` as a number."""
+    more = f" and {len(problems) - shown} more" if len(problems) > shown else ""
+    return "; ".join(problems[:shown]) + more

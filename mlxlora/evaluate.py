@@ -11,6 +11,7 @@ import numpy as np
 from .batching import Piece
 from .compose import Metrics, Objective
 from .logprobs import Scorer
+from .modes import evaluating
 from .types import Batch
 
 Evaluate = Callable[[Iterable[Piece]], dict[str, float]]
@@ -31,16 +32,14 @@ def make_evaluate(model: nn.Module, objective: Objective, score: Scorer) -> Eval
         return {name: means[name] * mx.maximum(counts[name], 1) for name in counts}, counts
 
     def evaluate(pieces: Iterable[Piece]) -> dict[str, float]:
-        training = model.training
-        model.eval()
         total: dict[str, float] = {}
         count: dict[str, float] = {}
         for piece in pieces:
-            parts = sums(piece.batch)
-            mx.eval(parts)
+            with evaluating(model):
+                parts = sums(piece.batch)
+                mx.eval(parts)
             for pooled, part in zip((total, count), parts, strict=True):
                 pooled.update({name: pooled.get(name, 0.0) + float(np.array(value)) for name, value in part.items()})
-        model.train(training)
         return _with_loss(objective, {name: total[name] / max(count[name], 1) for name in total})
 
     return evaluate

@@ -14,6 +14,8 @@ import numpy as np
 from attrs import frozen
 from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 
+from .modes import evaluating
+
 Cache = list[Any]  # one mlx-lm cache a layer
 
 _PREFILL_TOKENS = 2048  # tokens that pass through the model at once
@@ -75,7 +77,8 @@ def join(cache: Cache, more: Cache) -> Cache:
 def find_route(model: nn.Module) -> Route:
     """Tries the batch caches on a tiny input against the model without a cache."""
     try:
-        worst = None if _reproduces(model) else "its cached logits differ from the uncached ones"
+        with evaluating(model):
+            worst = None if _reproduces(model) else "its cached logits differ from the uncached ones"
     except Exception as error:  # a cache that cannot be batched is no error of ours: whatever it raised
         worst = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if worst is None:

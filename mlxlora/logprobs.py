@@ -9,6 +9,7 @@ import mlx.nn as nn
 from attrs import frozen
 from mlx.utils import tree_flatten, tree_unflatten
 
+from .modes import evaluating
 from .sharing import read
 from .split import Split, find_split
 from .types import Batch
@@ -65,14 +66,10 @@ class Scorer:
 
 def scorer(model: nn.Module, *, temperature: float = 1.0, entropy: bool | None = None, chunk: int | None = None) -> Scorer:
     """Splits `model`, checks the split on a tiny input (without dropout) and sizes the head's chunks by a byte budget."""
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         split = find_split(model)
         trainable = _head_parameters(split) if split else ()
         vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1]
-    finally:
-        model.train(training)
     if split is None:
         return Scorer(model, None, temperature=temperature, entropy=entropy)
     device = "cpu" if mx.default_device() == mx.Device(mx.cpu) else "gpu"

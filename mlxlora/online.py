@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -14,7 +15,7 @@ from .advantages import batch_scaled, centred, group_relative, no_signal
 from .batching import Make, Piece, collate
 from .config import PromptData, RewardOptions
 from .data import Example, Prompt, prompt_example
-from .formats import KEYS, Row
+from .formats import KEYS
 from .kv import Route, find_route
 from .rewards import NamedReward
 from .rollouts import Completion, Sampling, rollout_stats, sample
@@ -74,15 +75,13 @@ def prompts(data: str | PromptData, rollouts: Rollouts, *, repeats: int = 1, **o
     """
     data = PromptData(data=data, **options) if isinstance(data, str) else evolve(data, **options)
 
-    def prepare(row: Row, tokenizer: Any) -> Prompt | None:
-        return prompt_example(
-            row,
-            tokenizer,
-            use_chat_template=data.use_chat_template,
-            max_prompt_length=data.max_seq_length,
-            system=data.system,
-            keys={**KEYS, "prompt": data.prompt_key},
-        )
+    prepare = partial(
+        prompt_example,
+        use_chat_template=data.use_chat_template,
+        max_prompt_length=data.max_seq_length,
+        system=data.system,
+        keys={**KEYS, "prompt": data.prompt_key},
+    )
 
     def make(context: Context) -> Make:
         how = _greedy(rollouts) if context.validation else rollouts

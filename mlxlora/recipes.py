@@ -30,6 +30,7 @@ from .data import Counts, Example
 from .errors import InputError
 from .evaluate import make_evaluate
 from .logprobs import scorer
+from .modes import evaluating
 from .online import ADVANTAGES, Rollouts, prompts
 from .reference import cache_file
 from .report import Terminal
@@ -58,7 +59,7 @@ def sft(*groups: Any, **options: Any) -> dict[str, Any]:
     """
     chosen = settings.gather((ModelOptions, DataOptions, AdapterOptions, Training, Output, SFTOptions), groups, options)
     method = chosen[SFTOptions]
-    objective = user_objective(method.objective) or objectives.sft(loss_type=method.loss_type)
+    objective = user_objective(method.objective) or objectives.sft(**_named(method))
     return _load_and_run(sources.rows(chosen[DataOptions]), objective, chosen)
 
 
@@ -66,9 +67,7 @@ def dpo(*groups: Any, **options: Any) -> dict[str, Any]:
     """Direct preference optimisation, `mlxlora dpo` in Python; see `sft` for arguments, results and errors."""
     chosen = settings.gather((ModelOptions, PairData, AdapterOptions, Training, Output, DPOOptions), groups, options)
     m = chosen[DPOOptions]
-    objective = user_objective(m.objective) or objectives.dpo(
-        loss_type=m.loss_type, beta=m.beta, delta=m.delta, label_smoothing=m.label_smoothing, ld_alpha=m.ld_alpha
-    )
+    objective = user_objective(m.objective) or objectives.dpo(**_named(m, "reference_model_path", "reference_cache"))
     return _load_and_run(sources.pairs(chosen[PairData]), objective, chosen, _reference(chosen[ModelOptions], m))
 
 
@@ -76,9 +75,7 @@ def cpo(*groups: Any, **options: Any) -> dict[str, Any]:
     """Contrastive preference optimisation, `mlxlora cpo` in Python; see `sft` for arguments, results and errors."""
     chosen = settings.gather((ModelOptions, PairData, AdapterOptions, Training, Output, CPOOptions), groups, options)
     m = chosen[CPOOptions]
-    objective = user_objective(m.objective) or objectives.cpo(
-        loss_type=m.loss_type, beta=m.beta, alpha=m.alpha, gamma=m.gamma, delta=m.delta, label_smoothing=m.label_smoothing
-    )
+    objective = user_objective(m.objective) or objectives.cpo(**_named(m))
     return _load_and_run(sources.pairs(chosen[PairData]), objective, chosen)
 
 
@@ -86,7 +83,7 @@ def orpo(*groups: Any, **options: Any) -> dict[str, Any]:
     """Odds-ratio preference optimisation, `mlxlora orpo` in Python; see `sft` for arguments, results and errors."""
     chosen = settings.gather((ModelOptions, PairData, AdapterOptions, Training, Output, ORPOOptions), groups, options)
     m = chosen[ORPOOptions]
-    objective = user_objective(m.objective) or objectives.orpo(beta=m.beta, nll_on_prompt=m.nll_on_prompt)
+    objective = user_objective(m.objective) or objectives.orpo(**_named(m))
     return _load_and_run(sources.pairs(chosen[PairData], score_prompt=m.nll_on_prompt), objective, chosen)
 
 
@@ -98,20 +95,20 @@ def grpo(*groups: Any, **options: Any) -> dict[str, Any]:
     kinds = (ModelOptions, PromptData, AdapterOptions, Training, Output, SamplingOptions, RewardOptions, GRPOOptions)
     chosen = settings.gather(kinds, groups, options)
     m, rollouts = chosen[GRPOOptions], _rollouts(chosen)
+    hyperparameters = _named(m, "reference_model_path", "num_iterations", "top_entropy_quantile")
     objective = user_objective(m.objective) or objectives.grpo(
-        loss_type=m.loss_type,
-        importance_level=m.importance_level,
-        beta=m.beta,
-        correct_kl=m.correct_kl,
+        **hyperparameters,
         top_entropy=m.top_entropy_quantile,
-        epsilon=m.epsilon,
-        epsilon_high=m.epsilon_high,
-        delta=m.delta,
         max_completion_length=chosen[SamplingOptions].max_completion_length,
     )
     source = prompts(chosen[PromptData], rollouts, repeats=m.num_iterations)
     other = m.reference_model_path or (chosen[ModelOptions].model if chosen[AdapterOptions].train_type == "full" else None)
     return _load_and_run(source, objective, chosen, {"reference": _loader(chosen[ModelOptions], other)})
+
+
+def _named(options: Any, *others: str) -> dict[str, Any]:
+    """The options of a method that its objective takes under the same names."""
+    return {name: value for name, value in settings.dump(options).items() if name not in ("objective", *others)}
 
 
 def _rollouts(chosen: Groups) -> Rollouts:
@@ -121,14 +118,7 @@ def _rollouts(chosen: Groups) -> Rollouts:
     return Rollouts(
         rewards=load_rewards(r.rewards, r.reward_file, r.reward_weights),
         group_size=s.group_size,
-        sampling=Sampling(
-            temperature=s.temperature,
-            top_p=s.top_p,
-            top_k=s.top_k,
-            min_p=s.min_p,
-            repetition_penalty=s.repetition_penalty,
-            max_tokens=s.max_completion_length,
-        ),
+        sampling=Sampling(**_named(s, "group_size", "rollout_batch", "max_completion_length"), max_tokens=s.max_completion_length),
         advantage=ADVANTAGES[r.scale_rewards],
         options=r,
         use_prompt=data.use_prompt,
@@ -137,14 +127,17 @@ def _rollouts(chosen: Groups) -> Rollouts:
     )
 
 
-def _loader(model: ModelOptions, path: str | None) -> Callable[[], nn.Module] | None:
-    """Loads another model when it is needed."""
+def _loader(model: ModelOptions, path: str | None) -> Callable[[Any], nn.Module] | None:
+    """Loads another model when it is needed; it has to share the policy's tokenizer."""
 
-    def other() -> nn.Module:
+    def other(tokenizer: Any) -> nn.Module:
         try:
-            return load(evolve(model, model=path))[0]
+            reference, its_tokenizer = load(evolve(model, model=path))
         except InputError as error:
             raise InputError(str(error).replace("--model", "--reference-model-path", 1)) from None
+        if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise InputError(f"--reference-model-path {path}: its vocabulary is not that of --model {model.model}")
+        return reference
 
     return other if path else None
 
@@ -329,10 +322,9 @@ def _sample(run: Run) -> tuple[str, str]:
     start = int(first.scored.argmax()) if first.scored.any() else len(first.tokens)
     if start < 2 or not _is_starter(run.name):
         return "", ""
-    run.model.eval()
     prompt = first.tokens[:start].tolist()
-    answer = generate(run.model, run.tokenizer, prompt, max_tokens=40)
-    run.model.train()
+    with evaluating(run.model):
+        answer = generate(run.model, run.tokenizer, prompt, max_tokens=40)
     return " ".join(run.tokenizer.decode(prompt, skip_special_tokens=True).split()), answer.strip()
 
 

@@ -5,8 +5,7 @@ Log-probabilities under the reference are computed once, for the rows that a run
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from .batching import Make, Piece, collate
 from .data import Example
 from .files import atomic_file
 from .logprobs import Scorer, scorer
+from .modes import evaluating
 
 Logps = np.ndarray
 Note = Callable[[str], None]
@@ -52,30 +52,18 @@ def with_reference(
 
 def referenced(make: Make, model: nn.Module, temperature: float) -> Make:
     """Pieces with `ref_logps`, computed when they are made: with `model` as it is without adapters."""
-    with _untrained(model):
+    with evaluating(model), disabled(model):
         score = scorer(model, temperature=temperature)
     run = mx.compile(partial(score, gradient=False))
 
     def with_column(items: Sequence[Any], index: int) -> Piece:
         piece = make(items, index)
-        with _untrained(model):
+        with evaluating(model), disabled(model):
             ref_logps = run(piece.batch)[0]
             mx.eval(ref_logps)
         return piece._replace(batch=piece.batch._replace(ref_logps=ref_logps))
 
     return with_column
-
-
-@contextmanager
-def _untrained(model: nn.Module) -> Iterator[None]:
-    """The model without adapters and dropout; both are back afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        with disabled(model):
-            yield
-    finally:
-        model.train(training)
 
 
 def log_probabilities(examples: Sequence[Example], score: Scorer, batch_size: int) -> list[Logps]:

@@ -6,8 +6,7 @@ does not depend on the rows beside it (but for the rounding of sums in batches o
 """
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,6 +15,7 @@ from attrs import define, frozen
 
 from .errors import InputError, RunError
 from .kv import Cache, Route, find_route, join, keep_rows, prefill, prefill_equal
+from .modes import evaluating
 from .sampling import Sampling, choose, uniforms
 
 __all__ = ["Completion", "Route", "Sampling", "find_route", "rollout_stats", "sample"]
@@ -71,7 +71,7 @@ def sample(
     _check(prompts, group_size, batch)
     if not prompts:
         return []
-    with _evaluating(model):
+    with evaluating(model):
         run = _start(model, prompts, group_size, sampling, stop, key, route or find_route(model))
         _generate(run, batch or len(run.done))
     flat = [_completion(run, row) for row in range(len(run.done))]
@@ -170,16 +170,6 @@ def _check(prompts: Sequence[Sequence[int]], group_size: int, batch: int) -> Non
     for index, prompt in enumerate(prompts):
         if not len(prompt):
             raise InputError(f"prompt {index + 1} of {len(prompts)} has no tokens: nothing to continue")
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 # --- the loop -------------------------------------------------------------------------------

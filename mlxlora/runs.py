@@ -1,6 +1,7 @@
 """One run, the same for every method: rows, adapters, step, hooks, loop, files."""
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -72,7 +73,7 @@ class Run:
     name: str = ""
     score: Scorer | None = None
     reporters: tuple[Reporter, ...] = ()
-    reference: Callable[[], nn.Module] | None = None
+    reference: Callable[[Any], nn.Module] | None = None
     reference_cache: Path | None = None
     share: bool = False
 
@@ -143,8 +144,7 @@ def execute(run: Run) -> dict[str, Any]:
     if run.training.grad_checkpoint:
         checkpointed(run.model)
     run.model.train()
-    score = scorer(run.model, temperature=run.source.temperature, entropy=entropy_of(run.objective))
-    score = run.score or score
+    score = run.score or scorer(run.model, temperature=run.source.temperature, entropy=entropy_of(run.objective))
     if score.split is None:
         run.tell("note", "this model cannot be split into backbone and head: the logits of all tokens are computed", warning=True)
     run = evolve(run, score=score, share=_shares(run, score))
@@ -237,8 +237,6 @@ def _check_same(run: Run) -> None:
 
 def _clean(directory: Path) -> None:
     """Removes what an earlier run left, and nothing else."""
-    import shutil
-
     for name in (WEIGHTS, CONFIG, METRICS, SAMPLES, SETTINGS):
         (directory / name).unlink(missing_ok=True)
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
@@ -290,7 +288,7 @@ def _make(run: Run, *, validation: bool) -> Make:
         return make
     if run.reference is None and run.adapter.train_type == "full":
         raise InputError("the objective needs a reference, which full training changes as it goes; use --train-type lora or dora")
-    return referenced(make, run.reference() if run.reference else run.model, run.source.temperature)
+    return referenced(make, run.reference(run.tokenizer) if run.reference else run.model, run.source.temperature)
 
 
 def _up(steps: int, multiple: int) -> int:
@@ -308,7 +306,7 @@ def _with_reference(run: Run) -> Run:
 
     The reference is the model before it is touched, so it needs no memory of its own.
     """
-    model = run.reference() if run.reference else run.model
+    model = run.reference(run.tokenizer) if run.reference else run.model
     model.eval()
     score, limits = scorer(model), {"train": _batches(run.training, len(run.splits["train"].items))}
     limits |= {"valid": run.output.val_batches, "test": -1 if run.output.test else 0}

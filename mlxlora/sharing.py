@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.base import create_attention_mask, create_causal_mask
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
+from .modes import evaluating
 from .types import Batch
 
 Forward = Callable[..., mx.array]
@@ -113,14 +114,11 @@ def obstacle(forward: Forward, model: nn.Module) -> str | None:
     """Why prompts cannot be shared, after trying it on a tiny input; None: values and gradients are those of whole rows."""
     if strange := {type(cache).__name__ for cache in make_prompt_cache(model)} - {KVCache.__name__, RotatingKVCache.__name__}:
         return f"it keeps more than keys and values ({', '.join(sorted(strange))})"
-    training = model.training
-    model.eval()
     try:
-        return _difference(forward, model)
+        with evaluating(model):
+            return _difference(forward, model)
     except Exception as error:  # a model's code that cannot stand these caches: whatever it raised
         return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-    finally:
-        model.train(training)
 
 
 def _difference(forward: Forward, model: nn.Module) -> str | None:

@@ -1,6 +1,7 @@
 """Where the batches of a method come from: rows to items, items to pieces."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.nn as nn
@@ -87,16 +88,13 @@ def rows(data: str | DataOptions, **options: Any) -> Source:
     data = DataOptions(data=data, **options) if isinstance(data, str) else evolve(data, **options)
     keys = {"text": data.text_key, "messages": data.messages_key, "prompt": data.prompt_key, "completion": data.completion_key}
 
-    def prepare(row: Row, tokenizer: Tokenizer) -> Example | None:
-        return supervised_example(
-            row,
-            tokenizer,
-            mask_prompt=data.mask_prompt,
-            use_chat_template=data.use_chat_template,
-            max_seq_length=data.max_seq_length,
-            keys=keys,
-        )
-
+    prepare = partial(
+        supervised_example,
+        mask_prompt=data.mask_prompt,
+        use_chat_template=data.use_chat_template,
+        max_seq_length=data.max_seq_length,
+        keys=keys,
+    )
     return Source(data, prepare, always(example_piece), lambda example: (example,), lambda _, examples: examples[0])
 
 
@@ -110,16 +108,14 @@ def pairs(data: str | PairData, *, score_prompt: bool = False, **options: Any) -
     """
     data = PairData(data=data, **options) if isinstance(data, str) else evolve(data, **options)
 
-    def prepare(row: Row, tokenizer: Tokenizer) -> Pair | None:
-        return preference_pair(
-            row,
-            tokenizer,
-            use_chat_template=data.use_chat_template,
-            max_seq_length=data.max_seq_length,
-            prompt_truncation=data.prompt_truncation,
-            score_prompt=score_prompt,
-            keys={**KEYS, "prompt": data.prompt_key},
-        )
+    prepare = partial(
+        preference_pair,
+        use_chat_template=data.use_chat_template,
+        max_seq_length=data.max_seq_length,
+        prompt_truncation=data.prompt_truncation,
+        score_prompt=score_prompt,
+        keys={**KEYS, "prompt": data.prompt_key},
+    )
 
     def rebuild(pair: Pair, examples: Sequence[Example]) -> Pair:
         return evolve(pair, chosen=examples[0], rejected=examples[1])

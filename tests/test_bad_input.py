@@ -244,7 +244,7 @@ def test_adapters_that_do_not_fit(place, capsys):
     weights = "first/adapters.safetensors"
     message = refused(place, capsys, "--resume-adapter-file", weights, "--rank", 3)
     assert message.startswith(f"{weights} does not fit the model as configured: ")
-    assert message.count(" has shape ") == 4 and " and 10 more" in message
+    assert message.count(" has shape ") == 14
     message = refused(place, capsys, "--resume-adapter-file", weights, "--num-layers", 2)
     assert " is missing; " in message
 
