@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-from mlx_lm.models import llama
+from mlx_lm.models import llama, qwen3
 
 
 class Cost(NamedTuple):
@@ -96,6 +96,16 @@ def small_llama(*, hidden: int, layers: int, vocabulary: int) -> llama.Model:
         tie_word_embeddings=False,
     )
     return llama.Model(args)
+
+
+def qwen3_600m() -> qwen3.Model:
+    """The shape of Qwen3-0.6B with random bfloat16 weights, the same at every call."""
+    mx.random.seed(0)
+    args = {"model_type": "qwen3", "hidden_size": 1024, "num_hidden_layers": 28, "intermediate_size": 3072, "vocab_size": 151936}
+    args |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
+    model = qwen3.Model(qwen3.ModelArgs.from_dict(args | {"max_position_embeddings": 40960, "tie_word_embeddings": True}))
+    model.set_dtype(mx.bfloat16)
+    return model
 
 
 def flags(description: str | None, repetitions: int) -> argparse.ArgumentParser:

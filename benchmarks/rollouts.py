@@ -22,11 +22,11 @@ import mlx.nn as nn  # noqa: E402
 import numpy as np  # noqa: E402
 from attrs import frozen  # noqa: E402
 from mlx_lm.generate import BatchGenerator, generate_step  # noqa: E402
-from mlx_lm.models import llama, qwen3  # noqa: E402
+from mlx_lm.models import llama  # noqa: E402
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 from mlx_lm.sample_utils import make_sampler  # noqa: E402
 
-from benchmarks.common import flags, interleaved, parsed, tell  # noqa: E402
+from benchmarks.common import flags, interleaved, parsed, qwen3_600m, tell  # noqa: E402
 from mlxlora.rollouts import Route, Sampling, find_route, sample  # noqa: E402
 
 COLUMNS = {
@@ -85,15 +85,6 @@ def small_llama(case: Case) -> nn.Module:
     args = {"model_type": "llama", "hidden_size": case.hidden, "num_hidden_layers": case.layers, "vocab_size": case.vocabulary}
     args |= {"intermediate_size": case.hidden * 11 // 4, "num_attention_heads": case.hidden // 64 or 1, "rms_norm_eps": 1e-5}
     return llama.Model(llama.ModelArgs.from_dict(args | {"num_key_value_heads": case.hidden // 128 or 1}))
-
-
-def qwen3_600m(_: Case) -> nn.Module:
-    """The shape of Qwen3-0.6B, bfloat16."""
-    args = {"model_type": "qwen3", "hidden_size": 1024, "num_hidden_layers": 28, "intermediate_size": 3072, "vocab_size": 151936}
-    args |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
-    model = qwen3.Model(qwen3.ModelArgs.from_dict(args | {"max_position_embeddings": 40960, "tie_word_embeddings": True}))
-    model.set_dtype(mx.bfloat16)
-    return model
 
 
 def prepare(case: Case, make: Callable[[Case], nn.Module]) -> Work:
@@ -223,7 +214,7 @@ def _row(case: Case, name: str, tokens: dict[str, int], costs: dict[str, Any]) -
 def main() -> None:
     options = parsed(flags(__doc__, repetitions=3))
     on_gpu = mx.default_device() == mx.Device(mx.gpu)
-    cases, make = (GPU, qwen3_600m) if on_gpu else (CPU, small_llama)
+    cases, make = (GPU, lambda _: qwen3_600m()) if on_gpu else (CPU, small_llama)
     cases, make = (QUICK, small_llama) if options.quick else (cases, make)
     found: list[dict[str, Any]] = []
     for case in (case for case in cases if options.only in case.name):

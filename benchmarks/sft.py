@@ -25,7 +25,7 @@ from attrs import frozen  # noqa: E402
 from mlx_lm.tuner.datasets import CacheDataset  # noqa: E402
 from mlx_lm.tuner.trainer import default_loss, iterate_batches  # noqa: E402
 
-from benchmarks.common import flags, interleaved, parsed, small_llama, tell  # noqa: E402
+from benchmarks.common import flags, interleaved, parsed, qwen3_600m, small_llama, tell  # noqa: E402
 from mlxlora import AdapterOptions, make_step, objectives, prepare  # noqa: E402
 from mlxlora.batching import Order, collate  # noqa: E402
 from mlxlora.data import Example  # noqa: E402
@@ -55,6 +55,7 @@ class Case:
         vocabulary: tokens it knows.
         lengths: (tokens, scored tokens at the end) of every row.
         batch_size: rows in a batch.
+        base: makes the model; None: the small llama of these sizes.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Case:
     vocabulary: int
     lengths: Lengths
     batch_size: int = 4
+    base: Callable[[], nn.Module] | None = None
 
 
 def cases(lengths: Lengths) -> list[Case]:
@@ -76,6 +78,13 @@ def cases(lengths: Lengths) -> list[Case]:
         found.append(Case(f"D=256 V={vocabulary}, mixed lengths, completions", 256, vocabulary, lengths))
         found.append(Case(f"D=256 V={vocabulary}, mixed lengths, all scored", 256, vocabulary, [(n, n) for n, _ in lengths]))
     return found
+
+
+def gpu_cases() -> list[Case]:
+    """Qwen3-0.6B's shape, bfloat16."""
+    named = "Qwen3-0.6B shape, {} x {}, {:.0%} scored"
+    cells = [(rows, length, share) for rows, length in ((8, 2048), (4, 1024)) for share in (1.0, 0.3)]
+    return [Case(named.format(*c), 1024, 151936, [(c[1], int(c[2] * c[1]))] * c[0], c[0], qwen3_600m) for c in cells]
 
 
 def quick_cases() -> list[Case]:
@@ -111,9 +120,13 @@ def file_lengths(path: str, rows: int) -> Lengths:
 
 def make_model(case: Case) -> nn.Module:
     """The same weights at every call."""
-    base = small_llama(hidden=case.hidden, layers=4, vocabulary=case.vocabulary)
-    model = prepare(base, AdapterOptions(num_layers=-1, rank=8))
-    model.lm_head.weight *= 8  # else every token's loss is log V, and nothing could be seen of a wrong one
+    if case.base:
+        model = prepare(case.base(), AdapterOptions(num_layers=-1, rank=8))
+    else:
+        model = prepare(
+            small_llama(hidden=case.hidden, layers=4, vocabulary=case.vocabulary), AdapterOptions(num_layers=-1, rank=8)
+        )
+        model.lm_head.weight *= 8  # else every token's loss is log V, and nothing could be seen of a wrong one
     mx.eval(model.parameters())
     return model.train()
 
@@ -224,7 +237,8 @@ def main() -> None:
     parser.add_argument("--rows", metavar="FILE", help="JSONL whose rows give the mixed lengths; drawn at random if not given")
     options = parsed(parser)
     lengths = file_lengths(options.rows, 32) if options.rows else mixed_lengths(32)
-    todo = quick_cases() if options.quick else cases(lengths)
+    full = cases(lengths) if mx.default_device() == mx.Device(mx.cpu) else gpu_cases()
+    todo = quick_cases() if options.quick else full
     found = []
     for case in (case for case in todo if options.only in case.name):
         found.append(measure(case, 2 if options.quick else options.repetitions))

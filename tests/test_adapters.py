@@ -116,7 +116,7 @@ def test_all_mismatches_are_in_one_message(tmp_path: Path) -> None:
         load_weights(prepare(dense(), options(lora_keys=("mlp.up_proj", "mlp.down_proj"))), tmp_path)
     message = str(raised.value)
     assert "up_proj.lora_a has shape [64, 2], not [64, 4]" in message
-    assert message.startswith(str(tmp_path)) and message.endswith("and 8 more") and "\n" not in message
+    assert message.startswith(str(tmp_path)) and message.count("; ") == 11 and "\n" not in message
 
 
 def test_mismatches_are_of_three_kinds() -> None:
