@@ -131,7 +131,7 @@ def ours(case: Case, rows: Sequence[Prompt]) -> tuple[Parts, Piece, Callable[[],
     step = make_step(model, optim.Adam(learning_rate=1e-5), objective, score=scorer(model, entropy=entropy_of(objective)))
     route, sampling = find_route(model), Sampling(max_tokens=case.completion)
     how = Rollouts((NamedReward("reward", reward),), case.group_size, sampling, route=route)
-    make: Make = prompts(PromptData(), how).make(Context(model, Words(case.vocabulary), 0))
+    make: Make = prompts(PromptData(), how).make(Context(model, Words(case.vocabulary), 0, share=True))  # as a run chooses here
     if case.beta:
         make = referenced(make, model, 1.0)
     numbers, tokens = count(), [row.tokens.tolist() for row in rows]
