@@ -17,6 +17,7 @@ from .adapters import WEIGHTS, mismatches, read_arrays, save, save_arrays
 from .config import AdapterOptions
 from .errors import InputError
 from .files import atomic_directory
+from .optimisers import put_state
 
 FOLDER, OPTIMISER, STATE, RANDOM = "checkpoints", "optimizer.safetensors", "state.json", "random_state"
 
@@ -79,7 +80,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimiser: optim.Optimizer) ->
     if problems := mismatches(weights, wanted) or mismatches(arrays, dict(tree_flatten(optimiser.state))):
         raise InputError(f"{path} does not fit this run: {problems}")
     model.load_weights(list(weights.items()), strict=False)
-    _update(optimiser.state, tree_unflatten(list(arrays.items())))
+    put_state(optimiser.state, tree_unflatten(list(arrays.items())))
     restore_random_key(key)
     return Progress(key=key, **state)
 
@@ -124,12 +125,3 @@ def _read_state(path: Path) -> dict[str, Any]:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _update(target: Any, values: Any) -> None:
-    """Copies leaves into the same containers."""
-    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
-        if isinstance(value, mx.array):
-            target[key] = value
-        else:
-            _update(target[key], value)

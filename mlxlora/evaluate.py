@@ -34,12 +34,12 @@ def make_evaluate(model: nn.Module, objective: Objective, score: Scorer) -> Eval
     def evaluate(pieces: Iterable[Piece]) -> dict[str, float]:
         total: dict[str, float] = {}
         count: dict[str, float] = {}
-        for piece in pieces:
-            with evaluating(model):
+        with evaluating(model):
+            for piece in pieces:
                 parts = sums(piece.batch)
                 mx.eval(parts)
-            for pooled, part in zip((total, count), parts, strict=True):
-                pooled.update({name: pooled.get(name, 0.0) + float(np.array(value)) for name, value in part.items()})
+                for pooled, part in zip((total, count), parts, strict=True):
+                    pooled.update({name: pooled.get(name, 0.0) + float(np.array(value)) for name, value in part.items()})
         return _with_loss(objective, {name: total[name] / max(count[name], 1) for name in total})
 
     return evaluate

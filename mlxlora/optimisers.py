@@ -1,6 +1,7 @@
 """Optimisers and learning-rate schedules by name."""
 
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -49,6 +50,15 @@ def learning_rate(training: Training, steps: int) -> Rate:
         return peak * mx.where(t < warmup, t / max(warmup, 1), falling)
 
     return rate
+
+
+def put_state(state: Any, values: Any) -> None:
+    """Copies the arrays of `values` into the containers of `state`, which stay the same objects: a compiled step holds them."""
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        if isinstance(value, mx.array):
+            state[key] = value
+        else:
+            put_state(state[key], value)
 
 
 _SHAPES: dict[str, Callable[[mx.array], mx.array]] = {

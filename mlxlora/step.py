@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from .compose import Metrics, Objective
 from .logprobs import Scorer, scorer
+from .optimisers import put_state
 from .types import Batch
 
 
@@ -148,16 +149,7 @@ def _keep_unless(good: mx.array, before: Any, model: nn.Module, optimizer: optim
     now = [model.trainable_parameters(), optimizer.state]
     parameters, state = tree_map(lambda new, old: mx.where(good, new, old), now, before)
     model.update(parameters)
-    _assign(optimizer.state, state)
-
-
-def _assign(target: Any, values: Any) -> None:
-    """Copies the leaves of `values` into the containers of `target`, which stay the same objects."""
-    for key in target if isinstance(target, dict) else range(len(target)):
-        if isinstance(target[key], dict | list):
-            _assign(target[key], values[key])
-        else:
-            target[key] = values[key]
+    put_state(optimizer.state, state)
 
 
 def _add(a: Any, b: Any) -> Any:
