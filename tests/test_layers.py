@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
-    "errors types files split blas modes",
+    "errors types files split blas modes attention",
     "config settings tables losses advantages templates userfile sharing report reward_functions initialise",
     "compose logprobs scores kv adapters optimisers formats rewards sampling recompute",
     "terms surrogates step checkpoint data rollouts",
