@@ -18,6 +18,7 @@ from .config import AdapterOptions
 from .errors import InputError
 from .files import atomic_directory
 from .optimisers import put_state
+from .vector import layout
 
 FOLDER, OPTIMISER, STATE, RANDOM = "checkpoints", "optimizer.safetensors", "state.json", "random_state"
 
@@ -75,8 +76,9 @@ def load_checkpoint(path: Path, model: nn.Module, optimiser: optim.Optimizer) ->
     state = _read_state(path)
     weights, arrays = read_arrays(path / WEIGHTS), read_arrays(path / OPTIMISER)
     key = arrays.pop(RANDOM)
-    optimiser.init(model.trainable_parameters())
-    wanted = dict(tree_flatten(model.trainable_parameters()))
+    parameters = model.trainable_parameters()
+    optimiser.init(layout(optimiser, parameters).pack(parameters))
+    wanted = dict(tree_flatten(parameters))
     if problems := mismatches(weights, wanted) or mismatches(arrays, dict(tree_flatten(optimiser.state))):
         raise InputError(f"{path} does not fit this run: {problems}")
     model.load_weights(list(weights.items()), strict=False)

@@ -1,10 +1,12 @@
 """Gradient checkpointing: the blocks of a model compute their activations again in the backward pass."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from attrs import define
+from mlx.utils import tree_map
 
 from .sharing import PromptCache, SharedCache
 
@@ -64,10 +66,51 @@ def _recomputing(cls: type) -> Any:
             return out, cache.kv
 
         given = (layer.trainable_parameters(), _draw(layer), cache.kv, args, kwargs)
-        out, cache.kv = mx.checkpoint(inner)(*given)  # keys and values go in and out as arguments, not by closure
+        out, cache.kv = _recomputed(inner)(*given)  # keys and values go in and out as arguments, not by closure
         return out
 
     return call
+
+
+def _recomputed(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, of whose values the backward pass keeps the inputs alone.
+
+    As `mx.checkpoint`, but the recomputation waits for the cotangents: MLX would start it early, for many blocks at once.
+    """
+
+    def call(*given: Any) -> Any:
+        result: list[Any] = []
+
+        def on_arrays(*arrays: mx.array) -> list[mx.array]:
+            result[:] = [run(*_filled(given, arrays))]
+            return _arrays(result[0])
+
+        @mx.custom_function
+        def forward(*arrays: mx.array) -> list[mx.array]:
+            return on_arrays(*arrays)
+
+        @forward.vjp
+        def backward(primals: Any, cotangents: Any, _: Any) -> list[mx.array]:
+            cotangents = _arrays(cotangents)
+            return mx.vjp(on_arrays, mx.depends(_arrays(primals), cotangents), cotangents)[1]
+
+        out: Any = forward(*_arrays(given))
+        return _filled(result[0], out)
+
+    return call
+
+
+def _arrays(tree: Any) -> list[mx.array]:
+    """The arrays of a tree, in order."""
+    found: list[mx.array] = []
+    tree_map(lambda leaf: found.append(leaf) if isinstance(leaf, mx.array) else None, tree)
+    return found
+
+
+def _filled(tree: Any, arrays: Sequence[mx.array]) -> Any:
+    """The tree with other arrays in their places."""
+    following = iter(arrays)
+    return tree_map(lambda leaf: next(following) if isinstance(leaf, mx.array) else leaf, tree)
 
 
 def _plain(value: Any) -> bool:

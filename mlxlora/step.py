@@ -15,6 +15,7 @@ from .compose import Metrics, Objective
 from .logprobs import Scorer, scorer
 from .optimisers import put_state
 from .types import Batch
+from .vector import Trained
 
 
 @define
@@ -30,6 +31,7 @@ class Step:
         update: applies a gradient, in place.
         objective: what is minimised.
         state: arrays that a step changes.
+        trained: the trainable parameters, as the optimiser sees them.
         compilations: shapes traced so far.
     """
 
@@ -38,11 +40,14 @@ class Step:
     update: Callable[[Any, Metrics], Metrics]
     objective: Objective
     state: list[Any]
+    trained: Trained
     compilations: int = 0
 
     def __call__(self, *batches: Batch) -> Metrics:
+        self.trained.follow()
         metrics = self.whole(batches[0]) if len(batches) == 1 else self._pieces(batches)
         mx.eval(self.state, metrics)
+        self.trained.remember()
         return metrics
 
     def measured(self, *batches: Batch) -> dict[str, float]:
@@ -81,36 +86,37 @@ def make_step(
         A step; its metrics are the mean of every term, `loss`, `grad_norm` (before clipping) and `learning_rate`.
     """
     score = score or scorer(model, entropy=entropy_of(objective))
-    optimizer.init(model.trainable_parameters())
-    state = [model.state, optimizer.state, mx.random.state]
+    trained = Trained(model, optimizer)
+    state = [model.state, optimizer.state, mx.random.state, trained.masters]
     compiled = partial(mx.compile, inputs=state, outputs=state)
+    cast = compute_cast(model)
 
     def gradient(batch: Batch, counts: Metrics) -> tuple[Any, Metrics]:
         step.compilations += 1  # this line runs when a new shape is traced
-        masters = model.trainable_parameters()
 
         def loss(parameters: Any) -> tuple[mx.array, Metrics]:
-            model.update(cast(parameters))
+            model.update(parameters)
             return objective(*score(batch), counts)
 
-        (_, metrics), grads = mx.value_and_grad(loss)(masters)
-        model.update(masters)
-        return grads, metrics
+        (_, metrics), grads = mx.value_and_grad(loss)(trained.unpack(cast(trained.masters)))
+        trained.show()
+        return tree_map(lambda g, p: g.astype(p.dtype), trained.pack(grads), trained.masters), metrics
 
     def apply(grads: Any, metrics: Metrics) -> Metrics:
         grads, norm = _clipped(grads, max_grad_norm)
-        before = tree_map(lambda leaf: leaf, [model.trainable_parameters(), optimizer.state])  # new containers
-        optimizer.update(model, grads)
+        before = tree_map(lambda leaf: leaf, [trained.masters, optimizer.state])  # new containers
+        masters = optimizer.apply_gradients(grads, trained.masters)
         finite = mx.isfinite(metrics["loss"]) & mx.isfinite(norm)
-        _keep_unless(finite, before, model, optimizer)
+        now = tree_map(partial(mx.where, finite), [masters, optimizer.state], before)
+        put_state([trained.masters, optimizer.state], now)
+        trained.show()
         return {**metrics, "grad_norm": norm, "learning_rate": optimizer.learning_rate}
 
     @compiled
     def whole(batch: Batch) -> Metrics:
         return apply(*gradient(batch, objective.counts(batch)))
 
-    cast = compute_cast(model)
-    step = Step(whole, compiled(gradient), compiled(apply), objective, state)
+    step = Step(whole, compiled(gradient), compiled(apply), objective, state, trained)
     return step
 
 
@@ -142,14 +148,6 @@ def _clipped(grads: Any, max_grad_norm: float) -> tuple[Any, mx.array]:
         return grads, norm
     scale = mx.minimum(1.0, max_grad_norm / (norm + 1e-6))
     return tree_map(lambda g: (g * scale).astype(g.dtype), grads), norm
-
-
-def _keep_unless(good: mx.array, before: Any, model: nn.Module, optimizer: optim.Optimizer) -> None:
-    """Puts parameters and optimiser back, in place, to `before` unless `good`."""
-    now = [model.trainable_parameters(), optimizer.state]
-    parameters, state = tree_map(lambda new, old: mx.where(good, new, old), now, before)
-    model.update(parameters)
-    put_state(optimizer.state, state)
 
 
 def _add(a: Any, b: Any) -> Any:

@@ -1,0 +1,120 @@
+"""What is trained, as the optimiser sees it: one vector where it works element by element, else the parameters themselves.
+
+A model has hundreds of adapters. As one vector they are cast, clipped, updated and guarded by a handful of kernels instead
+of thousands of small ones; the model's own parameters are views of it.
+"""
+
+from itertools import accumulate
+from math import prod
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from attrs import define, field, frozen
+from mlx.utils import tree_flatten, tree_unflatten
+
+from .optimisers import put_state
+
+Tree = Any
+
+_ELEMENTWISE = (optim.SGD, optim.Adam, optim.AdamW, optim.Adamax, optim.Lion, optim.RMSprop, optim.Adagrad, optim.AdaDelta)
+_NAME = "trained"
+# Bytes from which on the copy of the gradient that a vector needs costs more memory than its kernels cost time.
+_LARGEST = 1 << 30
+
+
+@frozen
+class Vector:
+    """Parameters as one vector.
+
+    Attributes:
+        names: paths of the parameters.
+        shapes: their shapes, in the same order.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    def pack(self, tree: Tree) -> Tree:
+        """Arrays to {"trained": [n]}."""
+        flat = dict(tree_flatten(tree))
+        return {_NAME: mx.concatenate([flat[name].reshape(-1) for name in self.names])}
+
+    def unpack(self, packed: Tree) -> Tree:
+        """The inverse: views, not copies."""
+        ends = list(accumulate(map(prod, self.shapes)))
+        slices = [packed[_NAME][start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        return tree_unflatten([(n, s.reshape(shape)) for n, s, shape in zip(self.names, slices, self.shapes, strict=True)])
+
+
+@frozen
+class Separate:
+    """Parameters as they are."""
+
+    def pack(self, tree: Tree) -> Tree:
+        """The tree itself."""
+        return tree
+
+    def unpack(self, packed: Tree) -> Tree:
+        """The tree itself."""
+        return packed
+
+
+def layout(optimizer: optim.Optimizer, parameters: Tree) -> Vector | Separate:
+    """A vector for optimisers that treat every number alike, if all parameters have one dtype and are not large."""
+    flat: list[tuple[str, mx.array]] = tree_flatten(parameters)  # type: ignore[assignment]
+    small = sum(array.nbytes for _, array in flat) <= _LARGEST
+    if type(optimizer) in _ELEMENTWISE and len({array.dtype for _, array in flat}) == 1 and small:
+        return Vector(tuple(name for name, _ in flat), tuple(array.shape for _, array in flat))
+    return Separate()
+
+
+@define(eq=False)
+class Trained:
+    """The trainable parameters of a model as its optimiser sees them.
+
+    Attributes:
+        model: its trainable parameters are views of the masters.
+        optimizer: updates the masters.
+        masters: containers that stay the same objects, because a compiled step holds them.
+    """
+
+    model: nn.Module
+    optimizer: optim.Optimizer
+    masters: Tree = field(init=False)
+    _layout: Vector | Separate = field(init=False)
+    _shown: list[mx.array] = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        parameters = self.model.trainable_parameters()
+        self._layout = layout(self.optimizer, parameters)
+        self.masters = self._layout.pack(parameters)
+        self._shown = _leaves(parameters)
+        self.optimizer.init(self.masters)
+
+    def pack(self, tree: Tree) -> Tree:
+        """Arrays in the layout of the masters."""
+        return self._layout.pack(tree)
+
+    def unpack(self, packed: Tree) -> Tree:
+        """Arrays in the layout of the model."""
+        return self._layout.unpack(packed)
+
+    def show(self) -> None:
+        """Puts the masters into the model."""
+        self.model.update(self.unpack(self.masters))
+
+    def remember(self) -> None:
+        """What the model now holds came from the masters."""
+        self._shown = _leaves(self.model.trainable_parameters())
+
+    def follow(self) -> None:
+        """Takes parameters that were put into the model since then, such as loaded weights, as the masters."""
+        parameters = self.model.trainable_parameters()
+        if any(a is not b for a, b in zip(_leaves(parameters), self._shown, strict=True)):
+            put_state(self.masters, self.pack(parameters))
+
+
+def _leaves(tree: Tree) -> list[mx.array]:
+    return [array for _, array in tree_flatten(tree)]
