@@ -17,11 +17,12 @@ from safetensors import SafetensorError, safe_open
 from .config import AdapterOptions
 from .errors import InputError
 from .files import atomic_file
+from .lora import LeanLoRALinear, lean
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 DEFAULT_LAYERS = 16  # as mlx-lm
 _BASE = {  # where each kind of adapter keeps the module that it adapts
-    **dict.fromkeys((LoRALinear, DoRALinear, LoRASwitchLinear), "linear"),
+    **dict.fromkeys((LoRALinear, LeanLoRALinear, DoRALinear, LoRASwitchLinear), "linear"),
     **dict.fromkeys((LoRAEmbedding, DoRAEmbedding), "embedding"),
 }
 
@@ -72,6 +73,7 @@ def _convert(model: nn.Module, layers: int, options: AdapterOptions) -> None:
             raise InputError(f"--lora-keys: the model has no module {', '.join(missing)}; a block has {', '.join(_linear(model))}")
     try:
         linear_to_lora_layers(model, layers, lora_parameters(options), use_dora=options.train_type == "dora")
+        lean(model)
     except ValueError as error:  # a kind of layer that mlx-lm cannot adapt
         raise InputError(f"--train-type {options.train_type}: {error}; name other modules with --lora-keys") from None
 
@@ -141,6 +143,38 @@ def attach(model: nn.Module, directory: str | Path) -> nn.Module:
     except (OSError, KeyError, ValueError, RuntimeError) as error:
         raise InputError(f"--adapter-path {directory}: {_some([line.strip() for line in str(error).splitlines()])}") from None
     return model.eval()
+
+
+@contextmanager
+def attached(model: nn.Module, directory: str | Path) -> Iterator[nn.Module]:
+    """The model with an adapter directory while the context lasts; after it, the modules and weights of before.
+
+    Raises:
+        InputError: there are no adapters, or they do not fit.
+    """
+    modules, weights = dict(model.named_modules()), tree_flatten(model.parameters())
+    try:
+        yield attach(model, directory)
+    finally:
+        replaced = [(name, modules[name]) for name, m in model.named_modules() if modules.get(name, m) is not m]
+        model.update_modules(tree_unflatten(replaced))
+        model.update(tree_unflatten(weights))
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """The adapter_config.json of an adapter directory.
+
+    Raises:
+        InputError: there is none, or it is no JSON object.
+    """
+    path = Path(directory) / CONFIG
+    try:
+        config = orjson.loads(path.read_bytes())
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise InputError(f"{directory}: no adapters there ({path.name}: {getattr(error, 'strerror', None) or error})") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: expected an object with lora_parameters, got {config!r}")
+    return config
 
 
 def load_weights(model: nn.Module, file: str | Path) -> None:

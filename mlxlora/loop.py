@@ -11,24 +11,33 @@ from attrs import define
 from .batching import Piece
 from .checkpoint import Progress, random_key
 from .errors import RunError
+from .memory import out_of_memory
+from .micro import MicroBatches
 from .step import Step
 
 Hook = Callable[[Progress, Sequence[Piece]], None]
 
 
 def train(
-    step: Step, stream: Iterator[tuple[Piece, ...]], progress: Progress, total: int, hooks: Sequence[Hook], *, repeats: int = 1
+    step: Step,
+    stream: Iterator[tuple[Piece, ...]],
+    progress: Progress,
+    total: int,
+    hooks: Sequence[Hook],
+    *,
+    repeats: int = 1,
+    micro: MicroBatches | None = None,
 ) -> None:
     """Steps until `total`, or until a hook sets `progress.stop`; each hook sees every finished step, in order.
 
     Every group of batches is used for `repeats` steps (several updates on one rollout); a run only ever stops after
-    the last of them.
+    the last of them. `micro` divides batches that would not fit into memory.
 
     Ctrl-C while a batch is made ends the run at once, during a step or its hooks after them: `progress` is always the
     state after a whole step. A second Ctrl-C does not wait.
 
     Raises:
-        RunError: the loss or the gradient is not finite; weights and optimiser are those of the step before.
+        RunError: the loss or the gradient is not finite; weights and optimiser are those of the step before. Or memory ran out.
         KeyboardInterrupt: Ctrl-C.
         Abandoned: a second one, before the step was over.
     """
@@ -40,13 +49,34 @@ def train(
             with interrupt.held():
                 for _ in range(min(repeats, total - progress.step)):
                     start = time.perf_counter()
-                    metrics = step.measured(*(p.batch for p in pieces))
+                    metrics = _stepped(step, pieces, micro)
                     _check(metrics, progress, pieces)
                     seconds = {"seconds_waited": waited, "seconds_stepped": time.perf_counter() - start}
                     _advance(progress, metrics | seconds, pieces)
                     waited = 0.0
                     for hook in hooks:
                         hook(progress, pieces)
+
+
+def _stepped(step: Step, pieces: Sequence[Piece], micro: MicroBatches | None) -> dict[str, float]:
+    parts = micro(pieces) if micro else pieces
+    try:
+        metrics = step.measured(*(p.batch for p in parts))
+    except (RuntimeError, MemoryError) as error:
+        if out_of_memory(error):
+            raise RunError(_advice(parts, error)) from error
+        raise
+    if micro:
+        micro.learn()
+    return metrics
+
+
+def _advice(parts: Sequence[Piece], error: BaseException) -> str:
+    rows, length = max((p.batch.tokens.shape for p in parts), key=lambda shape: shape[0] * shape[1])
+    return (
+        f"out of memory with {rows} rows of {length} tokens at once ({' '.join(str(error).split())[:120]}). Try, in this order: "
+        "--micro-batch 1, --grad-checkpoint, a smaller --max-seq-length, a quantised model, fewer --num-layers"
+    )
 
 
 def every(steps: int, hook: Hook, total: int) -> Hook:

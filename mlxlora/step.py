@@ -46,8 +46,8 @@ class Step:
     def __call__(self, *batches: Batch) -> Metrics:
         self.trained.follow()
         metrics = self.whole(batches[0]) if len(batches) == 1 else self._pieces(batches)
+        self.trained.show()
         mx.eval(self.state, metrics)
-        self.trained.remember()
         return metrics
 
     def measured(self, *batches: Batch) -> dict[str, float]:
@@ -98,8 +98,9 @@ def make_step(
             model.update(parameters)
             return objective(*score(batch), counts)
 
+        before = model.trainable_parameters()
         (_, metrics), grads = mx.value_and_grad(loss)(trained.unpack(cast(trained.masters)))
-        trained.show()
+        model.update(before)
         return tree_map(lambda g, p: g.astype(p.dtype), trained.pack(grads), trained.masters), metrics
 
     def apply(grads: Any, metrics: Metrics) -> Metrics:
@@ -109,7 +110,6 @@ def make_step(
         finite = mx.isfinite(metrics["loss"]) & mx.isfinite(norm)
         now = tree_map(partial(mx.where, finite), [masters, optimizer.state], before)
         put_state([trained.masters, optimizer.state], now)
-        trained.show()
         return {**metrics, "grad_norm": norm, "learning_rate": optimizer.learning_rate}
 
     @compiled

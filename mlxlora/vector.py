@@ -43,9 +43,13 @@ class Vector:
 
     def unpack(self, packed: Tree) -> Tree:
         """The inverse: views, not copies."""
-        ends = list(accumulate(map(prod, self.shapes)))
-        slices = [packed[_NAME][start:end] for start, end in zip([0, *ends], ends, strict=False)]
-        return tree_unflatten([(n, s.reshape(shape)) for n, s, shape in zip(self.names, slices, self.shapes, strict=True)])
+        starts = accumulate(map(prod, self.shapes), initial=0)
+        views = [_view(packed[_NAME], shape, start) for shape, start in zip(self.shapes, starts, strict=False)]
+        return tree_unflatten(list(zip(self.names, views, strict=True)))
+
+
+def _view(vector: mx.array, shape: tuple[int, ...], start: int) -> mx.array:
+    return mx.as_strided(vector, shape, [prod(shape[axis + 1 :]) for axis in range(len(shape))], start)
 
 
 @frozen
@@ -104,9 +108,6 @@ class Trained:
     def show(self) -> None:
         """Puts the masters into the model."""
         self.model.update(self.unpack(self.masters))
-
-    def remember(self) -> None:
-        """What the model now holds came from the masters."""
         self._shown = _leaves(self.model.trainable_parameters())
 
     def follow(self) -> None:
@@ -117,4 +118,4 @@ class Trained:
 
 
 def _leaves(tree: Tree) -> list[mx.array]:
-    return [array for _, array in tree_flatten(tree)]
+    return [array for _, array in tree_flatten(tree)]  # type: ignore[misc]

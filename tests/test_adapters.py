@@ -39,7 +39,9 @@ def test_mlx_lm_loads_what_is_saved(make: Any, changes: dict[str, Any], tmp_path
     save(trained, tmp_path, options(**changes), "some/model")
     loaded = load_adapters(make(), str(tmp_path))
     loaded.eval()
-    assert mx.array_equal(loaded(TOKENS), trained(TOKENS))
+    weights = dict(tree_flatten(loaded.parameters()))
+    assert all(mx.array_equal(weights[name], array) for name, array in tree_flatten(trained.parameters()))
+    assert mx.allclose(loaded(TOKENS), trained(TOKENS), rtol=1e-5, atol=2e-5)  # ours adds the update in the product's kernel
     assert not mx.allclose(trained(TOKENS), make()(TOKENS), atol=1e-3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapters.safetensors"]
 

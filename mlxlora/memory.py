@@ -1,0 +1,53 @@
+"""How much memory a run may use."""
+
+import re
+
+import mlx.core as mx
+
+_SHARE = 0.8  # of the device's memory; the rest is for the system and what MLX does not count
+
+
+def limit_memory(gigabytes: float | None = None) -> int:
+    """Bounds what MLX holds: near the limit, its scheduler waits for running work in place of starting more.
+
+    Args:
+        gigabytes: 10^9 bytes; None = 80 % of what the device can use.
+
+    Returns:
+        The limit in bytes.
+    """
+    limit = int(gigabytes * 1e9) if gigabytes else int(_SHARE * device_memory())
+    mx.set_memory_limit(limit)
+    if mx.metal.is_available():
+        mx.set_wired_limit(min(limit, device_memory()))
+    return limit
+
+
+def memory_limit() -> int:
+    """The limit in bytes."""
+    return mx.get_memory_limit()
+
+
+def device_memory() -> int:
+    """Bytes that the default device can use."""
+    info = mx.device_info()
+    known = [info.get(name) for name in ("max_recommended_working_set_size", "total_memory", "memory_size")]
+    return int(next((size for size in known if size), 0) or _system_memory())
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether MLX could not allocate; its errors have no type of their own.
+
+    >>> out_of_memory(RuntimeError("[malloc] Unable to allocate 123 bytes."))
+    True
+    """
+    return isinstance(error, RuntimeError | MemoryError) and bool(_ALLOCATION.search(str(error)))
+
+
+_ALLOCATION = re.compile(r"out of memory|unable to allocate|attempting to allocate|insufficient memory|malloc", re.IGNORECASE)
+
+
+def _system_memory() -> int:
+    import os
+
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
