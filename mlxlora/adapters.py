@@ -34,9 +34,7 @@ def prepare(model: nn.Module, options: AdapterOptions) -> nn.Module:
         InputError: more layers than the model has, modules that do not exist, quantised weights to be trained in full.
     """
     layers = layers_to_train(model, options)
-    if not hasattr(model, "_no_grad"):
-        nn.Module.__init__(model)  # mlx-lm's recurrent_gemma forgets to (0.32.2)
-    model.freeze()
+    freeze(model)
     if options.train_type == "full":
         _unfreeze(model, layers, everything=options.num_layers == -1)
     else:
@@ -44,6 +42,13 @@ def prepare(model: nn.Module, options: AdapterOptions) -> nn.Module:
     if not tree_flatten(model.trainable_parameters()):
         raise InputError(f"--train-type {options.train_type} leaves nothing to train in this model; try --num-layers -1")
     return model
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Makes nothing trainable."""
+    if not hasattr(model, "_no_grad"):
+        nn.Module.__init__(model)  # mlx-lm's recurrent_gemma forgets to (0.32.2)
+    return model.freeze()
 
 
 def layers_to_train(model: nn.Module, options: AdapterOptions) -> int:

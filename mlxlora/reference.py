@@ -4,11 +4,10 @@ Log-probabilities under the reference are computed once, for the rows that a run
 """
 
 import hashlib
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,16 +17,23 @@ from attrs import evolve
 from .adapters import disabled
 from .batching import Make, Piece, collate
 from .data import Example
-from .files import atomic_file
+from .files import atomic_file, cache_folder
 from .logprobs import Scorer, scorer
 from .modes import evaluating
 
+T = TypeVar("T")
 Logps = np.ndarray
 Note = Callable[[str], None]
 
 
 def with_reference(
-    examples: Sequence[Example], score: Scorer, *, batch_size: int, cache: Path | None = None, note: Note = lambda _: None
+    examples: Sequence[Example],
+    score: Scorer,
+    *,
+    batch_size: int,
+    together: int = 1,
+    cache: Path | None = None,
+    note: Note = lambda _: None,
 ) -> list[Example]:
     """The examples with `ref_logps`, from the cache where it has them.
 
@@ -35,6 +41,7 @@ def with_reference(
         examples: token sequences; equal ones are scored once.
         score: scores batches with the reference model.
         batch_size: sequences in a batch.
+        together: so many examples in a row share a prompt, which is then computed once; 1 = whole rows.
         cache: file of log-probabilities of this model; a damaged or stale one is noticed and rebuilt.
         note: is told what happens.
     """
@@ -44,7 +51,10 @@ def with_reference(
     missing = {digest: e for digest, e in wanted.items() if digest not in known}
     if missing:
         note(f"reference: scoring {len(missing)} sequences")
-        known |= dict(zip(missing, log_probabilities(list(missing.values()), score, batch_size), strict=True))
+        whole = _whole_groups(digests, missing, together)
+        alone = [digest for digest in missing if digest not in set(whole)]
+        for some, size in filter(all, ((whole, together), (alone, 1))):
+            known |= dict(zip(some, log_probabilities([missing[d] for d in some], score, batch_size, size), strict=True))
         if cache:
             _keep(cache, known, note)
     return [evolve(e, ref_logps=known[digest]) for e, digest in zip(examples, digests, strict=True)]
@@ -66,14 +76,18 @@ def referenced(make: Make, model: nn.Module, temperature: float) -> Make:
     return with_column
 
 
-def log_probabilities(examples: Sequence[Example], score: Scorer, batch_size: int) -> list[Logps]:
-    """[scored tokens] float32 of each example, without a gradient; examples of a length go together."""
+def log_probabilities(examples: Sequence[Example], score: Scorer, batch_size: int, together: int = 1) -> list[Logps]:
+    """[scored tokens] float32 of each example, without a gradient; examples of a length go together.
+
+    So many examples in a row as `together` says share a prompt.
+    """
     run = mx.compile(partial(score, gradient=False))
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
+    units = sorted(batched(range(len(examples)), together), key=lambda unit: max(len(examples[i].tokens) for i in unit))
     found: dict[int, Logps] = {}
-    for start in range(0, len(order), batch_size):
-        some = order[start : start + batch_size]
-        logps = np.array(run(collate([examples[i] for i in some]))[0])
+    for batch in batched(units, max(batch_size // together, 1)):
+        some = [i for unit in batch for i in unit]
+        groups = list(batched(range(len(some)), together)) if together > 1 else ()
+        logps = np.array(run(collate([examples[i] for i in some], groups=groups))[0])
         ends = np.cumsum([int(examples[i].scored.sum()) for i in some])
         found |= dict(zip(some, np.split(logps[: ends[-1]], ends[:-1]), strict=True))
     return [found[i] for i in range(len(examples))]
@@ -81,15 +95,32 @@ def log_probabilities(examples: Sequence[Example], score: Scorer, batch_size: in
 
 def cache_file(model: str, dtype: str) -> Path:
     """Where log-probabilities of `model` are kept: $MLXLORA_CACHE or ~/.cache/mlxlora, by name and files of the model."""
-    root = Path(os.environ.get("MLXLORA_CACHE") or Path.home() / ".cache" / "mlxlora")
     folder = Path(model)
     files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.json")) if folder.is_dir() else []
     stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     key = hashlib.sha256(repr((str(folder.resolve()) if files else model, dtype, stats)).encode()).hexdigest()
-    return root / "reference" / f"{key[:24]}.safetensors"
+    return cache_folder("reference") / f"{key[:24]}.safetensors"
 
 
 # --- the cache: {digests [n, 32], ends [n], logps [Σ]}, with a digest of all of it -----------------
+
+
+def batched(items: Sequence[T], size: int) -> list[tuple[T, ...]]:
+    """`itertools.batched` of Python 3.12.
+
+    >>> batched("abcde", 2)
+    [('a', 'b'), ('c', 'd'), ('e',)]
+    """
+    return [tuple(items[start : start + size]) for start in range(0, len(items), size)]
+
+
+def _whole_groups(digests: Sequence[bytes], missing: Mapping[bytes, Example], size: int) -> list[bytes]:
+    """The groups of `size` of which every member is missing, and none stands in a group before."""
+    taken: dict[bytes, None] = {}
+    for group in batched(digests, size) if size > 1 else ():
+        if len({d for d in group if d in missing and d not in taken}) == size:
+            taken |= dict.fromkeys(group)
+    return list(taken)
 
 
 def _digest(example: Example) -> bytes:

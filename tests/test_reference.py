@@ -75,6 +75,20 @@ def test_equal_sequences_are_scored_once(model: Any, examples: list[Example], sc
     assert scored[-1] == 2
 
 
+def test_prompts_that_are_shared_are_read_once(model: Any, examples: list[Example], scored: list[int]) -> None:
+    def after(prompt: np.ndarray, *answer: int) -> Example:
+        tokens = np.concatenate([prompt, answer]).astype(np.int32)
+        return Example(tokens, np.arange(len(tokens)) >= len(prompt), None, "pairs.jsonl:1")
+
+    prompts = [np.array([5, 3, 8, 2, 9]), np.array([4, 4, 1])]
+    a, b, c = after(prompts[0], 1, 2), after(prompts[0], 7, 7, 3), after(prompts[0], 6)
+    d, e = after(prompts[1], 2), after(prompts[1], 9, 8)
+    pairs = [a, b, d, e, a, b, a, c, d, d]  # a pair again, a half of one, a pair of equals
+    found = with_reference(pairs, scorer(model), batch_size=4, together=2)
+    assert sum(scored) == 5
+    right(found, model)
+
+
 def test_a_second_run_reads(model: Any, examples: list[Example], scored: list[int], tmp_path: Path) -> None:
     notes: list[str] = []
     first = filled(tmp_path / "cache", model, examples[:4], notes)
