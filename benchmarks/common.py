@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -40,10 +41,17 @@ def cost(call: Callable[[], Any]) -> Cost:
     return Cost(time.perf_counter() - wall, time.process_time() - cpu, max(mx.get_peak_memory() - before, 0))
 
 
-def interleaved(calls: Sequence[Callable[[], Any]], repetitions: int) -> list[Cost]:
-    """Medians over the repetitions; the calls take turns, in turned order, so that a busy machine slows all alike."""
+def interleaved(calls: Sequence[Callable[[], Any]], repetitions: int, budget: float = math.inf) -> list[Cost]:
+    """Medians over the repetitions; the calls take turns, in turned order, so that a busy machine slows all alike.
+
+    Args:
+        budget: seconds, after which no repetition is begun.
+    """
     seen: list[list[Cost]] = [[] for _ in calls]
+    began = time.perf_counter()
     for repetition in range(repetitions):
+        if repetition and time.perf_counter() - began > budget:
+            break
         order = range(len(calls)) if repetition % 2 == 0 else reversed(range(len(calls)))
         for index in order:
             seen[index].append(cost(calls[index]))

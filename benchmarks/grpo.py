@@ -193,7 +193,7 @@ def theirs(case: Case, rows: Sequence[Prompt], piece: Piece) -> tuple[Parts, Cal
 # --- the table --------------------------------------------------------------------------------------
 
 
-def measure(case: Case, repetitions: int) -> list[dict[str, Any]]:
+def measure(case: Case, repetitions: int, budget: float) -> list[dict[str, Any]]:
     """Rows of the table: the whole step and its parts."""
     rows = make_prompts(case)
     our_parts, piece, our_norm = ours(case, rows)
@@ -204,7 +204,7 @@ def measure(case: Case, repetitions: int) -> list[dict[str, Any]]:
         calls = [part, *([their_parts[name]] if peer else [])]
         for call in calls:
             call(), call()  # every shape is compiled
-        row = _compared(*interleaved(calls, repetitions)) | {"case": f"{case.name}, {name}"}
+        row = _compared(*interleaved(calls, repetitions, budget)) | {"case": f"{case.name}, {name}"}
         found.append(row | {"difference": difference if name == "training step" else ""})
         print(" ".join(str(found[-1][column]) for column in COLUMNS), flush=True)
     return found
@@ -228,12 +228,14 @@ def _compared(our: Cost, their: Cost | None = None) -> dict[str, Any]:
 
 
 def main() -> None:
-    options = parsed(flags(__doc__, repetitions=7))
+    parser = flags(__doc__, repetitions=7)
+    parser.add_argument("--budget", type=float, default=30, help="seconds of a line of the table, after which it is not repeated")
+    options = parsed(parser)
     if peer is None:
         print("mlx-lm-lora is not installed (pip install --no-deps mlx-lm-lora): ours only")
     found: list[dict[str, Any]] = []
     for case in (case for case in (QUICK if options.quick else CASES) if options.only in case.name):
-        found += measure(case, 2 if options.quick else options.repetitions)
+        found += measure(case, 2 if options.quick else options.repetitions, options.budget)
     tell(found, COLUMNS, options.json)
 
 

@@ -32,7 +32,7 @@ import numpy as np  # noqa: E402
 from attrs import evolve, frozen  # noqa: E402
 from mlx.utils import tree_map  # noqa: E402
 
-from benchmarks.common import flags, interleaved, parsed, small_llama, tell  # noqa: E402
+from benchmarks.common import flags, interleaved, parsed, qwen3_600m, small_llama, tell  # noqa: E402
 from mlxlora import AdapterOptions, Objective, disabled, make_step, objectives, prepare  # noqa: E402
 from mlxlora.batching import pair_piece, read_positions  # noqa: E402
 from mlxlora.data import Example, Pair  # noqa: E402
@@ -74,6 +74,7 @@ class Case:
         prompts: tokens of every prompt.
         completions: tokens of every (chosen, rejected).
         name: of the lengths.
+        base: makes the model; None: the small llama of these sizes.
     """
 
     method: str
@@ -83,12 +84,22 @@ class Case:
     hidden: int = 256
     layers: int = 6
     vocabulary: int = 16000
+    base: Callable[[], nn.Module] | None = None
 
 
 def cases(pairs: int) -> list[Case]:
     """Fixed lengths, and a mix of lengths."""
     fixed = [(f"P={p} C={c}", [p] * pairs, [(c, c)] * pairs) for p, c in ((32, 128), (128, 128), (384, 64))]
     return [Case(method, p, c, name) for name, p, c in [*fixed, mixed(pairs)] for method in METHODS]
+
+
+def gpu_cases() -> list[Case]:
+    """DPO of 8 pairs, Qwen3-0.6B's shape, bfloat16."""
+    return [
+        Case("dpo", [p] * 8, [(c, c)] * 8, f"Qwen3-0.6B shape, 8 pairs, P={p} C={c}", vocabulary=151936, base=qwen3_600m)
+        for p in (384, 1024)
+        for c in (64, 128)
+    ]
 
 
 def mixed(pairs: int) -> tuple[str, list[int], list[tuple[int, int]]]:
@@ -110,9 +121,10 @@ def quick_cases() -> list[Case]:
 
 def make_model(case: Case) -> nn.Module:
     """The same weights at every call; the adapters' update is not 0, so that policy and reference differ."""
-    base = small_llama(hidden=case.hidden, layers=case.layers, vocabulary=case.vocabulary)
+    base = case.base() if case.base else small_llama(hidden=case.hidden, layers=case.layers, vocabulary=case.vocabulary)
     model = prepare(base, AdapterOptions(num_layers=-1, rank=8, scale=2.0))
-    model.lm_head.weight *= 8  # else every token's log-probability is -log V, and nothing could be seen of a wrong one
+    if not case.base:
+        model.lm_head.weight *= 8  # else every token's log-probability is -log V, and nothing could be seen of a wrong one
     model.update(tree_map(lambda p: p + 0.01 * mx.random.normal(p.shape), model.trainable_parameters()))
     mx.eval(model.parameters())
     return model.train()
@@ -153,7 +165,7 @@ def _plain(model: nn.Module, pair: Pair) -> list[np.ndarray]:
     found = []
     for e in (pair.chosen, pair.rejected):
         at, tokens = np.flatnonzero(e.scored), mx.array(e.tokens)
-        logits = model(tokens[None, :-1])[0, mx.array(at - 1)]
+        logits = model(tokens[None, :-1])[0, mx.array(at - 1)].astype(mx.float32)
         found.append(-np.array(nn.losses.cross_entropy(logits, tokens[mx.array(at)])).astype(np.float64))
     return found
 
@@ -170,7 +182,7 @@ def our_step(case: Case, pairs: Sequence[Pair], *, share: bool) -> tuple[Step, f
     return partial(step, batch), step(batch)["loss"].item()
 
 
-def our_reference(case: Case, pairs: Sequence[Pair]) -> tuple[list[Pair], Step | None]:
+def our_reference(case: Case, pairs: Sequence[Pair], *, share: bool) -> tuple[list[Pair], Step | None]:
     """The pairs with the column that the method needs, and what computing it takes."""
     if "ref_logps" not in METHODS[case.method].needs:
         return list(pairs), None
@@ -179,7 +191,7 @@ def our_reference(case: Case, pairs: Sequence[Pair]) -> tuple[list[Pair], Step |
     with disabled(model):
         score = scorer(model)
     run = mx.compile(partial(score, gradient=False))
-    batch = pair_piece(pairs).batch
+    batch = pair_piece(pairs, share=share).batch
 
     def again() -> None:
         with disabled(model):
@@ -268,8 +280,9 @@ THEIRS = {"dpo": _their_dpo, "cpo": _their_cpo, "orpo": _their_orpo}
 
 def measure(case: Case, repetitions: int, *, share: bool | None = None) -> dict[str, Any]:
     """One row of the table."""
-    pairs, reference = our_reference(case, make_pairs(case))
-    chosen = pays(*read_positions((p.chosen, p.rejected) for p in pairs)) if share is None else share
+    raw = make_pairs(case)
+    chosen = pays(*read_positions((p.chosen, p.rejected) for p in raw)) if share is None else share
+    pairs, reference = our_reference(case, raw, share=chosen)
     (ours, our_loss), (whole, _), theirs = (
         our_step(case, pairs, share=chosen),
         our_step(case, pairs, share=False),
@@ -312,7 +325,8 @@ def main() -> None:
     if dpo_trainer is None:
         print("mlx-lm-lora is not installed, so only ours is measured: pip install --no-deps mlx-lm-lora==5.10.2 tqdm")
     found = []
-    for case in quick_cases() if options.quick else cases(options.pairs):
+    full = cases(options.pairs) if mx.default_device() == mx.Device(mx.cpu) else gpu_cases()
+    for case in quick_cases() if options.quick else full:
         if options.only in f"{case.method}, {case.name}":
             found.append(measure(case, 2 if options.quick else options.repetitions, share=options.share))
             print(" ".join(str(value) for value in found[-1].values()), flush=True)

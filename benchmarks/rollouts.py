@@ -3,13 +3,16 @@
     python -m benchmarks.rollouts [--device gpu] [--quick] [--json FILE]
 
 One model with random weights, the same prompts and limits, temperature 1, in one process, taking turns. Ours, mlx-lm's
-`generate_step` (one completion after the other) and its `BatchGenerator` (prompts as they are, or with the cache of a
-prompt that was read once) also keep every sampled token's log-probability, as policy gradients need; mlx-lm-lora's
-`generate_grpo` keeps none and so has less to do. "ragged": a twentieth of the probability ends a completion at every token.
+`generate_step` (one completion after the other: two of them are timed) and its `BatchGenerator` (prompts as they are, or with
+the cache of a prompt that was read once) also keep every sampled token's log-probability, as policy gradients need;
+mlx-lm-lora's `generate_grpo` keeps none and so has less to do. "ragged": a twentieth of the probability ends a completion at
+every token. Every side runs a few tokens first, so that its kernels are compiled; a case that took longer than --budget
+seconds is not repeated.
 """
 
 import copy
 from collections.abc import Callable, Sequence
+from itertools import islice
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +23,7 @@ load_fast_blas()
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 import numpy as np  # noqa: E402
-from attrs import frozen  # noqa: E402
+from attrs import evolve, frozen  # noqa: E402
 from mlx_lm.generate import BatchGenerator, generate_step  # noqa: E402
 from mlx_lm.models import llama  # noqa: E402
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
@@ -44,13 +47,14 @@ COLUMNS = {
 
 @frozen
 class Case:
-    """Prompts and how many completions of them."""
+    """Prompts and how many completions of them; `kv_bits`: of our cache."""
 
     name: str
     lengths: Sequence[int]
     group: int
     tokens: int
     ragged: bool = False
+    kv_bits: int | None = None
     hidden: int = 512
     layers: int = 8
     vocabulary: int = 16000
@@ -65,6 +69,7 @@ CPU = [
 GPU = [
     Case("prompt 512, 128 new, G=8", (512,), 8, 128),
     Case("prompt 512, 128 new, G=64", (512,), 64, 128),
+    Case("prompt 512, 128 new, G=256", (512,), 256, 128),
     Case("8 prompts of 128 to 512, up to 128 new, ragged, G=16", tuple(range(128, 513, 54)), 16, 128, ragged=True),
 ]
 
@@ -103,22 +108,22 @@ def prepare(case: Case, make: Callable[[Case], nn.Module]) -> Work:
 
 
 def ours(work: Work) -> int:
-    limits = Sampling(max_tokens=work.case.tokens)
+    limits = Sampling(max_tokens=work.case.tokens, kv_bits=work.case.kv_bits)
     groups = sample(work.model, work.prompts, work.case.group, limits, work.stop, key=mx.random.key(0), route=work.route)
     return sum(len(completion.tokens) for group in groups for completion in group)
 
 
 def one_by_one(work: Work) -> int:
+    """Two completions."""
     sampler, stop, count = make_sampler(1.0), set(work.stop), 0
-    for prompt in work.prompts:
-        for _ in range(work.case.group):
-            logps = []
-            for token, logp in generate_step(mx.array(prompt), work.model, max_tokens=work.case.tokens, sampler=sampler):
-                logps.append(logp[token])
-                if token in stop:
-                    break
-            mx.eval(logps)
-            count += len(logps)
+    for prompt in islice((prompt for prompt in work.prompts for _ in range(work.case.group)), 2):
+        logps = []
+        for token, logp in generate_step(mx.array(prompt), work.model, max_tokens=work.case.tokens, sampler=sampler):
+            logps.append(logp[token])
+            if token in stop:
+                break
+        mx.eval(logps)
+        count += len(logps)
     return count
 
 
@@ -172,25 +177,25 @@ PEERS: dict[str, Callable[[Work], int]] = {
 # --- the table --------------------------------------------------------------------------------------
 
 
-def measure(case: Case, make: Callable[[Case], nn.Module], repetitions: int) -> list[dict[str, Any]]:
+def measure(case: Case, make: Callable[[Case], nn.Module], repetitions: int, budget: float) -> list[dict[str, Any]]:
     """A row of the table for each peer; every side samples the same completions at each repetition."""
     work = prepare(case, make)
-    calls = {name: _seeded(side, work) for name, side in {"ours": ours, **PEERS}.items()}
     tokens: dict[str, int] = {}
-    for name, call in list(calls.items()):
+    calls = {name: _seeded(name, side, work, tokens) for name, side in {"ours": ours, **PEERS}.items()}
+    for name in list(calls):
         try:
-            tokens[name] = call()
+            _seeded(name, {"ours": ours, **PEERS}[name], evolve(work, case=evolve(case, tokens=8)), {})()
         except ImportError as error:
             print(f"{name}: left out ({error})")
             del calls[name]
-    costs = dict(zip(calls, interleaved(list(calls.values()), repetitions), strict=True))
+    costs = dict(zip(calls, interleaved(list(calls.values()), repetitions, budget), strict=True))
     return [_row(case, name, tokens, costs) for name in calls if name != "ours"]
 
 
-def _seeded(side: Callable[[Work], int], work: Work) -> Callable[[], int]:
-    def call() -> int:
+def _seeded(name: str, side: Callable[[Work], int], work: Work, tokens: dict[str, int]) -> Callable[[], None]:
+    def call() -> None:
         mx.random.seed(0)
-        return side(work)
+        tokens[name] = side(work)
 
     return call
 
@@ -212,13 +217,17 @@ def _row(case: Case, name: str, tokens: dict[str, int], costs: dict[str, Any]) -
 
 
 def main() -> None:
-    options = parsed(flags(__doc__, repetitions=3))
+    parser = flags(__doc__, repetitions=3)
+    parser.add_argument("--budget", type=float, default=30, help="seconds of a case, after which it is not repeated")
+    parser.add_argument("--kv-bits", type=int, choices=(4, 8), help="of our cache")
+    options = parsed(parser)
     on_gpu = mx.default_device() == mx.Device(mx.gpu)
     cases, make = (GPU, lambda _: qwen3_600m()) if on_gpu else (CPU, small_llama)
     cases, make = (QUICK, small_llama) if options.quick else (cases, make)
     found: list[dict[str, Any]] = []
     for case in (case for case in cases if options.only in case.name):
-        found += measure(case, make, 1 if options.quick else options.repetitions)
+        repetitions = 1 if options.quick else options.repetitions
+        found += measure(evolve(case, kv_bits=options.kv_bits), make, repetitions, options.budget)
         print("\n".join(" ".join(map(str, row.values())) for row in found[-len(PEERS) :]), flush=True)
     tell(found, COLUMNS, options.json)
 

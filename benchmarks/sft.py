@@ -21,7 +21,7 @@ import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 import mlx.optimizers as optim  # noqa: E402
 import numpy as np  # noqa: E402
-from attrs import frozen  # noqa: E402
+from attrs import evolve, frozen  # noqa: E402
 from mlx_lm.tuner.datasets import CacheDataset  # noqa: E402
 from mlx_lm.tuner.trainer import default_loss, iterate_batches  # noqa: E402
 
@@ -29,6 +29,7 @@ from benchmarks.common import flags, interleaved, parsed, qwen3_600m, small_llam
 from mlxlora import AdapterOptions, make_step, objectives, prepare  # noqa: E402
 from mlxlora.batching import Order, collate  # noqa: E402
 from mlxlora.data import Example  # noqa: E402
+from mlxlora.recompute import checkpointed  # noqa: E402
 
 COLUMNS = {
     "case": "case",
@@ -56,6 +57,8 @@ class Case:
         lengths: (tokens, scored tokens at the end) of every row.
         batch_size: rows in a batch.
         base: makes the model; None: the small llama of these sizes.
+        limit: GB above the weights that ours may hold, with gradient checkpointing; 0 = neither.
+        alone: the peer cannot do it.
     """
 
     name: str
@@ -64,6 +67,8 @@ class Case:
     lengths: Lengths
     batch_size: int = 4
     base: Callable[[], nn.Module] | None = None
+    limit: float = 0.0
+    alone: bool = False
 
 
 def cases(lengths: Lengths) -> list[Case]:
@@ -84,7 +89,11 @@ def gpu_cases() -> list[Case]:
     """Qwen3-0.6B's shape, bfloat16; six batches, because the first one after a pause allocates memory."""
     named = "Qwen3-0.6B shape, {} x {}, {:.0%} scored"
     cells = [(rows, length, share) for rows, length in ((8, 2048), (4, 1024)) for share in (1.0, 0.3)]
-    return [Case(named.format(*c), 1024, 151936, [(c[1], int(c[2] * c[1]))] * 6 * c[0], c[0], qwen3_600m) for c in cells]
+    found = [Case(named.format(*c), 1024, 151936, [(c[1], int(c[2] * c[1]))] * 6 * c[0], c[0], qwen3_600m) for c in cells]
+    leaner = evolve(found[0], name=found[0].name + ", ours with checkpointing and 6 GB", limit=6.0)
+    name, rows = "Qwen3-0.6B shape, 1 x 32768, checkpointing and 4 GB", [(32768, 32768)]
+    long = Case(name, 1024, 151936, rows, 1, qwen3_600m, 4.0, alone=True)
+    return [*found, leaner, long]
 
 
 def quick_cases() -> list[Case]:
@@ -144,13 +153,17 @@ def our_epoch(case: Case, rows: Sequence[Example]) -> tuple[Callable[[], None], 
     """(a pass over the rows, the loss of the first batch before any update)."""
     order = Order(tuple(len(row.tokens) for row in rows), case.batch_size, seed=0)
     batches = [collate([rows[i] for i in batch]) for batch, _ in zip(order.batches(), range(order.per_epoch()), strict=False)]
-    step = make_step(make_model(case), optim.Adam(learning_rate=1e-5), objectives.sft())
-    loss = step(collate(rows[: case.batch_size]))["loss"].item()
+    model = make_model(case)
+    step = make_step(checkpointed(model) if case.limit else model, optim.Adam(learning_rate=1e-5), objectives.sft())
 
     def epoch() -> None:
+        before = mx.set_memory_limit(mx.get_active_memory() + int(case.limit * 1e9)) if case.limit else 0
         for batch in batches:
             step(batch)
+        if case.limit:
+            mx.set_memory_limit(before)
 
+    loss = step(collate(rows[: case.batch_size]))["loss"].item()
     return epoch, loss
 
 
@@ -212,11 +225,16 @@ def definition(case: Case, rows: Sequence[Example]) -> float:
 def measure(case: Case, repetitions: int) -> dict[str, Any]:
     """One row of the table."""
     rows = make_rows(case)
-    (ours, our_loss), (theirs, their_loss) = our_epoch(case, rows), their_epoch(case, rows)
-    for epoch in (ours, theirs):
-        epoch()  # compiles every shape
-    our, their = interleaved([ours, theirs], repetitions)
     tokens = sum(len(row.tokens) for row in rows)
+    ours, our_loss = our_epoch(case, rows)
+    ours()  # compiles every shape
+    if case.alone:
+        (our,) = interleaved([ours], repetitions)
+        known = {"case": case.name, "ours": round(tokens / our.wall), "ours_mb": round(our.peak / 1e6, 1)}
+        return dict.fromkeys(COLUMNS, "") | known
+    theirs, their_loss = their_epoch(case, rows)
+    theirs()
+    our, their = interleaved([ours, theirs], repetitions)
     exact = definition(case, rows[: case.batch_size])
     return {
         "case": case.name,

@@ -1,9 +1,7 @@
 """`mlxlora generate`."""
 
-import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -45,12 +43,9 @@ def _model(model: ModelOptions, generation: Generation) -> str:
     if model.model is not None:
         return model.model
     if generation.adapter_path is not None:
-        try:
-            trained_on = json.loads((Path(generation.adapter_path) / "adapter_config.json").read_text()).get("model")
-        except (OSError, ValueError) as error:
-            raise InputError(f"--adapter-path {generation.adapter_path}: no adapters there ({error})") from None
-        if trained_on:
-            return trained_on
+        from mlxlora.recipes import base_of
+
+        return str(base_of(model, generation.adapter_path).model)
     from mlxlora import starter
 
     return str(starter.model_path())

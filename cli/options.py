@@ -1,15 +1,18 @@
 """One flag per field of an attrs class, grouped in the help under the class's docstring; `--config` reads a YAML file."""
 
 import functools
+import gc
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, get_origin
 
 import attrs
 import typer
+import yaml
 
-from mlxlora import settings
+from mlxlora import peers, settings
 from mlxlora.blas import load_fast_blas
 from mlxlora.config import Training
 from mlxlora.errors import InputError
@@ -21,14 +24,16 @@ _TRAIN = Annotated[bool, typer.Option(f"--{settings.TRAIN}", hidden=True)]
 _OFF = "no_"
 
 
-def flags(starter: str | None = None) -> Callable[[Command], Command]:
+def flags(starter: str | None = None, others: bool = False) -> Callable[[Command], Command]:
     """Replaces each attrs-typed parameter of a command by one flag per field.
 
     A value comes from its flag, else from the file of --config, else under --resume from the run that is continued, else
     from the starter's defaults, else from the field.
 
     Args:
-        starter: mode of the bundled starter (sft, dpo, ...) that stands in where neither --model nor --data is given.
+        starter: mode of the bundled starter (sft, dpo, ...) that stands in where neither --model nor --data is given; an option
+            `method` wins over it.
+        others: whether the file of --config may have other options too, as that of a run.
     """
 
     def decorate(command: Command) -> Command:
@@ -36,19 +41,25 @@ def flags(starter: str | None = None) -> Callable[[Command], Command]:
         groups = {name: p.annotation for name, p in signature.parameters.items()}
         fields = settings.fields_of(*groups.values())
 
+        trains = starter if Training in groups.values() and not others else None
+
         @functools.wraps(command)
         def run(ctx: typer.Context, config: str | None = None, **given: Any) -> None:
-            named = _given(ctx, fields, given)
-            values = (settings.read(config, fields) if config else {}) | named
+            told: list[str] = []
+            named = settings.take(_of_peers(ctx, given), fields, trains, told.append) | _given(ctx, fields, given, trains)
+            values = (settings.read(config, fields, not others, trains, named, told.append) if config else {}) | named
+            for note in () if values.get("quiet") else told:
+                typer.echo(f"note: {note}")
             if values.get("resume"):
                 values = _of_run(fields, values) | values
             if starter:
-                values = _with_starter(starter, fields, values)
+                values = _with_starter(values.get("method", starter), fields, values)
             built = {name: settings.build(group, values) for name, group in groups.items()}
             load_fast_blas()
+            _import_recipes()
             command(**built)
 
-        parameters = _parameters([*groups.values()])
+        parameters = _parameters([*groups.values()], trains)
         run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         return run
@@ -56,26 +67,60 @@ def flags(starter: str | None = None) -> Callable[[Command], Command]:
     return decorate
 
 
-def _parameters(groups: Sequence[type]) -> list[inspect.Parameter]:
-    """What Typer sees: the context, --config and every field of the groups."""
+def _import_recipes() -> None:
+    """Imports what commands run, without looking for garbage meanwhile: there is none, and looking takes 0.08 s."""
+    gc.disable()
+    try:
+        import_module("mlxlora.recipes")
+    finally:
+        gc.enable()
+
+
+def _parameters(groups: Sequence[type], command: str | None) -> list[inspect.Parameter]:
+    """What Typer sees: the context, --config, every field of the groups and, where something is trained, the peers' flags."""
     own = [_parameter("ctx", inspect.Parameter.empty, typer.Context), _parameter("config", None, _CONFIG)]
     if Training in groups:
         own.append(_parameter(settings.TRAIN, False, _TRAIN))
-    return own + [flag for cls in groups for field in attrs.fields(cls) for flag in _flags(field, cls)]
+    own += [_peer_flag(name) for name in peers.FLAGS if command and peers.of(_key(name), command)]
+    return own + [flag for cls in groups for field in attrs.fields(cls) for flag in _flags(field, cls, command)]
+
+
+def _key(name: str) -> peers.Key:
+    found = peers.find(name)
+    assert found is not None
+    return found
+
+
+def _peer_flag(name: str) -> inspect.Parameter:
+    kind = bool if _key(name).switch else str | None
+    return _parameter(name, False if kind is bool else None, Annotated[kind, typer.Option(_dashed(name), hidden=True)])
+
+
+def _of_peers(ctx: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The peers' flags on the command line, read as YAML would."""
+    named = {name: values[name] for name in peers.FLAGS if name in values and _is_given(ctx, name)}
+    return {name: yaml.safe_load(value) if isinstance(value, str) else value for name, value in named.items()}
+
+
+def _is_given(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _flags(field: attrs.Attribute, cls: type) -> list[inspect.Parameter]:
+def _flags(field: attrs.Attribute, cls: type, command: str | None) -> list[inspect.Parameter]:
     """The flag of a field as the help shows it, and its other spellings, hidden."""
     kind, default = field.type, field.default
     if _is_tuple(field):
         kind, default = list[str] | None, None if default is None else list(default)
     shown = typer.Option(_spelling(field), help=field.metadata["help"], rich_help_panel=inspect.getdoc(cls))
     hidden = [
-        _parameter(alias, default, Annotated[kind, typer.Option(_dashed(alias), hidden=True)]) for alias in _aliases(field.name)
+        _parameter(alias, default, Annotated[kind, typer.Option(_dashed(alias), hidden=True)])
+        for alias, name in _aliases(command).items()
+        if name == field.name
     ]
     if field.default is False:  # a file may have switched it on
         hidden.append(_parameter(_OFF + field.name, False, Annotated[bool, typer.Option(_dashed(_OFF + field.name), hidden=True)]))
@@ -92,22 +137,21 @@ def _dashed(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _aliases(name: str) -> list[str]:
-    return [alias for alias, target in settings.ALIASES.items() if target == name and "." not in alias]
+def _aliases(command: str | None) -> dict[str, str]:
+    return {alias: name for alias, name in {**settings.ALIASES, **peers.aliases(command)}.items() if "." not in alias}
 
 
 def _is_tuple(field: attrs.Attribute) -> bool:
     return get_origin(settings.plain_type(field.type)) is tuple
 
 
-def _given(ctx: typer.Context, fields: settings.Fields, values: Mapping[str, Any]) -> dict[str, Any]:
+def _given(ctx: typer.Context, fields: settings.Fields, values: Mapping[str, Any], command: str | None) -> dict[str, Any]:
     """The options named on the command line, of the types of their fields."""
     named = {}
     for name, value in values.items():
-        source = ctx.get_parameter_source(name)
-        if source is None or source.name != "COMMANDLINE" or name == settings.TRAIN:
+        if not _is_given(ctx, name) or name == settings.TRAIN or name in peers.FLAGS:
             continue
-        option = settings.ALIASES.get(name, name)
+        option = name if name in fields else _aliases(command).get(name, name)
         if option in fields:
             named[option] = _split(fields[option], value) if _is_tuple(fields[option]) else value
         else:

@@ -11,8 +11,9 @@ __version__ = "0.1.0"
 _NAMES = {
     "types": ("Batch", "chosen", "completions", "everything", "rejected"),
     "config": (
-        *("AdapterOptions", "CPOOptions", "DataOptions", "DPOOptions", "GRPOOptions", "ModelOptions", "ORPOOptions", "Output"),
-        *("PairData", "PromptData", "RewardOptions", "SamplingOptions", "SFTOptions", "Training"),
+        *("AdapterOptions", "CPOOptions", "DataOptions", "DPOOptions", "GRPOOptions", "KTOOptions", "ModelOptions", "ORPOOptions"),
+        *("ContestSampling", "DistillOptions", "OnlineDPOOptions", "OwnSampling"),
+        *("Output", "PairData", "PromptData", "RewardOptions", "RowOptions", "SamplingOptions", "SFTOptions", "Training"),
     ),
     "errors": ("InputError", "RunError"),
     "compose": ("Objective", "Term", "term", "watch", "token_mean", "sequence_mean", "sequence_sum", "batch_mean", "fixed_length"),
@@ -27,7 +28,12 @@ _NAMES = {
     "rollouts": ("Sampling", "sample"),
     "rewards": ("NamedReward", "load_rewards"),
     "online": ("Rollouts", "prompts"),
-    "recipes": ("run", "load", "sft", "dpo", "orpo", "cpo", "grpo"),
+    "labels": ("unpaired",),
+    "recipes": ("run", "load", "sft", "dpo", "orpo", "cpo", "kto", "grpo", "online_dpo", "distill", "gkd"),
+    "fusing": ("fuse",),
+    "peft": ("to_peft", "from_peft"),
+    "hub": ("push",),
+    "comparison": ("compare",),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 _MODULES = ("advantages", "losses", "objectives", "scores", "terms", "compose")

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import orjson
+from attrs import evolve
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
@@ -72,6 +73,7 @@ def _unfreeze(model: nn.Module, layers: int, *, everything: bool) -> None:
 
 
 def _convert(model: nn.Module, layers: int, options: AdapterOptions) -> None:
+    options = _with_paths(model, options)
     if options.lora_keys:
         known = {name for name, _ in model.named_modules()} | {n for b in model.layers for n, _ in b.named_modules()}  # type: ignore[union-attr]
         if missing := [key for key in options.lora_keys if key not in known]:
@@ -81,6 +83,14 @@ def _convert(model: nn.Module, layers: int, options: AdapterOptions) -> None:
         lean(model)
     except ValueError as error:  # a kind of layer that mlx-lm cannot adapt
         raise InputError(f"--train-type {options.train_type}: {error}; name other modules with --lora-keys") from None
+
+
+def _with_paths(model: nn.Module, options: AdapterOptions) -> AdapterOptions:
+    """Options whose keys are paths: a last name alone, such as gate_proj, stands for every module of that name in a block."""
+    names = dict.fromkeys(name for block in model.layers for name, _ in block.named_modules())  # type: ignore[union-attr]
+    ends = [(name, name.rpartition(".")[2]) for name in names]
+    found = [[key] if key in names else [name for name, end in ends if end == key] or [key] for key in options.lora_keys or ()]
+    return evolve(options, lora_keys=tuple(dict.fromkeys(path for paths in found for path in paths)) or None)
 
 
 def _linear(model: nn.Module) -> list[str]:
@@ -123,7 +133,7 @@ def save(model: nn.Module, directory: str | Path, options: AdapterOptions, name:
         "model": name,
         "fine_tune_type": options.train_type,
         "num_layers": layers_to_train(model, options),
-        "lora_parameters": None if options.train_type == "full" else lora_parameters(options),
+        "lora_parameters": None if options.train_type == "full" else lora_parameters(_with_paths(model, options)),
     }
     with atomic_file(directory / CONFIG) as path:
         path.write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))

@@ -4,9 +4,12 @@ r = rewards[prompt, completion], float32; NaN is no reward: it is left out of ev
 n counts the rewards that are there. std is the unbiased one (ddof = 1), 0 for a single reward.
 """
 
+from collections.abc import Callable
+
 import mlx.core as mx
 
 EPS = 1e-4
+Advantage = Callable[[mx.array], mx.array]
 
 
 def centred(rewards: mx.array) -> mx.array:
@@ -24,13 +27,12 @@ def group_relative(rewards: mx.array, eps: float = EPS) -> mx.array:
     >>> [round(a, 2) for a in group_relative(mx.array([[1.0, 0.0, 1.0, 0.0]]))[0].tolist()]
     [0.87, -0.87, 0.87, -0.87]
     """
-    deviations, count = _deviations(rewards, -1)
-    return deviations / (_std(deviations, count, -1) + eps)
+    return centred(rewards) / (group_std(rewards) + eps)
 
 
 def batch_scaled(rewards: mx.array, eps: float = EPS) -> mx.array:
     """A = (r − mean_group(r)) / (std_batch(r) + eps), TRL's scale_rewards="batch" (arXiv 2508.08221)."""
-    return centred(rewards) / (_std(*_deviations(rewards, None), None) + eps)
+    return centred(rewards) / (batch_std(rewards) + eps)
 
 
 def leave_one_out(rewards: mx.array) -> mx.array:
@@ -57,6 +59,37 @@ def decoupled(rewards: mx.array, weights: mx.array, eps: float = EPS) -> mx.arra
     summed = mx.sum(weights[:, None, None] * group_relative(rewards, eps), axis=0)
     deviations, count = _deviations(mx.where(mx.isnan(rewards).all(axis=0), mx.nan, summed), None)
     return deviations / (_std(deviations, count, None) + eps)
+
+
+def group_std(rewards: mx.array) -> mx.array:
+    """[prompts, 1]: the standard deviation of each group's rewards."""
+    return _std(*_deviations(rewards, -1), -1)
+
+
+def batch_std(rewards: mx.array) -> mx.array:
+    """[1, 1]: the standard deviation of all rewards."""
+    return _std(*_deviations(rewards, None), None)
+
+
+BASELINES: dict[str, Advantage] = {"group": centred, "leave_one_out": leave_one_out, "batch": batch_centred}
+SCALES: dict[str, Advantage] = {
+    "group": lambda rewards: group_std(rewards) + EPS,
+    "batch": lambda rewards: batch_std(rewards) + EPS,
+    "none": lambda _: mx.array(1.0),
+}
+
+
+def advantage(baseline: str = "group", scale: str = "group") -> Advantage:
+    """A = (r − b) / s: b a name of `BASELINES`, s of `SCALES`.
+
+    group, group is GRPO; group, none Dr. GRPO; leave_one_out, none RLOO; batch, none REINFORCE with a mean baseline; batch, batch
+    REINFORCE++ (arXiv 2501.03262).
+
+    >>> advantage("leave_one_out", "none")(mx.array([[3.0, 1.0, 2.0]])).tolist()
+    [[1.5, -1.5, 0.0]]
+    """
+    subtract, measure = BASELINES[baseline], SCALES[scale]
+    return lambda rewards: subtract(rewards) / measure(rewards)
 
 
 def no_signal(rewards: mx.array, tolerance: float = 1e-6) -> mx.array:

@@ -23,6 +23,7 @@ class Piece(NamedTuple):
         rows: where the rows came from, as `file:line`.
         metrics: what the source measured while it made the batch, such as rewards.
         samples: what a person may want to read, such as completions with their rewards.
+        units: the sequences that have to stay together if the piece is divided: a row, a pair, a prompt's group.
     """
 
     batch: Batch
@@ -30,6 +31,7 @@ class Piece(NamedTuple):
     rows: tuple[str, ...]
     metrics: Mapping[str, float] = {}
     samples: tuple[Mapping[str, Any], ...] = ()
+    units: tuple[tuple[int, ...], ...] = ()
 
 
 # --- shapes ---------------------------------------------------------------------------------
@@ -66,6 +68,13 @@ def collate(examples: Sequence[Example], *, groups: Sequence[Sequence[int]] = ()
     starts = [len(p) for p, group in zip(prefixes, groups, strict=True) for _ in group] or [0] * len(examples)
     tokens = _padded([examples[s].tokens[start:-1] for s, start in zip(order, starts, strict=True)])  # the last is a target only
     begin = {s: row * tokens.shape[1] - start for row, (s, start) in enumerate(zip(order, starts, strict=True))}
+    if groups:
+        columns |= {"prefix": mx.array(_padded(prefixes)), "prefix_lengths": mx.array([len(p) for p in prefixes], mx.int32)}
+    return laid_out(examples, tokens, begin, **columns)
+
+
+def laid_out(examples: Sequence[Example], tokens: np.ndarray, begin: Mapping[int, int], **columns: Any) -> Batch:
+    """The batch of token rows [R, T] in which example s, if it were whole, would begin at place `begin[s]` of the R*T."""
     parts = []
     for s, e in enumerate(examples):
         at = np.flatnonzero(e.scored)
@@ -81,8 +90,6 @@ def collate(examples: Sequence[Example], *, groups: Sequence[Sequence[int]] = ()
         lengths=mx.array(np.array([completion_tokens(e) for e in examples], np.int32)),
         prompt=_prompt(examples, filler),
         ref_logps=_ref_logps(examples, filler),
-        prefix=mx.array(_padded(prefixes)) if groups else None,
-        prefix_lengths=mx.array([len(p) for p in prefixes], mx.int32) if groups else None,
         **columns,
     )
 
@@ -201,7 +208,12 @@ def stream(items: Sequence[Any], order: Order, make: Make, start: int = 0) -> It
 
 def example_piece(examples: Sequence[Example]) -> Piece:
     """Supervised rows: each is one sequence."""
-    return Piece(collate(examples), _tokens(examples), tuple(e.where for e in examples))
+    return Piece(collate(examples), token_count(examples), tuple(e.where for e in examples), units=singles(len(examples)))
+
+
+def singles(sequences: int) -> tuple[tuple[int, ...], ...]:
+    """Every sequence alone."""
+    return tuple((s,) for s in range(sequences))
 
 
 def pair_piece(pairs: Sequence[Pair], *, share: bool = False) -> Piece:
@@ -212,10 +224,11 @@ def pair_piece(pairs: Sequence[Pair], *, share: bool = False) -> Piece:
     examples = [p.chosen for p in pairs] + [p.rejected for p in pairs]
     scores = [p.preference_score for p in pairs]
     weights = None if all(s is None for s in scores) else mx.array([1.0 if s is None else s for s in scores])
-    groups = [(p, len(pairs) + p) for p in range(len(pairs))] if share else ()
-    batch = collate(examples, groups=groups, preference_score=weights)
-    return Piece(batch, _tokens(examples), tuple(p.chosen.where for p in pairs))
+    units = tuple((p, len(pairs) + p) for p in range(len(pairs)))
+    batch = collate(examples, groups=units if share else (), preference_score=weights)
+    return Piece(batch, token_count(examples), tuple(p.chosen.where for p in pairs), units=units)
 
 
-def _tokens(examples: Sequence[Example]) -> int:
+def token_count(examples: Sequence[Example]) -> int:
+    """Tokens of the examples, without padding."""
     return sum(len(e.tokens) for e in examples)

@@ -57,6 +57,42 @@ class _NotZero:
             raise ValueError
 
 
+class _AutoOrCount:
+    """A count that may be left to the program."""
+
+    def __repr__(self) -> str:
+        return "auto or a number >= 1"
+
+    def __call__(self, group: Any, field: Any, value: str) -> None:
+        if value != "auto" and not (str(value).isdecimal() and int(value)):
+            raise ValueError
+
+
+class _EachOf:
+    """A list of names out of a few."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def __repr__(self) -> str:
+        return f"a list of {', '.join(self.names)}"
+
+    def __call__(self, group: Any, field: Any, value: tuple[str, ...]) -> None:
+        if not set(value) <= set(self.names):
+            raise ValueError
+
+
+class _Betas:
+    """Two decay rates of moments."""
+
+    def __repr__(self) -> str:
+        return "two numbers in [0, 1)"
+
+    def __call__(self, group: Any, field: Any, value: Any) -> None:
+        if len(value) != 2 or not all(0 <= beta < 1 for beta in value):
+            raise ValueError
+
+
 @frozen
 class ModelOptions:
     """Model"""
@@ -81,7 +117,7 @@ class AdapterOptions:
     scale: float = option(20.0, "Multiplier of the update (alpha / rank elsewhere).", v.gt(0))
     dropout: float = option(0.0, "Dropout on the input of an update.", v.ge(0), v.lt(1))
     lora_keys: tuple[str, ...] | None = option(
-        None, "Modules to adapt, as paths in a block (self_attn.q_proj) or in the model (lm_head); default: all linear."
+        None, "Modules to adapt: paths in a block (self_attn.q_proj), last names (q_proj), lm_head; default: all linear."
     )
     resume_adapter_file: str | None = option(None, "Start from these weights (adapters.safetensors), optimiser and data anew.")
 
@@ -93,8 +129,12 @@ class RowOptions:
     data: str | None = option(None, "Folder with train/valid/test.jsonl, one JSONL or JSON file, or a hub data set name.")
     max_seq_length: int = option(2048, "Rows are cut to this many tokens, on the right.", v.ge(2))
     use_chat_template: bool = option(False, "Wrap plain-text rows in the model's chat template.")
+    train_split: str | None = option(None, "Training rows of a hub data set, such as train[:1000].")
+    valid_split: str | None = option(None, "Its validation rows, such as train[-100:].")
+    test_split: str | None = option(None, "Its test rows.")
     valid_fraction: float = option(0.0, "Without a validation split, set this share of the training rows aside.", v.ge(0), v.lt(1))
     shuffle: bool = option(True, "Shuffle the rows anew in every epoch.")
+    token_cache: bool = option(True, "Keep the token ids of large supervised and preference data for the next run.")
     prompt_key: str = option("prompt", "Name of the field that holds the prompt.")
 
 
@@ -106,6 +146,7 @@ class DataOptions(RowOptions):
     text_key: str = option("text", "Name of the field that holds plain text.")
     messages_key: str = option("messages", "Name of the field that holds messages.")
     completion_key: str = option("completion", "Name of the field that holds the completion.")
+    packing: bool = option(False, "Fill training rows with several examples, none of which sees another; a batch counts such rows.")
 
 
 @frozen
@@ -139,12 +180,27 @@ class Training:
         v.in_(("adam", "adamw", "sgd", "adafactor", "lion", "muon")),
     )  # fmt: skip
     weight_decay: float = option(0.0, "Weight decay, decoupled in adamw and lion; adam has none.", v.ge(0))
+    betas: tuple[float, ...] | None = option(None, "Decay of the moments: adam, adamw (0.9, 0.999), lion (0.9, 0.99).", _Betas())
+    eps: float | None = option(None, "Added to the denominator: adam, adamw (1e-8).", v.gt(0))
+    momentum: float | None = option(None, "Momentum: sgd (0), muon (0.95).", v.ge(0), v.lt(1))
     lr_schedule: Literal["constant", "linear", "cosine"] = option(
-        "constant", "How the learning rate falls to 0 by the last step.", v.in_(("constant", "linear", "cosine"))
+        "constant", "How the learning rate falls after the warm-up.", v.in_(("constant", "linear", "cosine"))
     )
-    warmup: int = option(0, "Steps over which the learning rate rises from 0.", v.ge(0))
+    lr_decay_steps: int | None = option(None, "Steps over which it falls; default: until the last step.", v.ge(1))
+    lr_end: float = option(0.0, "The learning rate that it falls to.", v.ge(0))
+    warmup: int = option(0, "Steps over which the learning rate rises.", v.ge(0))
+    warmup_init: float = option(0.0, "The learning rate that it rises from.", v.ge(0))
     max_grad_norm: float = option(1.0, "Clip the global norm of the gradient to this; 0 = off.", v.ge(0))
     grad_checkpoint: bool = option(False, "Recompute each block in the backward pass: less memory, more time.")
+    micro_batch: str = option(
+        "auto", "Rows, pairs or groups of a batch computed at once, a number or auto: as many as fit. The update is the same.",
+        _AutoOrCount(),
+    )  # fmt: skip
+    memory_limit: float | None = option(None, "Memory that MLX may hold, GB; default: 80 % of the device's.", v.gt(0))
+    attention: Literal["auto", "fused", "chunked"] = option(
+        "auto", "Attention in training: MLX's function, chunks of queries that are recomputed, or what is faster on the device.",
+        v.in_(("auto", "fused", "chunked")),
+    )  # fmt: skip
     seed: int = option(0, "Seed of data order, adapters, dropout and sampling.", v.ge(0))
 
 
@@ -164,6 +220,14 @@ class Output:
     patience: int = option(0, "Stop after this many validations without a better loss; 0 = off.", v.ge(0))
     test: bool = option(False, "Evaluate on the test split after training.")
     quiet: bool = option(False, "Print results and warnings only.")
+    dry_run: bool = option(False, "Check everything, take real steps on the longest batch, tell what a run needs; write nothing.")
+    show_config: bool = option(False, "Print every option of the run before it starts.")
+    answers: int = option(1, "Validation prompts answered before and after training; 0 = none.", v.ge(0))
+    plot: bool = option(False, "Draw the metrics as metrics.png (pip install 'mlxlora[plot]').")
+    report_to: tuple[str, ...] | None = option(
+        None, "Send metrics to wandb, swanlab, trackio or tensorboard (pip install 'mlxlora[wandb]', ...).",
+        _EachOf("wandb", "swanlab", "trackio", "tensorboard"),
+    )  # fmt: skip
 
 
 @frozen
@@ -171,6 +235,21 @@ class SFTOptions:
     """Objective"""
 
     loss_type: Literal["nll", "dft"] = option("nll", "nll: cross entropy; dft: dynamic fine-tuning.", v.in_(("nll", "dft")))
+    neftune_noise_alpha: float = option(0.0, "Noise on the embeddings of training tokens (NEFTune), such as 5; 0 = none.", v.ge(0))
+    objective: str | None = option(None, "Your own objective: file.py:name.")
+
+
+@frozen
+class DistillOptions:
+    """Objective"""
+
+    teacher_model: str | None = option(None, "Teacher: a model folder or hub name with the vocabulary of --model.")
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = option(
+        "forward_kl", "KL(teacher, student), KL(student, teacher) or generalised Jensen-Shannon, over the whole vocabulary.",
+        v.in_(("forward_kl", "reverse_kl", "jsd")),
+    )  # fmt: skip
+    jsd_beta: float = option(0.5, "The teacher's share of jsd's mixture.", v.gt(0), v.lt(1))
+    nll_weight: float = option(0.0, "Weight of the cross entropy that is added.", v.ge(0))
     objective: str | None = option(None, "Your own objective: file.py:name.")
 
 
@@ -213,6 +292,21 @@ class ORPOOptions:
 
 
 @frozen
+class KTOOptions:
+    """Objective"""
+
+    loss_type: Literal["kto", "apo_zero_unpaired"] = option(
+        "kto", "kto: gain over the policy's divergence; apo_zero_unpaired: over the reference.", v.in_(("kto", "apo_zero_unpaired"))
+    )
+    beta: float = option(0.1, "Strength of the pull towards the reference.", v.gt(0))
+    desirable_weight: float = option(1.0, "Weight of desirable completions.", v.gt(0))
+    undesirable_weight: float = option(1.0, "Weight of undesirable completions.", v.gt(0))
+    reference_model_path: str | None = option(None, "Another model as the reference; default: --model before training.")
+    reference_cache: bool = option(True, "Keep the reference's log-probabilities on disk for later runs.")
+    objective: str | None = option(None, "Your own objective: file.py:name.")
+
+
+@frozen
 class PromptData(GroupOptions):
     """Data"""
 
@@ -224,7 +318,7 @@ class PromptData(GroupOptions):
 class SamplingOptions:
     """Sampling"""
 
-    group_size: int = option(4, "Completions of each prompt; a batch has --batch-size prompts.", v.ge(2))
+    group_size: int = option(4, "Completions of each prompt; a batch has --batch-size prompts.", v.ge(1))
     max_completion_length: int = option(512, "Most tokens of a completion.", v.ge(1))
     temperature: float = option(1.0, "Logits are divided by it, when sampling and in the loss.", v.gt(0))
     top_p: float = option(1.0, "Sample among the likeliest tokens that together have this probability.", v.gt(0), v.le(1))
@@ -232,6 +326,19 @@ class SamplingOptions:
     min_p: float = option(0.0, "Sample among tokens at least this likely, relative to the likeliest.", v.ge(0), v.le(1))
     repetition_penalty: float = option(1.0, "Divides the logits of tokens that were there before.", v.gt(0))
     rollout_batch: int = option(0, "Completions generated at once; 0 = all of a batch.", v.ge(0))
+    kv_bits: int | None = option(
+        None,
+        "Keep keys and values of rollouts in 4 or 8 bits: less memory. The policy that samples then differs a little from the one "
+        "that is trained; the ratio corrects it with --num-iterations above 1, nothing does with 1.",
+        v.in_((4, 8)),
+    )
+
+
+@frozen
+class ContestSampling(SamplingOptions):
+    """Sampling"""
+
+    group_size: int = option(2, "Completions of each prompt, of which the best and the worst make a pair.", v.ge(2))
 
 
 @frozen
@@ -241,11 +348,8 @@ class RewardOptions:
     rewards: tuple[str, ...] = option(("accuracy",), "Reward functions: built in, or of --reward-file.")
     reward_file: str | None = option(None, "Your own reward functions: a Python file.")
     reward_weights: tuple[float, ...] | None = option(None, "Weight of each reward; default: 1.")
+    reward_model: str | None = option(None, "Reward by this model, a folder of a sequence classifier, in place of --rewards.")
     reward_timeout: float | None = option(None, "Most seconds that a reward function may take over a batch.", v.gt(0))
-    scale_rewards: Literal["group", "batch", "none"] = option(
-        "group", "Advantages are divided by the standard deviation of their group, of the batch, or not.",
-        v.in_(("group", "batch", "none")),
-    )  # fmt: skip
     mask_truncated: bool = option(False, "A completion cut at the length limit weighs nothing.")
     dynamic_sampling: bool = option(False, "Replace groups whose rewards are all equal by other prompts (DAPO).")
 
@@ -254,7 +358,7 @@ class RewardOptions:
 class GRPOOptions:
     """Objective"""
 
-    loss_type: str = option("grpo", "grpo, bnpo, dr_grpo, dapo, cispo, luspo, sapo or vespo.")
+    loss_type: str = option("grpo", "grpo, bnpo, dr_grpo, dapo, cispo, luspo, sapo, vespo or reinforce.")
     beta: float = option(0.1, "Weight of the KL to the reference; 0 = no reference.", v.ge(0))
     epsilon: float = option(0.2, "Clip range of the importance ratio.", v.ge(0))
     epsilon_high: float | None = option(None, "Its upper side; default: --epsilon.", v.ge(0))
@@ -262,8 +366,36 @@ class GRPOOptions:
     importance_level: Literal["token", "sequence"] = option(
         "token", "One ratio per token, or per completion (GSPO).", v.in_(("token", "sequence"))
     )
+    baseline: Literal["group", "leave_one_out", "batch"] = option(
+        "group", "Advantages are rewards minus the mean of their group, of the others of their group (RLOO), or of the batch.",
+        v.in_(("group", "leave_one_out", "batch")),
+    )  # fmt: skip
+    scale_rewards: Literal["group", "batch", "none"] = option(
+        "group", "Advantages are divided by the standard deviation of their group, of the batch, or not.",
+        v.in_(("group", "batch", "none")),
+    )  # fmt: skip
     num_iterations: int = option(1, "Optimiser steps on every batch of completions.", v.ge(1))
     top_entropy_quantile: float = option(1.0, "Only this share of tokens, of highest entropy, is trained.", v.gt(0), v.le(1))
     correct_kl: bool = option(False, "Multiply the KL by the importance ratio, as TRL 1.16 does.")
     reference_model_path: str | None = option(None, "Another model as the reference; default: --model without adapters.")
     objective: str | None = option(None, "Your own objective: file.py:name.")
+
+
+@frozen
+class OnlineDPOOptions:
+    """Objective"""
+
+    loss_type: str = option("sigmoid", "DPO's preference loss, or a sum such as 0.8*sigmoid+0.2*bco_pair.")
+    beta: float = option(0.1, "Strength of the pull towards the reference.", v.gt(0))
+    label_smoothing: float = option(0.0, "Share of labels assumed to be flipped.", v.ge(0), v.lt(0.5))
+    judge_model: str | None = option(None, "A chat model that says which of two completions is better, in place of --rewards.")
+    xpo_alpha: float = option(0.0, "Weight of exploration (XPO), such as 1e-5: the reference then answers too; 0 = off.", v.ge(0))
+    reference_model_path: str | None = option(None, "Another model as the reference; default: --model without adapters.")
+    objective: str | None = option(None, "Your own objective: file.py:name.")
+
+
+@frozen
+class OwnSampling(SamplingOptions):
+    """Sampling"""
+
+    group_size: int = option(1, "Completions of each prompt; a batch has --batch-size prompts.", v.ge(1))

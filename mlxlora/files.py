@@ -7,6 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def cache_folder(name: str) -> Path:
+    """Where one kind of result is kept for later runs: in $MLXLORA_CACHE, or ~/.cache/mlxlora."""
+    return Path(os.environ.get("MLXLORA_CACHE") or Path.home() / ".cache" / "mlxlora") / name
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary name to write to; renamed to `path` at the end, removed if anything went wrong."""
@@ -27,7 +32,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for file in temporary.iterdir():
+        for file in filter(Path.is_file, temporary.rglob("*")):
             _sync(file)
         if path.exists():
             shutil.rmtree(path)

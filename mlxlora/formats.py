@@ -88,22 +88,25 @@ def _parse(content: bytes, where: str, remedy: str) -> Any:
         raise InputError(f"{where}: {reason}: {start!r}; {remedy}") from None
 
 
-def read_splits(data: str | Path) -> dict[str, list[Row]]:
+def read_splits(data: str | Path, asked: Mapping[str, str] | None = None) -> dict[str, list[Row]]:
     """The splits "train", "valid" and "test" that a folder, a file (train only) or a hub data set has.
 
-    A hub name may carry a configuration: `org/name:config`. Hub data sets need `datasets`.
+    A hub name may carry a configuration: `org/name:config`. Hub data sets need `datasets`. `asked` says which rows of a hub
+    data set a split is, such as `{"train": "train[:1000]"}`; the others are then left out.
 
     Raises:
         InputError: nothing of that name, no training rows, or broken rows.
     """
     path = Path(data)
+    if asked and path.exists():
+        raise InputError(f"--{next(iter(asked))}-split is for hub data sets, {data} is a local one; leave it out")
     if path.is_file():
         return {"train": read_rows(path)}
     if path.is_dir():
         return _read_folder(path)
     if not _HUB_NAME.fullmatch(str(data)) or str(data).endswith(_SUFFIXES) or str(data).startswith("."):
         return {"train": read_rows(path)}  # which says that there is no such file
-    return _read_with_datasets(str(data))
+    return _read_with_datasets(str(data), asked)
 
 
 def _read_folder(folder: Path) -> dict[str, list[Row]]:
@@ -121,7 +124,7 @@ def _split_file(folder: Path, names: tuple[str, ...]) -> Path | None:
     return next((file for file in candidates if file.is_file()), None)
 
 
-def _read_with_datasets(name: str) -> dict[str, list[Row]]:
+def _read_with_datasets(name: str, asked: Mapping[str, str] | None = None) -> dict[str, list[Row]]:
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -130,7 +133,9 @@ def _read_with_datasets(name: str) -> dict[str, list[Row]]:
         if (Path(name) / "dataset_dict.json").is_file():
             splits = datasets.load_from_disk(name)
         else:
-            splits = datasets.load_dataset(*([name] if Path(name).exists() else name.split(":")))
+            place = [name] if Path(name).exists() else name.split(":")
+            some = {name: datasets.load_dataset(*place, split=rows) for name, rows in (asked or {}).items()}
+            splits = some or datasets.load_dataset(*place)
     except Exception as error:  # the hub, the network and any loader: the user can act on each of their messages
         raise InputError(f"{name}: cannot be loaded: {' '.join(str(error).split())}") from error
     found = {split: next((splits[given] for given in names if given in splits), None) for split, names in _SPLITS.items()}

@@ -76,11 +76,11 @@ def scorer(model: nn.Module, *, temperature: float = 1.0, entropy: bool | None =
         vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1]
     if split is None:
         return Scorer(model, None, temperature=temperature, entropy=entropy)
-    return Scorer(model, split, trainable, temperature, entropy, chunk or _affordable(vocabulary))
+    return Scorer(model, split, trainable, temperature, entropy, chunk or affordable_chunk(vocabulary))
 
 
-def _affordable(vocabulary: int) -> int:
-    """Tokens in a chunk: what the bytes allow, and a 16th of --memory-limit."""
+def affordable_chunk(vocabulary: int) -> int:
+    """Scored tokens that pass through the head at once: what the bytes allow, and a 16th of the memory limit."""
     device = "cpu" if _on_cpu() else "gpu"
     budget = min(CHUNK_BYTES[device], memory_limit() // 16)
     return max(32, budget // (LOGIT_BYTES[device] * vocabulary) // 32 * 32)
@@ -107,38 +107,67 @@ def _scores(head: Head, temperature: float, entropy: bool | None, hidden: mx.arr
     logits = head(hidden)
     if temperature != 1.0:
         logits = logits.astype(mx.float32) / temperature
-    logps, lse = _logps(logits, targets)  # type: ignore[misc]
-    if entropy is None:
-        return logps[None]
-    entropies = _entropy(logits, lse)
-    return mx.stack([logps, entropies if entropy else mx.stop_gradient(entropies)])
+    if entropy:
+        return mx.stack(_logps_and_entropies(logits, targets)[:2])  # type: ignore[index]
+    logps, lse, probs = _logps(logits, targets)  # type: ignore[misc]
+    return logps[None] if entropy is None else mx.stack([logps, mx.stop_gradient(_entropies(logits, lse, probs))])
 
 
 @mx.custom_function
-def _logps(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-    """[n] log-probabilities and logsumexps, both summed in float32."""
-    logps = -mx.fast.cross_entropy(logits.astype(mx.float32) if _on_cpu() else logits, targets)
-    return logps, mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0].astype(mx.float32) - logps
+def _logps(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """[n, V], [n] to log-probabilities [n], logsumexps [n] and probabilities [n, V], float32; only the first have a gradient."""
+    at_target = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0].astype(mx.float32)
+    wide = logits.astype(mx.float32)
+    if _on_cpu():  # an exponential costs as much as 40 products there: one for all that follows
+        probs = mx.softmax(wide, axis=-1)
+        lse = wide.max(axis=-1) - mx.log(probs.max(axis=-1))
+        return at_target - lse, lse, probs
+    logps = -mx.fast.cross_entropy(logits, targets)
+    lse = at_target - logps
+    return logps, lse, mx.exp(wide - lse[:, None])
 
 
 @_logps.vjp
 def _logps_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array]:
     logits, targets = primals
-    return _dlogits(logits, outputs[1], targets, cotangents[0], cotangents[1]), mx.zeros_like(targets)
+    if _on_cpu():
+        return _dlogps(logits, targets, outputs[2], cotangents[0]), mx.zeros_like(targets)
+    return _dlogps_again(logits, targets, outputs[1], cotangents[0]), mx.zeros_like(targets)
 
 
 @mx.compile
-def _dlogits(logits: mx.array, lse: mx.array, targets: mx.array, dlogps: mx.array, dlse: mx.array) -> mx.array:
-    """One buffer: d log p/d z = onehot - softmax, d lse/d z = softmax."""
-    onehot = mx.arange(logits.shape[-1], dtype=targets.dtype)[None] == targets[:, None]
-    softmax = mx.exp(logits.astype(mx.float32) - lse[:, None])
-    return (dlogps[:, None] * onehot.astype(mx.float32) + (dlse - dlogps)[:, None] * softmax).astype(logits.dtype)
+def _dlogps(logits: mx.array, targets: mx.array, probs: mx.array, g: mx.array) -> mx.array:
+    """d log p/d z = onehot - softmax."""
+    onehot = (mx.arange(logits.shape[-1], dtype=targets.dtype)[None] == targets[:, None]).astype(mx.float32)
+    return (g[:, None] * (onehot - probs)).astype(logits.dtype)
 
 
-def _entropy(logits: mx.array, lse: mx.array) -> mx.array:
-    """[n, V], [n] to [n]: lse - Σ p z, in nats."""
-    logits = logits.astype(mx.float32)
-    return lse - (mx.exp(logits - lse[:, None]) * logits).sum(axis=-1)
+@mx.compile
+def _dlogps_again(logits: mx.array, targets: mx.array, lse: mx.array, g: mx.array) -> mx.array:
+    """The same in one kernel that computes the probabilities where it needs them."""
+    return _dlogps(logits, targets, mx.exp(logits.astype(mx.float32) - lse[:, None]), g)
+
+
+@mx.custom_function
+def _logps_and_entropies(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """As `_logps`, with entropies [n] in nats in the second place, which have a gradient too."""
+    logps, lse, probs = _logps(logits, targets)  # type: ignore[misc]
+    return logps, _entropies(logits, lse, probs), lse, probs
+
+
+@_logps_and_entropies.vjp
+def _both_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array]:
+    """d H/d z = -p (log p + H)."""
+    (logits, targets), (_, entropies, lse, probs) = primals, outputs
+    surprise = logits.astype(mx.float32) - lse[:, None] + entropies[:, None]
+    more = cotangents[1][:, None] * mx.where(probs > 0, probs * surprise, 0.0)
+    return _dlogps(logits, targets, probs, cotangents[0]) - more.astype(logits.dtype), mx.zeros_like(targets)
+
+
+@mx.compile
+def _entropies(logits: mx.array, lse: mx.array, probs: mx.array) -> mx.array:
+    """[n, V] to [n]: lse - Σ p z, in nats."""
+    return lse - mx.where(probs > 0, probs * logits.astype(mx.float32), 0.0).sum(axis=-1)
 
 
 # --- the head in chunks, one after the other ------------------------------------------------

@@ -13,6 +13,8 @@ from mlx.nn import log_sigmoid
 from .errors import InputError
 
 PairLoss = Callable[[mx.array, mx.array], mx.array]
+LabelLoss = Callable[[mx.array, mx.array], mx.array]
+"""(scores [S], label [S] bool) -> [S], what a completion that is good or bad on its own costs."""
 
 
 def sigmoid(*, beta: float, label_smoothing: float = 0.0, margin: float = 0.0) -> PairLoss:
@@ -130,6 +132,18 @@ def discopop(*, beta: float, tau: float = 0.05) -> PairLoss:
         return -log_sigmoid(z) * mx.sigmoid(-z / tau) + mx.exp(log_sigmoid(z / tau) - z)
 
     return loss
+
+
+def one_minus_value(*, beta: float) -> LabelLoss:
+    """1 - σ(βs) of a desirable completion, 1 - σ(-βs) of an undesirable one.
+
+    With s = l - z KTO's (Ethayarajh et al., 2024, https://arxiv.org/abs/2402.01306, without the weights), with s = l
+    unpaired APO-zero's (https://arxiv.org/abs/2408.06266).
+
+    >>> [round(x, 4) for x in one_minus_value(beta=1.0)(mx.array([0.0, 2.0, 2.0]), mx.array([True, True, False])).tolist()]
+    [0.5, 0.1192, 0.8808]
+    """
+    return lambda scores, label: mx.sigmoid(-beta * mx.where(label, scores, -scores))
 
 
 def _smoothing(label_smoothing: float) -> None:

@@ -76,7 +76,7 @@ def _part(piece: Piece, units: Sequence[int]) -> Batch:
     }
     for name in ("targets", "prompt", "ref_logps", "old_logps"):
         columns[name] = _picked(getattr(batch, name), kept, filler)
-    for name in ("lengths", "advantages"):
+    for name in ("lengths", "advantages", "label", "reference_point", "from_reference"):
         columns[name] = _picked(getattr(batch, name), sequences)
     columns["preference_score"] = _picked(batch.preference_score, [s for s in sequences if s < total // 2])
     columns["segments"] = _picked(batch.segments, rows)

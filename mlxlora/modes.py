@@ -1,17 +1,42 @@
-"""Training and evaluation mode of a model."""
+"""Training and evaluation mode of a model, and the dtype that it computes in."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode while the context lasts: dropout is off, so nothing is drawn from the global random state."""
-    training = model.training
+    """Evaluation mode while the context lasts.
+
+    Dropout is off, so nothing is drawn from the global random state, and trained parameters are those that a training
+    step computes with.
+    """
+    training, masters = model.training, model.trainable_parameters()
     model.eval()
+    model.update(compute_cast(model)(masters))
     try:
         yield
     finally:
         model.train(training)
+        model.update(masters)
+
+
+def compute_cast(model: nn.Module) -> Callable[[Any], Any]:
+    """Trainable parameters to the dtype that the frozen weights compute in.
+
+    float32 adapters would promote every activation of a bfloat16 model; so the masters stay float32 and their copies
+    are cast. Without frozen floating-point weights nothing is cast.
+    """
+    trainable = dict(tree_flatten(model.trainable_parameters()))
+    parameters: dict[str, Any] = dict(tree_flatten(model.parameters()))
+    frozen = {name: value for name, value in parameters.items() if name not in trainable}
+    dtypes = [v.dtype for v in frozen.values() if mx.issubdtype(v.dtype, mx.floating)]
+    if not dtypes:
+        return lambda parameters: parameters
+    dtype = max(set(dtypes), key=dtypes.count)
+    return lambda parameters: tree_map(lambda p: p.astype(dtype), parameters)

@@ -9,12 +9,13 @@ from typing import Any
 from attrs import frozen
 
 from . import losses
-from .compose import Objective
+from .compose import Objective, per_sequence, watch
 from .errors import InputError
 from .losses import PairLoss
-from .policy import cispo, dapo, dr_grpo, grpo, gspo
+from .policy import cispo, dapo, dr_grpo, grpo, gspo, rloo
 from .scores import (
     Score,
+    above_reference_point,
     jensen_shannon,
     length_desensitized,
     log_odds,
@@ -28,8 +29,22 @@ from .scores import (
     transformed,
 )
 from .tables import choose
-from .terms import confidence, dft, gated, nll, pair_logps, preference, preference_score, rewards, watch_pairs
-from .types import chosen, chosen_rows
+from .terms import (
+    confidence,
+    dft,
+    divergence,
+    exploration,
+    gated,
+    judgement,
+    nll,
+    pair_logps,
+    preference,
+    preference_score,
+    rewards,
+    watch_labels,
+    watch_pairs,
+)
+from .types import chosen, chosen_rows, column
 
 # --- supervised ---------------------------------------------------------------------------------
 
@@ -39,6 +54,11 @@ SFT_LOSSES: dict[str, Callable[[], Objective]] = {"nll": nll, "dft": dft}
 def sft(*, loss_type: str = "nll") -> Objective:
     """Supervised fine-tuning: `nll` (cross entropy) or `dft` (https://arxiv.org/abs/2508.05629)."""
     return choose(SFT_LOSSES, loss_type, "loss-type")()
+
+
+def distill(*, nll_weight: float = 0.0) -> Objective:
+    """Divergence from a teacher + nll_weight·NLL, both token means (Hinton et al., 2015, https://arxiv.org/abs/1503.02531)."""
+    return divergence() + nll_weight * nll()
 
 
 # --- preferences --------------------------------------------------------------------------------
@@ -221,6 +241,49 @@ def orpo(*, beta: float = 0.1, nll_on_prompt: bool = False) -> Objective:
     )
 
 
+def xpo(*, alpha: float = 1e-5, beta: float = 0.1, **options: Any) -> Objective:
+    """DPO + α·Σ log π of what the reference sampled, the mean over pairs.
+
+    Exploratory preference optimisation (Xie et al., 2024, https://arxiv.org/abs/2405.21046): of each pair, one
+    completion is the policy's and one, marked by `batch.from_reference`, the reference's.
+
+    Args:
+        alpha: weight of the exploration bonus.
+        options: of `dpo`.
+    """
+    return dpo(beta=beta, **options) + alpha * exploration()
+
+
+# --- judged one by one ----------------------------------------------------------------------------
+
+KTO_SCORES: dict[str, Score] = {"kto": above_reference_point, "apo_zero_unpaired": log_ratio}
+
+
+def kto(*, loss_type: str = "kto", beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> Objective:
+    """λ_D·(1 - σ(β(l - z))) of desirable, λ_U·(1 - σ(β(z - l))) of undesirable completions, l = log π/π_ref.
+
+    Kahneman-Tversky optimisation (Ethayarajh et al., 2024, https://arxiv.org/abs/2402.01306), the mean over
+    completions; z is `batch.reference_point`. `apo_zero_unpaired` has z = 0.
+
+    Args:
+        loss_type: a name of `KTO_SCORES`.
+        desirable_weight: λ_D.
+        undesirable_weight: λ_U; λ_D·desirable rows should be 1 to 4/3 of λ_U·undesirable rows.
+
+    Raises:
+        InputError: unknown loss type.
+    """
+    score = choose(KTO_SCORES, loss_type, "loss-type")
+    weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
+    objective = judgement(score, losses.one_minus_value(beta=beta), name=loss_type, **weights)
+    if "reference_point" in score.needs:
+        objective += watch("kl", lambda _, batch: column(batch, "reference_point"), per_sequence, needs={"reference_point"})
+    return objective + watch_labels("rewards", log_ratio, scale=beta) + watch_labels("logps", sum_logps)
+
+
+# --- mixtures -------------------------------------------------------------------------------------
+
+
 def parse_mixture(text: str, accepted: Collection[str]) -> list[tuple[float, str]]:
     """Weights and names of a sum of losses.
 
@@ -257,13 +320,17 @@ def _identity(value: Any) -> Any:
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "sft": sft,
+    "distill": distill,
     "dpo": dpo,
     "cpo": cpo,
+    "xpo": xpo,
     "simpo": simpo,
     "orpo": orpo,
+    "kto": kto,
     "grpo": grpo,
     "gspo": gspo,
     "dr_grpo": dr_grpo,
     "dapo": dapo,
     "cispo": cispo,
+    "rloo": rloo,
 }

@@ -11,8 +11,8 @@ import numpy as np
 from attrs import evolve, field, frozen
 
 from . import rewards as scoring
-from .advantages import batch_scaled, centred, group_relative, no_signal
-from .batching import Make, Piece, collate
+from .advantages import Advantage, group_relative, no_signal
+from .batching import Make, Piece, collate, singles
 from .config import PromptData, RewardOptions
 from .data import Example, Prompt, prompt_example
 from .formats import KEYS
@@ -20,9 +20,8 @@ from .kv import Route, find_route
 from .rewards import NamedReward
 from .rollouts import Completion, Sampling, rollout_stats, sample
 from .sources import Context, Source
+from .types import Batch
 
-Advantage = Callable[[mx.array], mx.array]
-ADVANTAGES: dict[str, Advantage] = {"group": group_relative, "batch": batch_scaled, "none": centred}
 _ROUNDS = 4  # of dynamic sampling: after that a batch keeps what it has
 
 
@@ -40,6 +39,7 @@ class Rollouts:
         keep_logps: keep the log-probabilities from sampling as `old_logps`.
         batch: completions generated at once; 0 = all.
         route: which caches the model can use; None looks for itself.
+        sampler: who answers the prompts; None: the policy.
     """
 
     rewards: tuple[NamedReward, ...]
@@ -51,6 +51,7 @@ class Rollouts:
     keep_logps: bool = False
     batch: int = 0
     route: Route | None = None
+    sampler: "Sampler | None" = None
 
 
 @frozen(eq=False)
@@ -64,13 +65,24 @@ class Group:
     rewards: np.ndarray
 
 
-def prompts(data: str | PromptData, rollouts: Rollouts, *, repeats: int = 1, **options: Any) -> Source:
+Sampler = Callable[[Context, Rollouts, Sequence[Prompt], mx.array], list[list[Completion]]]
+"""(context, how, prompts, key) -> [prompts][G] completions."""
+
+Laid = tuple[Batch, Sequence[Example], tuple[tuple[int, ...], ...]]
+Layout = Callable[[Context, Rollouts, Sequence[Group]], Laid]
+"""(context, how, rewarded groups) -> their batch, its sequences, and which of these belong together."""
+
+
+def prompts(
+    data: str | PromptData, rollouts: Rollouts, *, repeats: int = 1, layout: Layout | None = None, **options: Any
+) -> Source:
     """Prompts, answered by the policy.
 
     Args:
         data: folder, file or hub data set; or all options at once.
         rollouts: how completions are sampled and rewarded.
         repeats: optimiser steps on every batch of completions.
+        layout: what becomes of rewarded completions; None: sequences with advantages.
         options: fields of `PromptData`.
     """
     data = PromptData(data=data, **options) if isinstance(data, str) else evolve(data, **options)
@@ -86,17 +98,18 @@ def prompts(data: str | PromptData, rollouts: Rollouts, *, repeats: int = 1, **o
     def make(context: Context) -> Make:
         how = _greedy(rollouts) if context.validation else rollouts
         how = evolve(how, route=how.route or find_route(context.model))
-        return lambda items, index: _piece(context, how, items, index)
+        laid_out = with_advantages if context.validation or layout is None else layout
+        return lambda items, index: _piece(context, how, items, index, laid_out)
 
     def expected(prompt: Prompt) -> list[Example]:
         half = Completion(np.zeros(max(rollouts.sampling.max_tokens // 2, 1), np.int32), np.zeros(0, np.float32), finished=True)
-        return [_example(prompt, half, rollouts)] * rollouts.group_size
+        return [sequence(prompt, half, rollouts)] * rollouts.group_size
 
     return Source(
         data,
         prepare,
         make,
-        lambda prompt: (_example(prompt, None, rollouts),),
+        lambda prompt: (sequence(prompt, None, rollouts),),
         lambda prompt, _: prompt,
         online=True,
         temperature=rollouts.sampling.temperature,
@@ -108,43 +121,39 @@ def prompts(data: str | PromptData, rollouts: Rollouts, *, repeats: int = 1, **o
 
 def _greedy(how: Rollouts) -> Rollouts:
     """For validation: the likeliest completion of each prompt."""
-    return evolve(how, group_size=1, sampling=evolve(how.sampling, temperature=0.0))
+    return evolve(how, group_size=1, sampling=evolve(how.sampling, temperature=0.0), sampler=None)
 
 
-def _piece(context: Context, how: Rollouts, items: Sequence[Prompt], index: int) -> Piece:
+def _piece(context: Context, how: Rollouts, items: Sequence[Prompt], index: int, layout: Layout) -> Piece:
     began = time.perf_counter()
     groups = _rolled(context, how, items, (index, 0))
     silent = float(np.mean([_silent(group) for group in groups]))
     if how.options.dynamic_sampling and not context.validation:
         groups = _with_signal(context, how, groups, index)
-    flat = [completion for group in groups for completion in group.completions]
     stats = rollout_stats([g.completions for g in groups], time.perf_counter() - began)
-    measured = {"frac_reward_zero_std": silent, **_measures(how, groups), **stats}
-    examples = [_example(group.prompt, c, how) for group in groups for c in group.completions]
+    rewarded = {"frac_reward_zero_std": silent, **_measures(how, groups)} if how.rewards else {}
+    batch, examples, units = layout(context, how, groups)
+    rows = tuple(group.prompt.where for group in groups)
+    return Piece(batch, sum(len(e.tokens) for e in examples), rows, rewarded | stats, _samples(how, groups), units)
+
+
+def with_advantages(context: Context, how: Rollouts, groups: Sequence[Group]) -> Laid:
+    """Every completion with its advantage."""
+    flat = [completion for group in groups for completion in group.completions]
+    examples = [sequence(group.prompt, c, how) for group in groups for c in group.completions]
     advantages = how.advantage(mx.array(np.stack([g.rewards for g in groups]).astype(np.float32)))
     numbers = np.arange(len(examples)).reshape(len(groups), -1).tolist() if context.share else ()
     batch = collate(examples, groups=numbers, advantages=advantages.reshape(-1))
     if how.keep_logps:
         kept = np.concatenate([c.logps[e.scored[-len(c.logps) :]] for c, e in zip(flat, examples, strict=True)])
         batch = batch._replace(old_logps=mx.array(np.pad(kept, (0, batch.targets.size - kept.size))))
-    return Piece(
-        batch, sum(len(e.tokens) for e in examples), tuple(g.prompt.where for g in groups), measured, _samples(how, groups)
-    )
+    return batch, examples, tuple(map(tuple, numbers)) if batch.prefix is not None else singles(len(examples))
 
 
 def _rolled(context: Context, how: Rollouts, items: Sequence[Prompt], place: tuple[int, int]) -> list[Group]:
     """Samples and rewards a group for each prompt; the same place of the same run gives the same completions."""
     seed = np.random.SeedSequence((context.seed, int(context.validation), *place)).generate_state(1, np.uint64)[0]
-    sampled = sample(
-        context.model,
-        [prompt.tokens.tolist() for prompt in items],
-        how.group_size,
-        how.sampling,
-        context.tokenizer.eos_token_ids,
-        key=mx.random.key(int(seed)),
-        batch=how.batch,
-        route=how.route,
-    )
+    sampled = (how.sampler or by_policy)(context, how, items, mx.random.key(int(seed)))
     texts = [[_text(context.tokenizer, c) for c in group] for group in sampled]
     parts = _rewarded(how, items, sampled, texts)
     weights = [reward.weight for reward in how.rewards]
@@ -153,6 +162,20 @@ def _rolled(context: Context, how: Rollouts, items: Sequence[Prompt], place: tup
         Group(prompt, completions, said, part, scoring.combine(part, weights))
         for prompt, completions, said, part in zip(items, sampled, texts, split, strict=True)
     ]
+
+
+def by_policy(context: Context, how: Rollouts, items: Sequence[Prompt], key: mx.array) -> list[list[Completion]]:
+    """G completions of each prompt from the model as it is."""
+    return sample(
+        context.model,
+        [prompt.tokens.tolist() for prompt in items],
+        how.group_size,
+        how.sampling,
+        context.tokenizer.eos_token_ids,
+        key=key,
+        batch=how.batch,
+        route=how.route,
+    )
 
 
 def _with_signal(context: Context, how: Rollouts, groups: list[Group], index: int) -> list[Group]:
@@ -195,7 +218,7 @@ def _text(tokenizer: Any, completion: Completion) -> str:
     return tokenizer.decode(ids.tolist(), skip_special_tokens=True)
 
 
-def _example(prompt: Prompt, completion: Completion | None, how: Rollouts) -> Example:
+def sequence(prompt: Prompt, completion: Completion | None, how: Rollouts) -> Example:
     """Prompt and completion as a sequence; a masked completion has no scored token."""
     answer = np.zeros(0, np.int32) if completion is None else completion.tokens
     masked = completion is not None and how.options.mask_truncated and not completion.finished
@@ -246,3 +269,21 @@ def _samples(how: Rollouts, groups: Sequence[Group], count: int = 4) -> tuple[Ma
 
 def _number(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
+
+
+# --- without rewards ----------------------------------------------------------------------------------
+
+
+def own_answers(data: str | PromptData, rollouts: Rollouts, **options: Any) -> Source:
+    """Prompts that the policy answers, without rewards: supervised rows whose completions are its own (GKD).
+
+    Validation is the objective on the likeliest completions.
+
+    Args:
+        data: folder, file or hub data set; or all options at once.
+        rollouts: how completions are sampled.
+        options: fields of `PromptData`.
+    """
+    data = PromptData(data=data, **options) if isinstance(data, str) else evolve(data, **options)
+    source = prompts(evolve(data, token_cache=False), evolve(rollouts, rewards=()))
+    return evolve(source, online=False, live=True)

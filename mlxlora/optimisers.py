@@ -11,14 +11,20 @@ from .errors import InputError
 
 Rate = float | Callable[[mx.array], mx.array]
 
-_OPTIMISERS: dict[str, Callable[[Rate, float], optim.Optimizer]] = {
-    "adam": lambda rate, _: optim.Adam(rate, bias_correction=True),  # type: ignore[arg-type]
-    "adamw": lambda rate, decay: optim.AdamW(rate, weight_decay=decay, bias_correction=True),  # type: ignore[arg-type]
-    "sgd": lambda rate, decay: optim.SGD(rate, weight_decay=decay),  # type: ignore[arg-type]
-    "adafactor": lambda rate, decay: optim.Adafactor(rate, weight_decay=decay, relative_step=False, scale_parameter=False),  # type: ignore[arg-type]
-    "lion": lambda rate, decay: optim.Lion(rate, weight_decay=decay),  # type: ignore[arg-type]
-    "muon": lambda rate, decay: optim.Muon(rate, weight_decay=decay),  # type: ignore[arg-type]
+_OPTIMISERS: dict[str, Callable[..., optim.Optimizer]] = {
+    "adam": lambda rate, weight_decay, **more: optim.Adam(rate, bias_correction=True, **more),
+    "adamw": lambda rate, **more: optim.AdamW(rate, bias_correction=True, **more),
+    "sgd": optim.SGD,
+    "adafactor": lambda rate, **more: optim.Adafactor(rate, relative_step=False, scale_parameter=False, **more),
+    "lion": optim.Lion,
+    "muon": optim.Muon,
 }
+_HYPERPARAMETERS = {
+    "betas": ("adam", "adamw", "lion"),
+    "eps": ("adam", "adamw"),
+    "momentum": ("sgd", "muon"),
+}
+"""Which optimisers have them; MLX's defaults stand where they are not given."""
 
 
 def make_optimiser(training: Training, steps: int) -> optim.Optimizer:
@@ -27,27 +33,33 @@ def make_optimiser(training: Training, steps: int) -> optim.Optimizer:
     Adam and AdamW are the published ones (Kingma & Ba, 2015; Loshchilov & Hutter, 2019), with bias correction.
 
     Raises:
-        InputError: weight decay for adam, which has none.
+        InputError: weight decay for adam, which has none, or a hyper-parameter of other optimisers.
     """
     if training.optimizer == "adam" and training.weight_decay:
         raise InputError(f"--weight-decay {training.weight_decay} has no effect on adam; use --optimizer adamw")
-    return _OPTIMISERS[training.optimizer](learning_rate(training, steps), training.weight_decay)
+    given = {name: getattr(training, name) for name in _HYPERPARAMETERS if getattr(training, name) is not None}
+    for name in given:
+        if training.optimizer not in _HYPERPARAMETERS[name]:
+            raise InputError(f"--{name} has no effect on {training.optimizer}; it belongs to {', '.join(_HYPERPARAMETERS[name])}")
+    return _OPTIMISERS[training.optimizer](learning_rate(training, steps), weight_decay=training.weight_decay, **given)
 
 
 def learning_rate(training: Training, steps: int) -> Rate:
-    """The rate of step t = 0, 1, ...: up from 0 over `warmup` steps, then constant or down to 0 at `steps`.
+    """The rate of step t = 0, 1, ...: up from `warmup_init` over `warmup` steps, then constant or down to `lr_end`.
 
-    linear: (steps - t)/(steps - warmup); cosine: (1 + cos(π(t - warmup)/(steps - warmup)))/2, times the peak.
+    end + (peak - end)·f(x), x = (t - warmup)/span from 0 to 1, where it stays; linear: f = 1 - x; cosine: f = (1 + cos πx)/2.
+    span is `lr_decay_steps`, or what the warm-up leaves of `steps`.
     """
-    peak, warmup, span = training.learning_rate, training.warmup, max(steps - training.warmup, 1)
+    peak, start, end, warmup = training.learning_rate, training.warmup_init, training.lr_end, training.warmup
+    span = training.lr_decay_steps or max(steps - warmup, 1)
     shape = _SHAPES[training.lr_schedule]
     if training.lr_schedule == "constant" and not warmup:
         return peak
 
     def rate(step: mx.array) -> mx.array:
         t = step.astype(mx.float32)
-        falling = shape(mx.clip((t - warmup) / span, 0.0, 1.0))
-        return peak * mx.where(t < warmup, t / max(warmup, 1), falling)
+        falling = end + (peak - end) * shape(mx.clip((t - warmup) / span, 0.0, 1.0))
+        return mx.where(t < warmup, start + (peak - start) * (t / max(warmup, 1)), falling)
 
     return rate
 

@@ -13,6 +13,7 @@ from .surrogates import (
     high_entropy,
     kl,
     on_policy,
+    reinforce,
     sapo_surrogate,
     sequence_ratio,
     token_ratio,
@@ -68,6 +69,10 @@ def _vespo(o: PolicyOptions, ratio: Ratio, per: Reduction) -> Objective:
     return vespo_surrogate(positive=o.vespo_positive, negative=o.vespo_negative, per=per)
 
 
+def _reinforce(o: PolicyOptions, ratio: Ratio, per: Reduction) -> Objective:
+    return reinforce(per=per)
+
+
 def _always(reduction: Reduction) -> Callable[[PolicyOptions], Reduction]:
     return lambda _: reduction
 
@@ -81,6 +86,7 @@ GRPO_LOSSES: dict[str, tuple[Surrogate, Callable[[PolicyOptions], Reduction]]] =
     "luspo": (_clipped, _always(sequence_sum)),
     "sapo": (_sapo, _always(sequence_mean)),
     "vespo": (_vespo, _always(token_mean)),
+    "reinforce": (_reinforce, _always(sequence_sum)),
 }
 
 IMPORTANCE_LEVELS: dict[str, Ratio] = {"token": token_ratio, "sequence": sequence_ratio}
@@ -153,3 +159,12 @@ def dapo(*, epsilon_high: float = 0.28, beta: float = 0.0, **options: Any) -> Ob
 def cispo(*, beta: float = 0.0, **options: Any) -> Objective:
     """The clipped ratio is a weight, so that no token loses its gradient (MiniMax, 2025, https://arxiv.org/abs/2506.13585)."""
     return grpo(loss_type="cispo", beta=beta, **options)
+
+
+def rloo(*, beta: float = 0.05, **options: Any) -> Objective:
+    """-A·log π(y), the mean over completions of sums over tokens: REINFORCE (Williams, 1992).
+
+    RLOO with `advantages.leave_one_out` (Ahmadian et al., 2024, https://arxiv.org/abs/2402.14740), REINFORCE with a mean
+    baseline with `advantages.batch_centred`. The KL is a term of its own, where the paper subtracts it from the reward.
+    """
+    return grpo(loss_type="reinforce", beta=beta, **options)

@@ -8,37 +8,50 @@ import mlx.nn as nn
 from attrs import evolve
 
 from . import objectives, settings, sources
-from .adapters import attach, layers_to_train
+from .adapters import attach, layers_to_train, read_config
+from .advantages import advantage
 from .compose import Objective
 from .config import (
     AdapterOptions,
+    ContestSampling,
     CPOOptions,
     DataOptions,
+    DistillOptions,
     DPOOptions,
     GRPOOptions,
+    KTOOptions,
     ModelOptions,
+    OnlineDPOOptions,
     ORPOOptions,
     Output,
+    OwnSampling,
     PairData,
     PromptData,
     RewardOptions,
+    RowOptions,
     SamplingOptions,
     SFTOptions,
     Training,
 )
-from .data import Counts, Example
+from .contests import contests
+from .distilling import DIVERGENCES, taught
+from .dryrun import rehearse
 from .errors import InputError
 from .evaluate import make_evaluate
+from .introduction import introduce
+from .judges import judge, reward_model
+from .labels import unpaired
 from .logprobs import scorer
-from .modes import evaluating
-from .online import ADVANTAGES, Rollouts, prompts
+from .online import Rollouts, own_answers, prompts
+from .preflight import claim
+from .questions import answered
 from .reference import cache_file
-from .report import Terminal
-from .rewards import load_rewards
+from .rewards import NamedReward, load_rewards
 from .rollouts import Sampling
-from .runs import Run, claim, execute, reporters, split_pieces
-from .sources import Source, Split
+from .runs import Run, execute, split_pieces
+from .sources import Source
 from .userfile import load_object
+from .watchers import reporters
 
 Groups = dict[type, Any]
 
@@ -59,8 +72,34 @@ def sft(*groups: Any, **options: Any) -> dict[str, Any]:
     """
     chosen = settings.gather((ModelOptions, DataOptions, AdapterOptions, Training, Output, SFTOptions), groups, options)
     method = chosen[SFTOptions]
-    objective = user_objective(method.objective) or objectives.sft(**_named(method))
-    return _load_and_run(sources.rows(chosen[DataOptions]), objective, chosen)
+    objective = user_objective(method.objective) or objectives.sft(**_named(method, "neftune_noise_alpha"))
+    return _load_and_run(sources.rows(chosen[DataOptions]), objective, chosen, {"noise": method.neftune_noise_alpha})
+
+
+def distill(*groups: Any, **options: Any) -> dict[str, Any]:
+    """Knowledge distillation, `mlxlora distill` in Python; see `sft` for arguments, results and errors."""
+    chosen = settings.gather((ModelOptions, DataOptions, AdapterOptions, Training, Output, DistillOptions), groups, options)
+    if chosen[DataOptions].packing:
+        raise InputError("--packing: a teacher reads plain rows; leave it out")
+    return _distilled(sources.rows(chosen[DataOptions]), chosen)
+
+
+def gkd(*groups: Any, **options: Any) -> dict[str, Any]:
+    """Distillation on what the policy samples itself, `mlxlora gkd` in Python; see `sft` for arguments, results and errors."""
+    kinds = (ModelOptions, PromptData, AdapterOptions, Training, Output, OwnSampling, DistillOptions)
+    chosen = settings.gather(kinds, groups, options)
+    data = chosen[PromptData]
+    return _distilled(own_answers(data, _rollouts(chosen[OwnSampling], RewardOptions(), use_prompt=data.use_prompt)), chosen)
+
+
+def _distilled(source: Source, chosen: Groups) -> dict[str, Any]:
+    m = chosen[DistillOptions]
+    if m.teacher_model is None:
+        raise InputError("--teacher-model is missing: a model folder or hub name with the vocabulary of --model")
+    teacher, measure = _loader(chosen[ModelOptions], m.teacher_model, "--teacher-model"), DIVERGENCES[m.divergence](m.jsd_beta)
+    objective = user_objective(m.objective) or objectives.distill(nll_weight=m.nll_weight)
+    extend = {"extend": lambda score, tokenizer: taught(score, teacher(tokenizer), measure)}
+    return _load_and_run(source, objective, chosen, extend)
 
 
 def dpo(*groups: Any, **options: Any) -> dict[str, Any]:
@@ -87,6 +126,15 @@ def orpo(*groups: Any, **options: Any) -> dict[str, Any]:
     return _load_and_run(sources.pairs(chosen[PairData], score_prompt=m.nll_on_prompt), objective, chosen)
 
 
+def kto(*groups: Any, **options: Any) -> dict[str, Any]:
+    """Kahneman-Tversky optimisation, `mlxlora kto` in Python; see `sft` for arguments, results and errors."""
+    chosen = settings.gather((ModelOptions, RowOptions, AdapterOptions, Training, Output, KTOOptions), groups, options)
+    m = chosen[KTOOptions]
+    objective = user_objective(m.objective) or objectives.kto(**_named(m, "reference_model_path", "reference_cache"))
+    source = unpaired(chosen[RowOptions], reference_point="reference_point" in objective.needs)
+    return _load_and_run(source, objective, chosen, _reference(chosen[ModelOptions], m))
+
+
 def grpo(*groups: Any, **options: Any) -> dict[str, Any]:
     """Group-relative policy optimisation, `mlxlora grpo` in Python; see `sft` for arguments, results and errors.
 
@@ -94,16 +142,37 @@ def grpo(*groups: Any, **options: Any) -> dict[str, Any]:
     """
     kinds = (ModelOptions, PromptData, AdapterOptions, Training, Output, SamplingOptions, RewardOptions, GRPOOptions)
     chosen = settings.gather(kinds, groups, options)
-    m, rollouts = chosen[GRPOOptions], _rollouts(chosen)
-    hyperparameters = _named(m, "reference_model_path", "num_iterations", "top_entropy_quantile")
+    m, sampling, data = chosen[GRPOOptions], chosen[SamplingOptions], chosen[PromptData]
+    _check_policy(m, sampling, data)
+    others = ("reference_model_path", "num_iterations", "top_entropy_quantile", "baseline", "scale_rewards")
     objective = user_objective(m.objective) or objectives.grpo(
-        **hyperparameters,
-        top_entropy=m.top_entropy_quantile,
-        max_completion_length=chosen[SamplingOptions].max_completion_length,
+        **_named(m, *others), top_entropy=m.top_entropy_quantile, max_completion_length=sampling.max_completion_length
     )
-    source = prompts(chosen[PromptData], rollouts, repeats=m.num_iterations)
-    other = m.reference_model_path or (chosen[ModelOptions].model if chosen[AdapterOptions].train_type == "full" else None)
-    return _load_and_run(source, objective, chosen, {"reference": _loader(chosen[ModelOptions], other)})
+    rollouts = _rollouts(
+        sampling,
+        chosen[RewardOptions],
+        advantage=advantage(m.baseline, m.scale_rewards),
+        use_prompt=data.use_prompt,
+        keep_logps=m.num_iterations > 1,
+    )
+    source = prompts(data, rollouts, repeats=m.num_iterations)
+    return _load_and_run(source, objective, chosen, _online_reference(chosen, m.reference_model_path))
+
+
+def online_dpo(*groups: Any, **options: Any) -> dict[str, Any]:
+    """DPO on pairs that the policy samples, `mlxlora online-dpo` in Python; see `sft` for arguments, results and errors."""
+    kinds = (ModelOptions, PromptData, AdapterOptions, Training, Output, ContestSampling, RewardOptions, OnlineDPOOptions)
+    chosen = settings.gather(kinds, groups, options)
+    m, data = chosen[OnlineDPOOptions], chosen[PromptData]
+    _check_contests(m, chosen[AdapterOptions], data)
+    _check_judge(m, chosen[ContestSampling], chosen[Output])
+    named = _named(m, "reference_model_path", "xpo_alpha", "judge_model")
+    method = objectives.xpo(alpha=m.xpo_alpha, **named) if m.xpo_alpha else objectives.dpo(**named)
+    judges = () if m.judge_model is None else (_judge(m.judge_model, chosen[ModelOptions]),)
+    rollouts = _rollouts(chosen[ContestSampling], chosen[RewardOptions], judges)
+    source = contests(data, rollouts, explore=bool(m.xpo_alpha))
+    objective = user_objective(m.objective) or method
+    return _load_and_run(source, objective, chosen, _online_reference(chosen, m.reference_model_path))
 
 
 def _named(options: Any, *others: str) -> dict[str, Any]:
@@ -111,42 +180,80 @@ def _named(options: Any, *others: str) -> dict[str, Any]:
     return {name: value for name, value in settings.dump(options).items() if name not in ("objective", *others)}
 
 
-def _rollouts(chosen: Groups) -> Rollouts:
-    s, r, method, data = (chosen[kind] for kind in (SamplingOptions, RewardOptions, GRPOOptions, PromptData))
-    if data.use_prompt and method.num_iterations > 1:
-        raise InputError("--use-prompt needs --num-iterations 1: the prompt's tokens were not sampled, so they have no ratio")
+def _rewards(rewards: RewardOptions) -> tuple[NamedReward, ...]:
+    if rewards.reward_model:
+        return (reward_model(rewards.reward_model),)
+    return load_rewards(rewards.rewards, rewards.reward_file, rewards.reward_weights)
+
+
+def _judge(path: str, model: ModelOptions) -> NamedReward:
+    try:
+        return judge(*load(evolve(model, model=path)))
+    except InputError as error:
+        raise InputError(str(error).replace("--model", "--judge-model", 1)) from None
+
+
+def _check_judge(method: OnlineDPOOptions, sampling: ContestSampling, output: Output) -> None:
+    if method.judge_model and sampling.group_size != 2:
+        raise InputError(f"--judge-model compares two completions: use --group-size 2, got {sampling.group_size}")
+    if method.judge_model and output.val_batches:
+        raise InputError("--judge-model compares two completions, and validation has one of each prompt: use --val-batches 0")
+
+
+def _rollouts(sampling: SamplingOptions, rewards: RewardOptions, judges: tuple[NamedReward, ...] = (), **fields: Any) -> Rollouts:
+    others = ("group_size", "rollout_batch", "max_completion_length")
     return Rollouts(
-        rewards=load_rewards(r.rewards, r.reward_file, r.reward_weights),
-        group_size=s.group_size,
-        sampling=Sampling(**_named(s, "group_size", "rollout_batch", "max_completion_length"), max_tokens=s.max_completion_length),
-        advantage=ADVANTAGES[r.scale_rewards],
-        options=r,
-        use_prompt=data.use_prompt,
-        keep_logps=method.num_iterations > 1,
-        batch=s.rollout_batch,
+        rewards=judges or _rewards(rewards),
+        group_size=sampling.group_size,
+        sampling=Sampling(**_named(sampling, *others), max_tokens=sampling.max_completion_length),
+        options=rewards,
+        batch=sampling.rollout_batch,
+        **fields,
     )
 
 
-def _loader(model: ModelOptions, path: str | None) -> Callable[[Any], nn.Module] | None:
+def _check_policy(method: GRPOOptions, sampling: SamplingOptions, data: PromptData) -> None:
+    if data.use_prompt and method.num_iterations > 1:
+        raise InputError("--use-prompt needs --num-iterations 1: the prompt's tokens were not sampled, so they have no ratio")
+    if method.loss_type == "reinforce" and method.num_iterations > 1:
+        raise InputError("--loss-type reinforce needs --num-iterations 1: it has no importance ratio for older completions")
+    if sampling.group_size == 1 and method.baseline != "batch":
+        raise InputError(f"--group-size must be >= 2, got 1; --baseline batch can do with 1, --baseline {method.baseline} cannot")
+
+
+def _check_contests(method: OnlineDPOOptions, adapter: AdapterOptions, data: PromptData) -> None:
+    if data.use_prompt:
+        raise InputError("--use-prompt: both completions of a pair have the same prompt, whose tokens cancel; leave it out")
+    if method.xpo_alpha and (adapter.train_type == "full" or method.reference_model_path):
+        raise InputError("--xpo-alpha: the reference that answers is --model without adapters; use --train-type lora or dora alone")
+
+
+def _online_reference(chosen: Groups, path: str | None) -> dict[str, Any]:
+    """The fields of `Run` for a reference whose log-probabilities are computed with each batch."""
+    other = path or (chosen[ModelOptions].model if chosen[AdapterOptions].train_type == "full" else None)
+    return {"reference": _loader(chosen[ModelOptions], other) if other else None}
+
+
+def _loader(model: ModelOptions, path: str, flag: str = "--reference-model-path") -> Callable[[Any], nn.Module]:
     """Loads another model when it is needed; it has to share the policy's tokenizer."""
 
     def other(tokenizer: Any) -> nn.Module:
         try:
             reference, its_tokenizer = load(evolve(model, model=path))
         except InputError as error:
-            raise InputError(str(error).replace("--model", "--reference-model-path", 1)) from None
+            raise InputError(str(error).replace("--model", flag, 1)) from None
         if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-            raise InputError(f"--reference-model-path {path}: its vocabulary is not that of --model {model.model}")
+            raise InputError(f"{flag} {path}: its vocabulary is not that of --model {model.model}")
         return reference
 
-    return other if path else None
+    return other
 
 
-def _reference(model: ModelOptions, method: DPOOptions) -> dict[str, Any]:
+def _reference(model: ModelOptions, method: DPOOptions | KTOOptions) -> dict[str, Any]:
     """The fields of `Run` that say what the reference is."""
     path = method.reference_model_path
     cache = cache_file(path or model.model or "", "") if method.reference_cache else None
-    return {"reference": _loader(model, path), "reference_cache": cache}
+    return {"reference": _loader(model, path) if path else None, "reference_cache": cache}
 
 
 def run(
@@ -202,23 +309,64 @@ def evaluate_split(
     return make_evaluate(model, objective, scorer(model))(split_pieces(whole, split))
 
 
+def load_tokenizer(options: ModelOptions) -> Any:
+    """The tokenizer of a folder or hub name; no weights are read or fetched.
+
+    Raises:
+        InputError: there is none.
+    """
+    from mlx_lm.utils import load_tokenizer as read
+
+    return _loaded(options, lambda name: read(name, {"trust_remote_code": options.trust_remote_code}))
+
+
 def load(options: ModelOptions, adapter_path: str | None = None) -> tuple[nn.Module, Any]:
     """The model and tokenizer of a folder or hub name, through mlx-lm.
 
     Raises:
         InputError: there is no such model, it is damaged, or the adapters do not fit.
     """
+    model, tokenizer, _ = load_with_config(options)
+    return attach(model, adapter_path) if adapter_path else model, tokenizer
+
+
+def base_of(options: ModelOptions, adapter_path: str | Path) -> ModelOptions:
+    """`options`, with the model that the adapters were trained on where they name none.
+
+    Raises:
+        InputError: there are no adapters, or they do not say.
+    """
+    name = options.model or read_config(adapter_path).get("model")
+    if not name:
+        raise InputError(f"{adapter_path} does not say which model it was trained on; name it with --model")
+    return evolve(options, model=name)
+
+
+def load_with_config(options: ModelOptions, lazy: bool = False) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """The model, tokenizer and configuration of a folder or hub name.
+
+    Args:
+        options: which model.
+        lazy: read no weights before they are used.
+
+    Raises:
+        InputError: there is no such model, or it is damaged.
+    """
     from mlx_lm.utils import load as load_model
 
+    trust = options.trust_remote_code
+    how: dict[str, Any] = {"tokenizer_config": {"trust_remote_code": trust}, "trust_remote_code": trust}
+    return _loaded(options, lambda name: load_model(name, lazy=lazy, return_config=True, **how))
+
+
+def _loaded(options: ModelOptions, read: Callable[[str], Any]) -> Any:
     if options.model is None:
         raise InputError("--model is missing: a model folder or a hub name such as mlx-community/Qwen3-0.6B-4bit")
     _check_folder(options.model)
-    trust = options.trust_remote_code
     try:
-        model, tokenizer, *_ = load_model(options.model, tokenizer_config={"trust_remote_code": trust}, trust_remote_code=trust)
+        return read(options.model)
     except Exception as error:  # the hub, the network, any file of the model: the user can act on each of their messages
         raise InputError(f"--model {options.model}: cannot be loaded: {' '.join(str(error).split())}") from error
-    return attach(model, adapter_path) if adapter_path else model, tokenizer
 
 
 def _check_folder(model: str) -> None:
@@ -247,88 +395,36 @@ def user_objective(reference: str | None) -> Objective | None:
 # --- what every method does --------------------------------------------------------------------
 
 
-def _load_and_run(source: Source, objective: Objective, groups: Groups, reference: dict[str, Any] | None = None) -> dict[str, Any]:
+def _load_and_run(source: Source, objective: Objective, groups: Groups, fields: dict[str, Any] | None = None) -> dict[str, Any]:
     claim(groups[Output])
     rows = sources.read(source.data, groups[Training].seed)
     model, tokenizer = load(groups[ModelOptions])
     layers_to_train(model, groups[AdapterOptions])  # before the rows are tokenised
-    return _run(model, tokenizer, objective, source, rows, groups, **reference or {})
+    return _run(model, tokenizer, objective, source, rows, groups, **fields or {})
 
 
 def _run(
-    model: nn.Module, tokenizer: Any, objective: Objective, source: Source, rows: dict[str, list], groups: Groups, **reference: Any
+    model: nn.Module, tokenizer: Any, objective: Objective, source: Source, rows: dict[str, list], groups: Groups, **fields: Any
 ) -> dict[str, Any]:
+    told = reporters(groups[Output])
     whole = Run(
         model=model,
         tokenizer=tokenizer,
         objective=objective,
         source=source,
-        splits=sources.tokenize(source, rows, tokenizer),
+        splits=sources.tokenize(source, rows, tokenizer, lambda text: [reporter.note(text) for reporter in told]),
         training=groups[Training],
         adapter=groups[AdapterOptions],
         output=groups[Output],
         config=settings.dump(*groups.values()),
         name=groups[ModelOptions].model or "",
-        reporters=reporters(groups[Output]),
-        **reference,
+        reporters=told,
+        **fields,
     )
-    _introduce(whole)
-    question, before = _sample(whole)
-    results = execute(whole)
-    if question:
-        results = {"question": question, "answer before": before, "answer after": _sample(whole)[1], **results}
+    introduce(whole)
+    if whole.output.dry_run:
+        return rehearse(whole)
+    with answered(whole):
+        results = execute(whole)
     whole.tell("finish", results)
     return results
-
-
-def _introduce(run: Run) -> None:
-    """What will be trained on: counts, what was cut, the first example with its scored part marked."""
-    for name, split in run.splits.items():
-        _count(run, name, split)
-    if not run.splits["valid"].items:
-        run.tell("note", "no validation split: --valid-fraction 0.1 would make one")
-    if run.tokenizer.has_chat_template and not run.source.data.use_chat_template and _plain(run):
-        run.tell("note", "rows are plain text; the model has a chat template: --use-chat-template would wrap them")
-    first = run.source.examples(run.splits["train"].items[0])[0]
-    for reporter in run.reporters:
-        if isinstance(reporter, Terminal):
-            reporter.example(first.tokens.tolist(), first.scored.tolist(), run.tokenizer.decode)
-
-
-def _count(run: Run, name: str, split: Split) -> None:
-    counts: Counts = split.counts
-    if not counts.rows:
-        return
-    run.tell("note", f"{name}: {counts.rows} rows")
-    limit = f"--max-seq-length {run.source.data.max_seq_length}"
-    if counts.truncated:
-        run.tell("note", f"{name}: {counts.truncated} rows were cut to {limit}", warning=True)
-    if counts.dropped:
-        run.tell("note", f"{name}: {counts.dropped} rows dropped: too long for {limit}", warning=True)
-
-
-def _plain(run: Run) -> bool:
-    """Whether the first row, which stands for all, was not rendered by the template."""
-    first = run.source.examples(run.splits["train"].items[0])[0]
-    return "<|" not in run.tokenizer.decode(first.tokens.tolist()[:8])
-
-
-def _sample(run: Run) -> tuple[str, str]:
-    """A question of the validation rows and the model's greedy answer, for the starter; else nothing."""
-    from mlx_lm import generate
-
-    items = run.splits["valid"].items or run.splits["train"].items
-    first: Example = run.source.examples(items[0])[0]
-    start = int(first.scored.argmax()) if first.scored.any() else len(first.tokens)
-    if start < 2 or not _is_starter(run.name):
-        return "", ""
-    prompt = first.tokens[:start].tolist()
-    with evaluating(run.model):
-        answer = generate(run.model, run.tokenizer, prompt, max_tokens=40)
-    return " ".join(run.tokenizer.decode(prompt, skip_special_tokens=True).split()), answer.strip()
-
-
-def _is_starter(name: str) -> bool:
-    from . import starter
-
-    return Path(name) == Path(starter.model_path())

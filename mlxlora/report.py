@@ -8,13 +8,14 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import orjson
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
+Kind = TypeVar("Kind")
 Row = Mapping[str, Any]
 """step, split (train, valid or test), loss, ... and any metric by name; docs: `Terminal.record`."""
 
@@ -25,8 +26,8 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 class Reporter(Protocol):
     """What the loop calls; a subclass overrides what it cares about."""
 
-    def start(self, summary: Row) -> None:
-        """Before the first step, with what is going to run."""
+    def start(self, config: Row) -> None:
+        """Before the first step, with every option of the run by name."""
 
     def record(self, row: Row) -> None:
         """At every report, validation and test."""
@@ -39,6 +40,9 @@ class Reporter(Protocol):
 
     def note(self, text: str, warning: bool = False) -> None:
         """Something that a user wants to know, or has to (warning)."""
+
+    def answers(self, rows: Sequence[Row]) -> None:
+        """After the last step: prompts with the model's answer before and after training."""
 
     def finish(self, summary: Row) -> None:
         """After the last step, with the results; also where the run was interrupted."""
@@ -63,14 +67,10 @@ class Terminal(Reporter):
         self._step, self._total = 0, 0
         self._bar: tuple[Progress, TaskID] | None = None
 
-    def start(self, summary: Row) -> None:
-        if not self._quiet:
-            self._table(summary)
-
     def record(self, row: Row) -> None:
         """Prints one line for step, split, loss [nats], tokens_per_second, peak_memory_gb and whatever else the row has."""
         if row["split"] == "train":
-            self._losses.append(row["loss"])
+            self._losses.append(row[_leading(row)])
         self._latest |= _headline(row)
         if not self._quiet:
             left = self._left() if row["split"] == "train" else ""
@@ -83,7 +83,7 @@ class Terminal(Reporter):
             return
         ranked = sorted(rows, key=lambda row: row["reward"] if row["reward"] is not None else float("-inf"))
         for row in (ranked[-1], ranked[0]):
-            answer = shorten(_CONTROL.sub(lambda match: repr(match[0])[1:-1], str(row["completion"])), 160)
+            answer = shorten(printable(str(row["completion"])), 160)
             self._print(
                 f"    reward {_value('reward', row['reward'])}  {shorten(str(row['prompt']), 80)!r} -> {answer!r}", style="dim"
             )
@@ -100,6 +100,12 @@ class Terminal(Reporter):
             self._print(f"warning: {text}", style="yellow")
         elif not self._quiet:
             self._print(text)
+
+    def answers(self, rows: Sequence[Row]) -> None:
+        """Prints each prompt with both answers."""
+        self._stop()
+        for row in rows:
+            self._table({name: shorten(printable(str(row[name])), 320) for name in ("prompt", "before", "after")})
 
     def finish(self, summary: Row) -> None:
         self._stop()
@@ -139,7 +145,8 @@ class Terminal(Reporter):
 
     def _status(self) -> str:
         spark = sparkline(self._losses) if self.console.encoding.startswith("utf") else trend(self._losses)
-        shown = {"loss": f"{self._latest['loss']} {spark}"} if "loss" in self._latest else {}
+        name = "reward" if "reward" in self._latest else "loss"
+        shown = {name: f"{self._latest[name]} {spark}"} if name in self._latest else {}
         left = {"left": self._left()} if self._left() else {}
         return "  ".join(f"{name} {value}" for name, value in (self._latest | shown | left).items())
 
@@ -213,8 +220,9 @@ _SHORT = {
     "completions/mean_length": "length",
     "completions/clipped_ratio": "clipped",
     "frac_reward_zero_std": "no signal",
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
 }
-_FIRST = ("step", "split", "loss")
 _NOT_SHOWN = re.compile(
     r"step|split|loss|nll|seconds|policy_loss|kl_penalty|clip_ratio/.*|rewards/.*/std|completions/m(in|ax)_length"
 )  # in metrics.jsonl all the same
@@ -228,23 +236,32 @@ def record_line(row: Row, total: int = 0, left: str = "") -> str:
     """
     width = len(str(total))
     place = f"step {row['step']:>{width}}/{total}" if total else f"step {row['step']}"
-    others = [f"{_SHORT.get(name, name)} {_value(name, value)}" for name, value in row.items() if not _NOT_SHOWN.fullmatch(name)]
+    names = sorted((name for name in row if not _NOT_SHOWN.fullmatch(name)), key="reward".__ne__)  # the reward first
+    others = [f"{_SHORT.get(name, name)} {_value(name, row[name])}" for name in names]
     parts = [place, f"{row['split']:<5}", f"loss {_value('loss', row['loss'])}", *others, *([f"left {left}"] if left else [])]
     return "  ".join(parts)
 
 
+def _leading(row: Row) -> str:
+    """The metric to watch: what is sampled has a reward, and a loss that stays near 0 whatever is learnt."""
+    return "reward" if "reward" in row else "loss"
+
+
 def _headline(row: Row) -> dict[str, str]:
-    """What the bar shows of a record: the loss of its split and, of training, speed and memory."""
-    names = ("loss", "tokens_per_second", "peak_memory_gb") if row["split"] == "train" else ("loss",)
-    labels = {"loss": "loss" if row["split"] == "train" else row["split"]}
-    return {labels.get(name, _SHORT.get(name, name)): _value(name, row[name]) for name in names if name in row}
+    """What the bar shows of a record: the loss or reward of its split and, of training, accuracy, speed and memory."""
+    name = _leading(row)
+    if row["split"] != "train":
+        return {str(row["split"]): _value(name, row[name])}
+    names = (name, "rewards/accuracies", "tokens_per_second", "peak_memory_gb")
+    return {_SHORT.get(name, name): _value(name, row[name]) for name in names if name in row}
 
 
 def _value(name: str, value: Any) -> str:
     if isinstance(value, str) or value is None:
         return str(value)
     if name in _FORMATS:
-        return _FORMATS[name].format(value)
+        text = _FORMATS[name].format(value)
+        return text if text.strip("-0.,") else text.lstrip("-")  # a loss of -1e-9 is 0.0000
     return f"{value:#.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
 
 
@@ -301,20 +318,29 @@ def show_example(
     """
     console = console or Console(highlight=False)
     text = Text("first example, the scored part marked:\n" if not console.is_terminal else "first example, scored in green:\n")
-    for part, is_scored in _parts(tokens, scored, decode):
-        shown = shorten(_CONTROL.sub(lambda match: repr(match[0])[1:-1], part), limit)
+    for part, is_scored in runs_of_text(tokens, list(map(bool, scored)), decode):
+        shown = shorten(printable(part), limit)
         marked = f"[[{shown}]]" if is_scored and not console.is_terminal else shown
         text.append(marked, style="bold green" if is_scored else "dim")
     console.print(text, soft_wrap=True)
 
 
-def _parts(tokens: Sequence[int], scored: Sequence[bool], decode: Callable[[Sequence[int]], str]) -> list[tuple[str, bool]]:
-    """Runs of scored or unscored text, cut from the whole: alone, a run may lose its leading space."""
+def printable(text: str) -> str:
+    """Text whose control characters, which a terminal would obey, are spelt out; tabs and line ends stay.
+
+    >>> printable("a" + chr(27) + "[31m")
+    'a\\\\x1b[31m'
+    """
+    return _CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
+
+
+def runs_of_text(tokens: Sequence[int], kinds: Sequence[Kind], decode: Callable[[Sequence[int]], str]) -> list[tuple[str, Kind]]:
+    """The texts of neighbouring tokens of one kind, cut from the whole: alone, a run may lose its leading space."""
     parts, end, before = [], 0, ""
-    for is_scored, run in groupby(map(bool, scored)):
+    for kind, run in groupby(kinds):
         end += len(list(run))
         whole = decode(tokens[:end])
-        parts.append((whole[len(before) :], is_scored))
+        parts.append((whole[len(before) :], kind))
         before = whole
     return parts
 

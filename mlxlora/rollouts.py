@@ -6,7 +6,8 @@ does not depend on the rows beside it (but for the rounding of sums in batches o
 """
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,7 +15,7 @@ import numpy as np
 from attrs import define, frozen
 
 from .errors import InputError, RunError
-from .kv import Cache, Route, find_route, join, keep_rows, prefill, prefill_equal
+from .kv import Route, Rows, enter, find_route, reader
 from .modes import evaluating
 from .sampling import Sampling, choose, uniforms
 
@@ -23,6 +24,8 @@ __all__ = ["Completion", "Route", "Sampling", "find_route", "rollout_stats", "sa
 _LOOK_EVERY = 8  # steps between looks at the sampled tokens
 _AHEAD = 2  # steps that are in flight meanwhile
 _DEAD_SHARE = 0.25  # of the batch that makes it worth copying the rest
+_DEAD_SHARE_COMPILED = 0.5  # and tracing the step anew
+_MOST_SHAPES = 64  # of a compiled step, which keeps them all: then it is made anew
 
 
 @frozen(eq=False)
@@ -31,7 +34,7 @@ class Completion:
 
     Attributes:
         tokens: [n] int32, n >= 1, with the stop token if it was sampled.
-        logps: [n] float32, log softmax(logits/temperature), nats.
+        logps: [n] float32, log softmax(logits/temperature), nats; with `kv_bits` those of the policy with the quantised cache.
         finished: a stop token ended it, not the limit.
     """
 
@@ -71,8 +74,11 @@ def sample(
     _check(prompts, group_size, batch)
     if not prompts:
         return []
+    route = route or find_route(model)
+    if sampling.kv_bits and not route.shared:
+        raise InputError(f"--kv-bits {sampling.kv_bits}: this model's cache cannot be quantised; leave it out ({route.note})")
     with evaluating(model):
-        run = _start(model, prompts, group_size, sampling, stop, key, route or find_route(model))
+        run = _start(model, prompts, group_size, sampling, stop, key, route)
         _generate(run, batch or len(run.done))
     flat = [_completion(run, row) for row in range(len(run.done))]
     return [flat[start : start + group_size] for start in range(0, len(flat), group_size)]
@@ -113,6 +119,8 @@ class _Run:
     logps: np.ndarray
     done: np.ndarray  # [rows] bool: a stop token was seen
     vocabulary: int  # V where the repetition penalty needs it, else 0
+    advance: Callable[..., Any]  # see `_advance`
+    dead_share: float
 
 
 def _start(
@@ -129,7 +137,52 @@ def _start(
     logps, done = np.zeros(tokens.shape, np.float32), np.zeros(len(rows), bool)
     vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1] if sampling.repetition_penalty != 1 else 0
     keys = mx.random.split(key, len(rows))
-    return _Run(model, rows, sampling, sorted(stop), route, keys, tokens, logps, done, vocabulary)
+    compiled = route.shared and _compiles()
+    return _Run(
+        *(model, rows, sampling, sorted(stop), route, keys, tokens, logps, done, vocabulary),
+        (_compiled if compiled else _plain)(model, route, sampling),
+        _DEAD_SHARE_COMPILED if compiled else _DEAD_SHARE,
+    )
+
+
+def _plain(model: nn.Module, route: Route, sampling: Sampling) -> Callable[..., Any]:
+    return _advance(reader(model, route, sampling.kv_bits), sampling)
+
+
+def _compiled(model: nn.Module, route: Route, sampling: Sampling) -> Callable[..., Any]:
+    """The step, traced once for each shape of the run; weights are inputs, so it sees those of the moment."""
+    step, shapes = route.steps.get(sampling, (None, []))
+    if step is None or len(shapes) > _MOST_SHAPES:
+        advance, shapes = _plain(model, route, sampling), []
+
+        def traced(*state: Any) -> Any:
+            shapes.append(None)  # this line runs when a new shape is traced
+            return advance(*state)
+
+        step = mx.compile(traced, inputs=[model.state])
+        route.steps[sampling] = step, shapes
+    return step
+
+
+def _compiles() -> bool:
+    """A GPU waits for Python between a step's hundreds of small kernels; a CPU does not, and would compile for seconds."""
+    return mx.default_device() == mx.Device(mx.gpu)
+
+
+def _advance(read: Callable[..., Any], sampling: Sampling) -> Callable[..., Any]:
+    """A step: what the rows have -> (tokens [R], logps [R], and what they have then)."""
+
+    def advance(
+        fixed: Any, own: Any, last: mx.array, place: mx.array, noise: mx.array, seen: mx.array | None
+    ) -> tuple[mx.array, mx.array, Any, mx.array, mx.array | None]:
+        logits, own = read(fixed, own, last, place)
+        here = mx.minimum(place, noise.shape[1] - 1)[:, None, None]
+        tokens, logps = choose(logits, sampling, mx.take_along_axis(noise, here, axis=1)[:, 0], seen)
+        if seen is not None:
+            seen = mx.put_along_axis(seen, tokens[:, None], mx.array(True), axis=-1)
+        return tokens, logps, own, place + 1, seen
+
+    return advance
 
 
 @define(eq=False)
@@ -138,9 +191,10 @@ class _Active:
 
     rows: np.ndarray  # [R] into the run's
     positions: np.ndarray  # [R] tokens asked for so far
-    cache: Cache
+    cache: Rows
     last: mx.array  # [R] int32, what the model reads next
-    noise: np.ndarray  # [R, max_tokens, 2]
+    place: mx.array  # [R] int32, `positions` on the device
+    noise: mx.array  # [R, max_tokens, 2]
     seen: mx.array | None  # [R, V] bool, for the repetition penalty
 
 
@@ -178,23 +232,27 @@ def _check(prompts: Sequence[Sequence[int]], group_size: int, batch: int) -> Non
 def _generate(run: _Run, size: int) -> None:
     waiting, pending = deque(range(len(run.done))), deque[_Sampled]()
     active: _Active | None = None
+    limit = run.sampling.max_tokens
     while (active := _turnover(run, active, waiting, size)) is not None:
+        furthest = active.positions[active.positions < limit].max()
+        active.cache.reserve(min(int(furthest) + _LOOK_EVERY, limit), limit)
         for _ in range(_LOOK_EVERY):
-            if (active.positions < run.sampling.max_tokens).any():
+            if (active.positions < limit).any():
                 pending.append(_step(run, active))
         _look(run, pending, _AHEAD)
     _look(run, pending, 0)
 
 
 def _step(run: _Run, active: _Active) -> _Sampled:
-    noise = active.noise[np.arange(len(active.rows)), np.minimum(active.positions, run.sampling.max_tokens - 1)]
-    logits = run.model(active.last[:, None], cache=active.cache)[:, -1]
-    tokens, logps = choose(logits, run.sampling, mx.array(noise), active.seen)
-    if active.seen is not None:
-        active.seen = mx.put_along_axis(active.seen, tokens[:, None], mx.array(True), axis=-1)
+    cache = active.cache
+    own, cache.own = cache.own, None
+    tokens, logps, cache.own, place, active.seen = run.advance(
+        cache.fixed, own, active.last, active.place, active.noise, active.seen
+    )
+    del own  # its last reference: what comes next writes in place
     mx.async_eval(tokens, logps)
     sampled = _Sampled(active.rows, active.positions, tokens, logps)
-    active.last, active.positions = tokens, active.positions + 1
+    active.last, active.place, active.positions = tokens, place, active.positions + 1
     return sampled
 
 
@@ -218,10 +276,7 @@ def _turnover(run: _Run, active: _Active | None, waiting: deque[int], size: int)
             return active
         active = _kept(active, alive) if alive.size else None
     entering = _entering(run, active, waiting, size)
-    if not entering:
-        return active
-    fresh = _admitted(run, entering)
-    return fresh if active is None else _joined(active, fresh)
+    return _admitted(run, active, entering) if entering else active
 
 
 def _entering(run: _Run, active: _Active | None, waiting: deque[int], size: int) -> list[int]:
@@ -235,16 +290,16 @@ def _entering(run: _Run, active: _Active | None, waiting: deque[int], size: int)
     return entering
 
 
-def _admitted(run: _Run, rows: list[int]) -> _Active:
+def _admitted(run: _Run, active: _Active | None, rows: list[int]) -> _Active:
+    """`active` and those rows."""
     prompts = [run.prompts[row] for row in rows]
-    if run.route.mixed:
-        slots = {prompt: slot for slot, prompt in enumerate(dict.fromkeys(prompts))}
-        cache = keep_rows(prefill(run.model, list(slots)), [slots[prompt] for prompt in prompts])
-    else:
-        cache = prefill_equal(run.model, prompts)
+    bits = run.sampling.kv_bits
+    cache = active.cache.join(run.model, prompts) if active else enter(run.model, run.route, prompts, bits)
     last = mx.array([prompt[-1] for prompt in prompts], mx.int32)
-    noise = np.array(uniforms(run.keys[mx.array(rows)], run.sampling.max_tokens))
-    return _Active(np.array(rows), np.zeros(len(rows), np.int32), cache, last, noise, _seen(prompts, run.vocabulary))
+    nothing = np.zeros(len(rows), np.int32)
+    noise = uniforms(run.keys[mx.array(rows)], run.sampling.max_tokens)
+    fresh = _Active(np.array(rows), nothing, cache, last, mx.array(nothing), noise, _seen(prompts, run.vocabulary))
+    return fresh if active is None else _joined(active, fresh)
 
 
 def _seen(prompts: list[tuple[int, ...]], vocabulary: int) -> mx.array | None:
@@ -257,10 +312,10 @@ def _seen(prompts: list[tuple[int, ...]], vocabulary: int) -> mx.array | None:
 
 
 def _kept(active: _Active, rows: np.ndarray) -> _Active:
-    on_device = mx.array(rows)
-    seen = None if active.seen is None else active.seen[on_device]
-    cache = keep_rows(active.cache, rows.tolist())
-    return _Active(active.rows[rows], active.positions[rows], cache, active.last[on_device], active.noise[rows], seen)
+    at = mx.array(rows)
+    seen = None if active.seen is None else active.seen[at]
+    arrays = active.last[at], active.place[at], active.noise[at]
+    return _Active(active.rows[rows], active.positions[rows], active.cache.keep(rows.tolist()), *arrays, seen)
 
 
 def _joined(active: _Active, fresh: _Active) -> _Active:
@@ -268,8 +323,9 @@ def _joined(active: _Active, fresh: _Active) -> _Active:
     return _Active(
         np.concatenate([active.rows, fresh.rows]),
         np.concatenate([active.positions, fresh.positions]),
-        join(active.cache, fresh.cache),
+        fresh.cache,
         mx.concatenate([active.last, fresh.last]),
-        np.concatenate([active.noise, fresh.noise]),
+        mx.concatenate([active.place, fresh.place]),
+        mx.concatenate([active.noise, fresh.noise]),
         seen,
     )

@@ -14,8 +14,10 @@ import mlx.nn as nn
 import yaml
 from attrs import evolve, field, frozen
 
-from .adapters import CONFIG, WEIGHTS, load_weights, prepare, save
+from . import attention
+from .adapters import CONFIG, WEIGHTS, freeze, load_weights, prepare, save
 from .batching import Make, Order, Piece, grouped, read_positions, stream
+from .card import read_metrics, write_card
 from .checkpoint import Progress, load_checkpoint, newest, save_checkpoint
 from .compose import Objective
 from .config import AdapterOptions, Output, Training
@@ -24,18 +26,25 @@ from .evaluate import Evaluate, make_evaluate, mean_measures
 from .files import atomic_file
 from .logprobs import Scorer, scorer
 from .loop import Abandoned, every, train
+from .memory import limit_memory
+from .micro import MicroBatches, cost_of_position
+from .neftune import noisy
 from .optimisers import make_optimiser
+from .packing import packed
+from .prefetch import prefetched
 from .recompute import checkpointed
+from .records import METRICS, PAGE, PICTURE, SAMPLES, SETTINGS
 from .reference import referenced, with_reference
-from .report import MetricsFile, Reporter, SamplesFile, Terminal, truncate_after
-from .sharing import obstacle, pays
+from .report import Reporter, truncate_after
+from .sharing import know_windows, obstacle, packed_layout, pays
+from .signatures import capped
 from .sources import Context, Source, Split
 from .step import Step, entropy_of, make_step
 
-METRICS, SAMPLES, SETTINGS = "metrics.jsonl", "samples.jsonl", "config.yaml"
 _MAY_DIFFER = {
     *("iters", "epochs", "steps_per_report", "steps_per_eval", "val_batches", "save_every", "save_total_limit", "keep_best"),
-    *("patience", "test", "quiet", "resume", "overwrite", "adapter_path", "resume_adapter_file"),
+    *("patience", "test", "quiet", "resume", "overwrite", "adapter_path", "resume_adapter_file", "token_cache"),
+    *("micro_batch", "memory_limit", "dry_run", "show_config", "answers", "plot", "report_to"),
 }  # what a resumed run may change
 
 
@@ -59,6 +68,9 @@ class Run:
         reference: loads the reference model, if it is another one.
         reference_cache: file of the reference's log-probabilities; None keeps none.
         share: whether prompts are computed once for all of their completions.
+        micro: divides batches that would not fit into memory.
+        noise: NEFTune's α, of noise on the embeddings of training tokens.
+        extend: (scorer, tokenizer) -> a scorer that adds further columns to a batch, such as the divergence from a teacher.
     """
 
     model: nn.Module
@@ -76,6 +88,9 @@ class Run:
     reference: Callable[[Any], nn.Module] | None = None
     reference_cache: Path | None = None
     share: bool = False
+    micro: MicroBatches | None = None
+    noise: float = 0.0
+    extend: Callable[[Scorer, Any], Scorer] | None = None
 
     @property
     def directory(self) -> Path:
@@ -86,39 +101,6 @@ class Run:
         """Calls one method of every reporter."""
         for reporter in self.reporters:
             getattr(reporter, event)(*args, **kwargs)
-
-
-# --- before anything is loaded ----------------------------------------------------------------
-
-
-def claim(output: Output) -> None:
-    """Checks that a run may write to its folder, before anything expensive happens.
-
-    Raises:
-        InputError: an earlier run is there and neither --resume nor --overwrite was given, or nothing can be written.
-    """
-    directory = Path(output.adapter_path)
-    used = [name for name in (WEIGHTS, METRICS, "checkpoints") if (directory / name).exists()]
-    if used and not (output.resume or output.overwrite):
-        raise InputError(
-            f"--adapter-path {directory} already holds a run ({', '.join(used)}); "
-            "continue it with --resume, replace it with --overwrite, or name another folder"
-        )
-    if output.resume and output.overwrite:
-        raise InputError("--resume and --overwrite exclude each other")
-    _check_writable(directory)
-
-
-def _check_writable(directory: Path) -> None:
-    existing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
-    if not existing.is_dir():
-        raise InputError(f"--adapter-path {directory}: {existing} is a file")
-    try:
-        probe = existing / ".mlxlora-probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"--adapter-path {directory}: cannot write to {existing} ({error.strerror})") from None
 
 
 # --- the run ----------------------------------------------------------------------------------
@@ -134,28 +116,61 @@ def execute(run: Run) -> dict[str, Any]:
         InputError: options that do not fit the data, the model or the run to be resumed.
         RunError: a loss or gradient that is not finite; the last good state was saved.
     """
+    with attention.using(run.training.attention):
+        return _execute(run)
+
+
+def _execute(run: Run) -> dict[str, Any]:
+    run, optimiser, total = ready(run)
+    progress = _start(run, optimiser)
+    run.tell("start", run.config)
+    step, evaluate = compiled(run, optimiser)
+    began = time.perf_counter()
+    _train(run, step, evaluate, optimiser, progress, total)
+    return _finish(run, step, evaluate, progress, time.perf_counter() - began)
+
+
+def ready(run: Run, only: Mapping[str, Sequence[int]] | None = None) -> tuple[Run, Any, int]:
+    """The run with its reference, adapters, scorer and layout; its optimiser; and its number of steps.
+
+    Args:
+        run: as its options make it.
+        only: rows of each split that get a reference; None: all that will be used.
+    """
     _check_splits(run)
+    limit = limit_memory(run.training.memory_limit)
     if "ref_logps" in run.objective.needs and not run.source.online:
-        run = _with_reference(run)
+        run = _with_reference(run, only)
     mx.random.seed(run.training.seed)
     prepare(run.model, run.adapter)
     if run.adapter.resume_adapter_file:
         load_weights(run.model, run.adapter.resume_adapter_file)
     if run.training.grad_checkpoint:
         checkpointed(run.model)
+    if run.noise:
+        noisy(run.model, run.noise)
     run.model.train()
     score = run.score or scorer(run.model, temperature=run.source.temperature, entropy=entropy_of(run.objective))
+    score = run.extend(score, run.tokenizer) if run.extend else score
     if score.split is None:
         run.tell("note", "this model cannot be split into backbone and head: the logits of all tokens are computed", warning=True)
-    run = evolve(run, score=score, share=_shares(run, score))
+    know_windows(score.forward, run.model)
+    run = _packed(evolve(run, score=score, share=_shares(run, score), micro=_micro(run, limit)), score)
     total = total_steps(run.training, len(run.splits["train"].items), run.source.repeats)
-    optimiser = make_optimiser(run.training, total)
-    progress = _start(run, optimiser)
-    step = make_step(run.model, optimiser, run.objective, score=score, max_grad_norm=run.training.max_grad_norm)
-    evaluate = mean_measures if run.source.online else make_evaluate(run.model, run.objective, score)
-    began = time.perf_counter()
-    _train(run, step, evaluate, optimiser, progress, total)
-    return _finish(run, step, evaluate, progress, time.perf_counter() - began)
+    return run, make_optimiser(run.training, total), total
+
+
+def compiled(run: Run, optimiser: Any) -> tuple[Step, Evaluate]:
+    """The step and the validation of a run that is ready."""
+    step = make_step(run.model, optimiser, run.objective, score=run.score, max_grad_norm=run.training.max_grad_norm)
+    assert run.score is not None
+    return step, mean_measures if run.source.online else make_evaluate(run.model, run.objective, run.score)
+
+
+def _micro(run: Run, limit: int) -> MicroBatches:
+    training = run.training
+    cost = cost_of_position(run.model, recomputed=training.grad_checkpoint)
+    return MicroBatches(limit, cost, 0 if training.micro_batch == "auto" else int(training.micro_batch))
 
 
 def _shares(run: Run, score: Scorer) -> bool:
@@ -163,9 +178,9 @@ def _shares(run: Run, score: Scorer) -> bool:
     wanted = run.source.share
     if wanted is False:
         return False
-    plain, shared = read_positions(map(run.source.expected or run.source.examples, run.splits["train"].items))
-    if plain == shared or not (wanted or pays(plain, shared)):
+    if not _pays(run):
         return False
+    plain, shared = _read_positions(run)
     if problem := obstacle(score.forward, run.model):
         run.tell(
             "note", f"each prompt is computed once per completion: this model cannot share it ({problem})", warning=bool(wanted)
@@ -175,10 +190,38 @@ def _shares(run: Run, score: Scorer) -> bool:
     return True
 
 
-def _check_splits(run: Run) -> None:
+def _pays(run: Run) -> bool:
+    plain, shared = _read_positions(run)
+    return plain != shared and bool(run.source.share or pays(plain, shared))
+
+
+def _read_positions(run: Run) -> tuple[int, int]:
+    return read_positions(map(run.source.expected or run.source.examples, run.splits["train"].items))
+
+
+def _packed(run: Run, score: Scorer) -> Run:
+    """With several examples to a row, if asked for and the model then computes what it does for plain rows."""
+    if not getattr(run.source.data, "packing", False):
+        return run
+    if problem := obstacle(score.forward, run.model, packed_layout):
+        run.tell("note", f"--packing: rows stay plain, for this model cannot tell packed examples apart ({problem})", warning=True)
+        return run
+    examples = run.splits["train"].items
+    source, splits = packed(run.source, run.splits, run.training.seed)
+    run = evolve(run, source=source, splits=splits)
+    run.tell("note", f"--packing: {len(examples)} examples in {len(splits['train'].items)} rows")
+    _check_batch_size(run)
+    return run
+
+
+def _check_batch_size(run: Run) -> None:
     rows, size = len(run.splits["train"].items), run.training.batch_size
     if size > rows:
         raise InputError(f"--batch-size {size} is larger than the training set of {rows} rows; use --batch-size {rows} or less")
+
+
+def _check_splits(run: Run) -> None:
+    _check_batch_size(run)
     for flag, wanted in (("--keep-best", run.output.keep_best), ("--patience", run.output.patience)):
         if wanted and not (run.splits["valid"].items and run.output.val_batches):
             raise InputError(f"{flag} needs validation: add valid.jsonl or --valid-fraction, and --val-batches other than 0")
@@ -237,7 +280,7 @@ def _check_same(run: Run) -> None:
 
 def _clean(directory: Path) -> None:
     """Removes what an earlier run left, and nothing else."""
-    for name in (WEIGHTS, CONFIG, METRICS, SAMPLES, SETTINGS):
+    for name in (WEIGHTS, CONFIG, METRICS, SAMPLES, SETTINGS, PAGE, PICTURE):
         (directory / name).unlink(missing_ok=True)
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
 
@@ -259,7 +302,7 @@ def _train(run: Run, step: Step, evaluate: Evaluate, optimiser: Any, progress: P
         every(_up(run.output.save_every, run.source.repeats), checkpoint, total),
     )
     try:
-        train(step, _pieces(run, progress.step), progress, total, hooks, repeats=run.source.repeats)
+        train(step, _pieces(run, progress.step), progress, total, hooks, repeats=run.source.repeats, micro=run.micro)
     except Abandoned:
         raise
     except KeyboardInterrupt:
@@ -276,14 +319,16 @@ def _pieces(run: Run, done: int) -> Iterator[tuple[Piece, ...]]:
     """The batches of each optimiser step after `done`."""
     items, accumulate = run.splits["train"].items, run.training.grad_accumulation_steps
     used = done // run.source.repeats * accumulate
-    pieces = stream(items, _order(run, "train"), _make(run, validation=False), used)
-    return grouped(islice(pieces, max(_batches(run.training, len(items)) - used, 0)), accumulate)
+    pieces = stream(items, order(run, "train"), maker(run, validation=False), used)
+    steps = grouped(islice(pieces, max(_batches(run.training, len(items)) - used, 0)), accumulate)
+    live = run.source.online or run.source.live
+    return steps if live else prefetched(steps)  # what is sampled or measured needs the policy as it will be by then
 
 
-def _make(run: Run, *, validation: bool) -> Make:
+def maker(run: Run, *, validation: bool) -> Make:
     """How items become batches; what is sampled during the run gets its reference's log-probabilities with each batch."""
     context = Context(run.model, run.tokenizer, run.training.seed, validation, run.splits["train"].items, run.share)
-    make = run.source.make(context)
+    make = capped(run.source.make(context))
     if validation or not run.source.online or "ref_logps" not in run.objective.needs:
         return make
     if run.reference is None and run.adapter.train_type == "full":
@@ -295,36 +340,49 @@ def _up(steps: int, multiple: int) -> int:
     return -(-steps // multiple) * multiple
 
 
-def _order(run: Run, split: str) -> Order:
+def order(run: Run, split: str) -> Order:
     """Training rows are shuffled, the others stay in the order of the file."""
     seed = run.training.seed if split == "train" and run.source.data.shuffle else None
     return Order(tuple(map(run.source.length, run.splits[split].items)), run.training.batch_size, seed)
 
 
-def _with_reference(run: Run) -> Run:
+def _with_reference(run: Run, only: Mapping[str, Sequence[int]] | None) -> Run:
     """The rows that the run will use, with the reference's log-probabilities.
 
     The reference is the model before it is touched, so it needs no memory of its own.
     """
     model = run.reference(run.tokenizer) if run.reference else run.model
-    model.eval()
+    freeze(model).eval()  # frozen: what looks for gradients finds none
     score, limits = scorer(model), {"train": _batches(run.training, len(run.splits["train"].items))}
+    if getattr(run.source.data, "packing", False):
+        limits["train"] = -1  # a batch of packed rows has more examples
     limits |= {"valid": run.output.val_batches, "test": -1 if run.output.test else 0}
-    splits = {name: _scored(run, name, limits[name], score) for name in run.splits}
+    together = 1
+    if run.source.share is not False and _pays(run) and not obstacle(score.forward, model):
+        together = len(run.source.examples(run.splits["train"].items[0]))
+    rows = only or {name: _rows_used(run, name, limits[name]) for name in run.splits}
+    splits = {name: _scored(run, name, rows.get(name, ()), score, together) for name in run.splits}
     return evolve(run, splits=splits)
 
 
-def _scored(run: Run, name: str, limit: int, score: Scorer) -> Split:
-    split, order = run.splits[name], _order(run, name)
-    if not split.items or not limit:
+def _rows_used(run: Run, name: str, limit: int) -> list[int]:
+    """The rows of the first `limit` batches of a split; -1 = of all."""
+    if not run.splits[name].items or not limit:
+        return []
+    rows = order(run, name)
+    return sorted({row for batch in islice(rows.batches(), rows.per_epoch() if limit < 0 else limit) for row in batch})
+
+
+def _scored(run: Run, name: str, used: Sequence[int], score: Scorer, together: int) -> Split:
+    split = run.splits[name]
+    if not used:
         return split
-    count = order.per_epoch() if limit < 0 else limit
-    used = sorted({row for rows in islice(order.batches(), count) for row in rows})
     examples = [run.source.examples(split.items[row]) for row in used]
     flat = with_reference(
         [e for group in examples for e in group],
         score,
         batch_size=2 * run.training.batch_size,
+        together=together,
         cache=run.reference_cache,
         note=lambda text: run.tell("note", text),
     )
@@ -353,7 +411,7 @@ def _report(run: Run, progress: Progress, pieces: Sequence[Piece] = ()) -> None:
             "learning_rate": rate,
             "tokens": progress.tokens,
             "tokens_per_second": tokens / (waited + stepped),
-            "peak_memory_gb": mx.get_peak_memory() / 1e9,
+            "peak_memory_gb": max(mx.get_peak_memory(), run.micro.peak if run.micro else 0) / 1e9,
             **({"training_tokens_per_second": tokens / stepped} if run.source.online else {}),
             **means,
         },
@@ -381,9 +439,9 @@ def _validate(run: Run, evaluate: Evaluate, progress: Progress, *, first: bool =
 
 def split_pieces(run: Run, split: str, limit: int = -1) -> Iterator[Piece]:
     """The batches of a split other than train, once and in order; at most `limit` of them (-1 = all)."""
-    order = _order(run, split)
-    count = order.per_epoch() if limit < 0 else min(limit, order.per_epoch())
-    return islice(stream(run.splits[split].items, order, _make(run, validation=True)), count)
+    rows = order(run, split)
+    count = rows.per_epoch() if limit < 0 else min(limit, rows.per_epoch())
+    return islice(stream(run.splits[split].items, rows, maker(run, validation=True)), count)
 
 
 def _finish(run: Run, step: Step, evaluate: Evaluate, progress: Progress, seconds: float) -> dict[str, Any]:
@@ -401,11 +459,8 @@ def _finish(run: Run, step: Step, evaluate: Evaluate, progress: Progress, second
         metrics = evaluate(split_pieces(run, "test"))
         run.tell("record", {"step": progress.step, "split": "test", **metrics})
         results |= {f"test {name}": round(metrics[name], 4) for name in ("loss", "perplexity") if name in metrics}
+    rows = {name: split.counts.rows for name, split in run.splits.items()}
+    write_card(run.directory, run.config, read_metrics(run.directory / METRICS), rows)
     results["adapters"] = str(run.directory)
+    results["report"] = str(run.directory / PAGE)
     return results
-
-
-def reporters(output: Output) -> tuple[Reporter, ...]:
-    """The terminal, metrics.jsonl and samples.jsonl."""
-    directory = Path(output.adapter_path)
-    return (Terminal(quiet=output.quiet), MetricsFile(directory / METRICS), SamplesFile(directory / SAMPLES))

@@ -60,6 +60,12 @@ def mean_log_ratio(logps: mx.array, batch: Batch) -> mx.array:
     return _mean(log_ratio(logps, batch), batch)
 
 
+@score("ref_logps", "reference_point")
+def above_reference_point(logps: mx.array, batch: Batch) -> mx.array:
+    """`log_ratio` - z, z the divergence of the whole policy from the reference, a constant (KTO)."""
+    return log_ratio(logps, batch) - column(batch, "reference_point")
+
+
 @score("ref_logps")
 def sorted_differences(logps: mx.array, batch: Batch) -> mx.array:
     """[2P]: sort(log π_c - log π_r), then sort(log ref_c - log ref_r), each over the pairs of the batch.

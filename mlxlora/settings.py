@@ -6,32 +6,32 @@ against the type and the validator of its option, and writes a resolved configur
 
 import difflib
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import attrs
 import yaml
 
+from . import peers
 from .errors import InputError
 
 ALIASES = {
     "num_epochs": "epochs",
-    "fine_tune_type": "train_type",
     "temp": "temperature",
     "dpo_loss_type": "loss_type",
-    "dpo_cpo_loss_type": "loss_type",
     "lora_parameters.rank": "rank",
     "lora_parameters.scale": "scale",
     "lora_parameters.dropout": "dropout",
     "lora_parameters.keys": "lora_keys",
 }
-"""Other names of an option, those of mlx-lm among them; a dot separates the keys of a nested mapping."""
+"""Other names of an option, beside those in `peers`; a dot separates the keys of a nested mapping."""
 
 TRAIN = "train"
 """mlx-lm's switch between training and testing: accepted, because the subcommand already says it."""
 
 Fields = Mapping[str, attrs.Attribute]
+Tell = Callable[[str], Any]
 
 
 def fields_of(*groups: type) -> dict[str, attrs.Attribute]:
@@ -39,30 +39,125 @@ def fields_of(*groups: type) -> dict[str, attrs.Attribute]:
     return {field.name: field for group in groups for field in attrs.fields(group)}
 
 
-def read(path: str | Path, fields: Fields, strict: bool = True) -> dict[str, Any]:
-    """The options that a YAML file sets; `null` leaves an option at its default.
+def read(
+    path: str | Path,
+    fields: Fields,
+    strict: bool = True,
+    command: str | None = None,
+    given: Mapping[str, Any] | None = None,
+    tell: Tell = lambda _: None,
+) -> dict[str, Any]:
+    """The options that a YAML file sets, also one written for mlx-lm or mlx-lm-lora; `null` leaves an option at its default.
 
     Args:
         path: the YAML file.
         fields: the options that exist, by name.
         strict: whether a key that names none of them is an error; else it is left out.
+        command: the training method, which a peer's `train_mode` has to be.
+        given: options from elsewhere, which win.
+        tell: is told what a peer's user should know.
 
     Raises:
         InputError: unreadable file, unknown or repeated key, or a value that the option does not take.
     """
-    values: dict[str, Any] = {}
-    lines: dict[str, int] = {}
-    for key, value, line in _entries(Path(path)):
-        name, where = ALIASES.get(key, key), f"{path}:{line}"
+    entries = list(_entries(Path(path)))
+    peer = peers.peer_of({key.split(".")[0] for key, _, _ in entries})
+    names, lines = {**ALIASES, **peers.aliases(command)}, {}
+    for key, _, line in entries:
+        name = key if key in fields else names.get(key, key)
         if name in lines:
-            raise InputError(f"{where}: {key} is already set in line {lines[name]}; remove one of them")
+            raise InputError(f"{path}:{line}: {key} is already set in line {lines[name]}; remove one of them")
         lines[name] = line
-        if name in fields:
-            if value is not None:
-                values[name] = _checked(fields[name], key, value, where)
-        elif strict:
-            _check_unknown(key, value, fields, where)
+    placed = [(key, value, f"{path}:{line}") for key, value, line in entries]
+    values = _options(placed, fields, strict, command, peer, given, tell)
+    mode = next((value for key, value, _ in entries if key == "train_mode"), None)
+    values = peers.settle(values, peer, mode)
+    if peer and strict:
+        for note in peers.notes(peer, str(path), {**values, **(given or {})}, fields):
+            tell(note)
     return values
+
+
+def take(entries: Mapping[str, Any], fields: Fields, command: str | None, tell: Tell) -> dict[str, Any]:
+    """The options that flags of a peer stand for, checked as those of a file are."""
+    return _options(
+        ((key, value, "--" + key.replace("_", "-")) for key, value in entries.items()), fields, True, command, tell=tell
+    )
+
+
+def _options(
+    entries: Iterable[tuple[str, Any, str]],
+    fields: Fields,
+    strict: bool,
+    command: str | None,
+    peer: peers.Peer | None = None,
+    given: Mapping[str, Any] | None = None,
+    tell: Tell = lambda _: None,
+) -> dict[str, Any]:
+    """The options that entries (key, value, where it stands) set."""
+    values: dict[str, Any] = {}
+    turned: dict[str, Any] = {}  # from a peer's nested keys, which there win over flat ones
+    unused: list[str] = []
+    optimiser: tuple[Any, str] = (None, "")
+    for key, value, where in entries:
+        known = peers.find(key, peer) or peers.find(key)
+        name = _option_of(key, known, fields, command, peer)
+        if name:
+            values |= {} if value is None else {name: _checked(fields[name], key, value, where)}
+        elif known is None or (known.option and not peer and not known.modes and not known.turned):
+            _check_unknown(key, value, fields, where, strict, command)
+        elif key == "optimizer_config":
+            optimiser = (value, where)
+        else:
+            turned |= _turned(key, known, value, fields, command, where, tell)
+            unused += [key] if known.option and known.option not in fields else []
+    if optimiser[0]:
+        chosen = (given or {}).get("optimizer") or values.get("optimizer") or "adam"
+        turned |= _checked_all("optimizer_config", lambda: peers.optimiser_options(optimiser[0], chosen), fields, optimiser[1])
+    if unused:
+        tell(f"without effect on this command: {', '.join(unused)}")
+    return {**values, **turned}
+
+
+def _option_of(key: str, known: peers.Key | None, fields: Fields, command: str | None, peer: peers.Peer | None) -> str | None:
+    """The option that a key is as it stands; None: it is none, or a peer's that means something else."""
+    if known and (known.turned or (peer and not peers.of(known, command))):
+        return None
+    if key in fields:
+        return key
+    name = ALIASES.get(key) or (known.option if known and peers.of(known, command) else None)
+    return name if name in fields else None
+
+
+def _turned(key: str, known: peers.Key, value: Any, fields: Fields, command: str | None, where: str, tell: Tell) -> dict[str, Any]:
+    """What a peer's key that is no option comes to: options, a note, an error or nothing."""
+    if command and key == "train":
+        _check_train(value, where)
+    if command and key == "train_mode" and value is not None:
+        path = f" -c {where.rpartition(':')[0]}" if not where.startswith("--") else ""
+        return _checked_all(key, lambda: peers.check_mode(value, command, path) or {}, fields, where)
+    if known.turned and value is not None and peers.of(known, command):
+        return _checked_all(key, lambda: known.turned(value), fields, where)  # type: ignore[misc]
+    if (
+        known.fate != "ignored"
+        and (command is None or peers.of(known, command))
+        and not any(value == idle and type(value) is type(idle) for idle in known.idle)
+    ):
+        place = where if where.startswith("--") else f"{where}: {key}"
+        if known.fate == "refused":
+            raise InputError(f"{place}: {value} has no counterpart here: {known.text}")
+        tell(f"{place}: {known.text}")
+    return {}
+
+
+def _checked_all(key: str, turn: Callable[[], dict[str, Any]], fields: Fields, where: str) -> dict[str, Any]:
+    """The options of these fields that a peer's key turns into, each checked."""
+    try:
+        options = turn()
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
+    label = {name: name if name == key else f"{key}: {name}" for name in options}
+    return {name: _checked(fields[name], label[name], value, where) for name, value in options.items() if name in fields}
 
 
 def dump(*groups: Any) -> dict[str, Any]:
@@ -70,7 +165,7 @@ def dump(*groups: Any) -> dict[str, Any]:
 
     >>> from mlxlora.config import SFTOptions
     >>> dump(SFTOptions(loss_type="dft"))
-    {'loss_type': 'dft', 'objective': None}
+    {'loss_type': 'dft', 'neftune_noise_alpha': 0.0, 'objective': None}
     """
     flat = {name: value for group in groups for name, value in attrs.asdict(group, recurse=False).items()}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
@@ -134,7 +229,7 @@ def _choice(value: Any, choices: tuple[Any, ...]) -> Any:
 
 
 def _tuple(value: Any, kind: Any) -> tuple[Any, ...]:
-    items = [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    items = [part.strip() for part in value.strip("[] ").split(",") if part.strip()] if isinstance(value, str) else value
     if not isinstance(items, list | tuple):
         raise ValueError("a list")
     try:
@@ -188,12 +283,16 @@ def _checked(field: attrs.Attribute, key: str, value: Any, where: str) -> Any:
     return value
 
 
-def _check_unknown(key: str, value: Any, fields: Fields, where: str) -> None:
-    if key == TRAIN and value in (True, None):
-        return
-    if key == TRAIN:
+def _check_train(value: Any, where: str) -> None:
+    if value not in (True, None):
         raise InputError(f"{where}: train must be true, got {value!r}; to test without training, run `mlxlora eval`")
-    names = [*fields, *(alias for alias, name in ALIASES.items() if name in fields)]
+
+
+def _check_unknown(key: str, value: Any, fields: Fields, where: str, strict: bool, command: str | None) -> None:
+    if not strict:
+        return
+    aliases = {**ALIASES, **peers.aliases(command)}
+    names = [*fields, *(alias for alias, name in aliases.items() if name in fields)]
     close = difflib.get_close_matches(key, names, n=1)
     hint = f"did you mean {close[0]}?" if close else "see --help for the options of this command"
     raise InputError(f"{where}: unknown key {key}; {hint}")

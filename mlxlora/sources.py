@@ -12,6 +12,7 @@ from .config import DataOptions, PairData, RowOptions
 from .data import Counts, Example, Pair, preference_pair, supervised_example, tokenize_all
 from .errors import InputError
 from .formats import KEYS, Row, read_splits, split_off
+from .tokencache import remembered
 
 Tokenizer = Any
 
@@ -52,6 +53,8 @@ class Source:
         repeats: optimiser steps on every batch.
         share: whether the sequences of an item share their prompt's computation; None: where that is faster.
         expected: the sequences that an item is expected to become, to estimate that; None: its examples.
+        arrange: what is made of all items of a split together; None: nothing.
+        live: batches are measured with the policy as it is when they are made, so none is made in advance.
     """
 
     data: RowOptions
@@ -64,6 +67,8 @@ class Source:
     repeats: int = 1
     share: bool | None = False
     expected: Callable[[Any], Sequence[Example]] | None = None
+    arrange: Callable[[Sequence[Any]], Sequence[Any]] | None = None
+    live: bool = False
 
     def length(self, item: Any) -> int:
         """Tokens of an item's longest sequence, so that items of a length go together."""
@@ -139,16 +144,27 @@ def read(data: RowOptions, seed: int) -> dict[str, list[Row]]:
     """
     if data.data is None:
         raise InputError("--data is missing: a folder with train.jsonl, a JSONL file or a hub data set name")
-    splits = read_splits(data.data)
+    asked = {"train": data.train_split, "valid": data.valid_split, "test": data.test_split}
+    splits = read_splits(data.data, {split: rows for split, rows in asked.items() if rows})
     if data.valid_fraction and not splits.get("valid"):
         train, valid = split_off(splits["train"], data.valid_fraction, seed)
         splits = {**splits, "train": train, "valid": valid}
     return splits
 
 
-def tokenize(source: Source, splits: Mapping[str, list[Row]], tokenizer: Tokenizer) -> dict[str, Split]:
-    """Every split as items; an absent split has none."""
-    return {
-        name: Split(*tokenize_all(splits[name], lambda row: source.prepare(row, tokenizer))) if splits.get(name) else Split()
-        for name in ("train", "valid", "test")
-    }
+def tokenize(
+    source: Source, splits: Mapping[str, list[Row]], tokenizer: Tokenizer, note: Callable[[str], Any] = lambda _: None
+) -> dict[str, Split]:
+    """Every split as items, from disk if they are kept there; an absent split has none. `note` is told where they are from."""
+
+    def make(rows: Sequence[Row]) -> tuple[list[Any], Counts]:
+        return tokenize_all(rows, lambda row: source.prepare(row, tokenizer))
+
+    if source.data.token_cache and not source.online:
+        make = partial(remembered, make=make, prepare=source.prepare, tokenizer=tokenizer, note=note)
+    found = {name: Split(*make(splits[name])) if splits.get(name) else Split() for name in ("train", "valid", "test")}
+    return {name: _arranged(source, split) for name, split in found.items()}
+
+
+def _arranged(source: Source, split: Split) -> Split:
+    return split if source.arrange is None else evolve(split, items=source.arrange(split.items))

@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from .compose import Metrics, Objective
 from .logprobs import Scorer, scorer
+from .modes import compute_cast
 from .optimisers import put_state
 from .types import Batch
 from .vector import Trained
@@ -46,7 +47,8 @@ class Step:
     def __call__(self, *batches: Batch) -> Metrics:
         self.trained.follow()
         metrics = self.whole(batches[0]) if len(batches) == 1 else self._pieces(batches)
-        self.trained.show()
+        mx.async_eval(self.trained.masters, metrics)
+        self.trained.show()  # while the device works
         mx.eval(self.state, metrics)
         return metrics
 
@@ -125,29 +127,20 @@ def entropy_of(objective: Objective) -> bool | None:
     return "entropy" in objective.optimises if "entropy" in objective.needs else None
 
 
-def compute_cast(model: nn.Module) -> Callable[[Any], Any]:
-    """Trainable parameters to the dtype the frozen weights compute in, inside the differentiated function.
-
-    float32 adapters would promote every activation of a bfloat16 model; so the masters stay float32 and their copies
-    are cast. Without frozen floating-point weights nothing is cast.
-    """
-    trainable = dict(tree_flatten(model.trainable_parameters()))
-    parameters: dict[str, Any] = dict(tree_flatten(model.parameters()))
-    frozen = {name: value for name, value in parameters.items() if name not in trainable}
-    dtypes = [v.dtype for v in frozen.values() if mx.issubdtype(v.dtype, mx.floating)]
-    if not dtypes:
-        return lambda parameters: parameters
-    dtype = max(set(dtypes), key=dtypes.count)
-    return lambda parameters: tree_map(lambda p: p.astype(dtype), parameters)
-
-
 def _clipped(grads: Any, max_grad_norm: float) -> tuple[Any, mx.array]:
     """(gradient, its global norm before clipping)."""
-    norm = mx.sqrt(sum(mx.square(g.astype(mx.float32)).sum() for _, g in tree_flatten(grads)))  # type: ignore[arg-type]
+    norm = mx.sqrt(sum(_sum_of_squares(g) for _, g in tree_flatten(grads)))  # type: ignore[arg-type]
     if not max_grad_norm:
         return grads, norm
     scale = mx.minimum(1.0, max_grad_norm / (norm + 1e-6))
     return tree_map(lambda g: (g * scale).astype(g.dtype), grads), norm
+
+
+def _sum_of_squares(g: mx.array, block: int = 512) -> mx.array:
+    """In float32 and in blocks: a CPU adds one number after the other, and a vector of all adapters is long."""
+    squares = mx.square(g.astype(mx.float32).reshape(-1))
+    whole = squares.size // block * block
+    return squares[:whole].reshape(-1, block).sum(axis=-1).sum() + squares[whole:].sum()
 
 
 def _add(a: Any, b: Any) -> Any:

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable
 import attrs
 import mlx.core as mx
 
-from .compose import Objective, Reduction, Selection, Term, Values, per_pair, term, token_mean
-from .losses import PairLoss
+from .compose import Objective, Reduction, Selection, Term, Values, Weights, per_pair, sequence_count, term, token_mean, watch
+from .losses import LabelLoss, PairLoss
 from .scores import Score
 from .types import Batch, column, completions, halves, token_sum
 
@@ -30,6 +30,11 @@ def dft(*, of: Selection = completions, per: Reduction = token_mean, name: str =
 def entropy(*, of: Selection = completions, per: Reduction = token_mean, name: str = "entropy") -> Objective:
     """-Σ_v π(v)·log π(v), the mean over tokens, in nats; subtract it for a bonus: `... + -0.01 * entropy()`."""
     return term(name, lambda logps, batch: column(batch, "entropy"), per(of), needs={"entropy"})
+
+
+def divergence(*, of: Selection = completions, per: Reduction = token_mean, name: str = "divergence") -> Objective:
+    """D(teacher, π) over the whole vocabulary at each token, the mean over tokens, in nats; which D is up to the scorer."""
+    return term(name, lambda logps, batch: column(batch, "divergence"), per(of), needs={"divergence"})
 
 
 # --- preferences ----------------------------------------------------------------------------
@@ -72,9 +77,57 @@ def pair_logps(score: Score) -> Objective:
     return watch_pairs("logps/chosen", score, lambda c, r: c) + watch_pairs("logps/rejected", score, lambda c, r: r)
 
 
+def exploration(*, name: str = "exploration") -> Objective:
+    """log π(y) of the completions that the reference sampled, the mean over pairs: minimised, it leads away from them (XPO)."""
+
+    def weights(batch: Batch) -> tuple[mx.array, mx.array]:
+        return column(batch, "from_reference"), per_pair(batch)[1]
+
+    return term(name, lambda logps, batch: token_sum(logps, batch), weights, needs={"from_reference"})
+
+
 def watch_pairs(name: str, score: Score, loss: PairLoss) -> Objective:
     """A metric of the scores of each pair, the mean over pairs."""
     return 0.0 * preference(score, loss, name=name)
+
+
+# --- completions that are good or bad on their own ----------------------------------------------
+
+
+def judgement(
+    score: Score, loss: LabelLoss, *, desirable_weight: float = 1.0, undesirable_weight: float = 1.0, name: str = "judgement"
+) -> Objective:
+    """`loss` of the score of each completion and its label, times the weight of the label, the mean over completions."""
+
+    def weights(batch: Batch) -> tuple[mx.array, mx.array]:
+        return mx.where(column(batch, "label"), desirable_weight, undesirable_weight), sequence_count(batch)
+
+    def values(logps: mx.array, batch: Batch) -> mx.array:
+        return loss(score(logps, batch), column(batch, "label"))
+
+    return term(name, values, weights, needs={*score.needs, "label"})
+
+
+def watch_labels(name: str, score: Score, *, scale: float = 1.0) -> Objective:
+    """Watches scale·score: `name`/chosen, the mean over the desirable completions, and `name`/rejected, over the others."""
+
+    def values(logps: mx.array, batch: Batch) -> mx.array:
+        return scale * score(logps, batch)
+
+    needs = {*score.needs, "label"}
+    return watch(f"{name}/chosen", values, per_label(desirable=True), needs=needs) + watch(
+        f"{name}/rejected", values, per_label(desirable=False), needs=needs
+    )
+
+
+def per_label(*, desirable: bool) -> Weights:
+    """Every completion of the label weighs the same, for values [S]."""
+
+    def weights(batch: Batch) -> tuple[mx.array, mx.array]:
+        selected = column(batch, "label") == desirable
+        return selected, selected.sum()
+
+    return weights
 
 
 # --- gates: factors of the values that carry no gradient --------------------------------------

@@ -30,10 +30,15 @@ class Batch(NamedTuple):
         old_logps: [N] log-probabilities under the policy that sampled the rows.
         advantages: [S] advantage of each completion.
         preference_score: [P] weight of each pair.
+        label: [S] bool, whether the completion is desirable (KTO).
+        reference_point: [S] KTO's z, the policy's divergence from the reference on mismatched completions, nats.
+        from_reference: [S] bool, whether the reference sampled the completion (XPO).
+        divergence: [N] of the policy's distribution at each target from a teacher's, nats (distillation).
         entropy: [N] entropy of the policy's distribution at each target, if the objective asks for it.
         log_sum_sq_probs: [N] log Σ_v π(v)² of the policy's distribution at each target, if the objective asks for it.
         prefix: [U, K] int32, prompts that rows continue: row r continues prompt r div (R/U); None if rows are whole.
         prefix_lengths: [U] int32, their tokens; the rest is padding, on the right.
+        segments: [R, T] int32, which of a row's sequences a token belongs to, from 1, and 0 in padding; None: a row is one.
     """
 
     tokens: mx.array
@@ -46,10 +51,15 @@ class Batch(NamedTuple):
     old_logps: mx.array | None = None
     advantages: mx.array | None = None
     preference_score: mx.array | None = None
+    label: mx.array | None = None
+    reference_point: mx.array | None = None
+    from_reference: mx.array | None = None
+    divergence: mx.array | None = None
     entropy: mx.array | None = None
     log_sum_sq_probs: mx.array | None = None
     prefix: mx.array | None = None
     prefix_lengths: mx.array | None = None
+    segments: mx.array | None = None
 
     @property
     def sequences(self) -> int:
@@ -114,6 +124,10 @@ _ADDED_BY = {
     "old_logps": "rollouts(...)",
     "advantages": "rollouts(...)",
     "preference_score": "pairs(...)",
+    "label": "unpaired(...)",
+    "reference_point": "unpaired(...)",
+    "from_reference": "contests(..., explore=True)",
+    "divergence": "a scorer with a teacher",
     "entropy": "the scorer, for a term that needs it",
     "log_sum_sq_probs": "the scorer, for a term that needs it",
 }

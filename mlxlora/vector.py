@@ -88,12 +88,14 @@ class Trained:
     optimizer: optim.Optimizer
     masters: Tree = field(init=False)
     _layout: Vector | Separate = field(init=False)
+    _places: list[tuple[Any, Any]] = field(init=False)
     _shown: list[mx.array] = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         parameters = self.model.trainable_parameters()
         self._layout = layout(self.optimizer, parameters)
         self.masters = self._layout.pack(parameters)
+        self._places = [_place(self.model, name) for name, _ in tree_flatten(parameters)]
         self._shown = _leaves(parameters)
         self.optimizer.init(self.masters)
 
@@ -107,15 +109,24 @@ class Trained:
 
     def show(self) -> None:
         """Puts the masters into the model."""
-        self.model.update(self.unpack(self.masters))
-        self._shown = _leaves(self.model.trainable_parameters())
+        self._shown = _leaves(self.unpack(self.masters))
+        for (container, key), array in zip(self._places, self._shown, strict=True):
+            container[key] = array
 
     def follow(self) -> None:
         """Takes parameters that were put into the model since then, such as loaded weights, as the masters."""
-        parameters = self.model.trainable_parameters()
-        if any(a is not b for a, b in zip(_leaves(parameters), self._shown, strict=True)):
-            put_state(self.masters, self.pack(parameters))
+        if any(container[key] is not array for (container, key), array in zip(self._places, self._shown, strict=True)):
+            put_state(self.masters, self.pack(self.model.trainable_parameters()))
 
 
 def _leaves(tree: Tree) -> list[mx.array]:
     return [array for _, array in tree_flatten(tree)]  # type: ignore[misc]
+
+
+def _place(model: nn.Module, name: str) -> tuple[Any, Any]:
+    """The container of a parameter, and its key there: a walk over the model at every step would take milliseconds."""
+    *path, last = name.split(".")
+    container: Any = model
+    for part in path:
+        container = container[int(part) if isinstance(container, list | tuple) else part]
+    return container, int(last) if isinstance(container, list) else last

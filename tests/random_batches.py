@@ -9,7 +9,7 @@ from attrs import frozen
 from mlxlora.compose import Objective
 from mlxlora.types import Batch
 
-TOKEN_COLUMNS = ("ref_logps", "old_logps", "entropy", "log_sum_sq_probs")
+TOKEN_COLUMNS = ("ref_logps", "old_logps", "entropy", "log_sum_sq_probs", "divergence")
 
 
 @frozen(eq=False)
@@ -35,6 +35,7 @@ def _row(rng: np.random.Generator, longest: int, prompts: bool) -> Row:
         "ref_logps": logps + rng.uniform(-0.5, 0.5, prompt + n),
         "old_logps": logps + rng.uniform(-0.5, 0.5, prompt + n),
         "entropy": rng.uniform(0, 3, prompt + n),
+        "divergence": rng.uniform(0, 3, prompt + n),
         "log_sum_sq_probs": -rng.exponential(1.0, prompt + n),
     }
     return Row(columns, np.arange(prompt + n) < prompt, float(rng.normal()))
@@ -64,6 +65,9 @@ def build(
         prompt=flags([rows[s].prompt for s in order], False, mx.bool_),
         advantages=mx.array([row.advantage for row in rows], dtype),
         preference_score=mx.array([1 + abs(row.advantage) for row in rows[: len(rows) // 2]], dtype),
+        label=mx.array([row.advantage > 0 for row in rows]),
+        from_reference=mx.array([row.advantage > 0.5 for row in rows]),
+        reference_point=mx.array([abs(row.advantage) / 2 for row in rows], dtype),
         **{name: column(name) for name in TOKEN_COLUMNS},
     )
     return column("logps"), batch

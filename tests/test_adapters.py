@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import load_adapters
 from tiny import dense, experts, quantised, same, shaken, snapshot, tied
 
-from mlxlora.adapters import load_weights, mismatches, prepare, read_arrays, save
+from mlxlora.adapters import load_weights, mismatches, prepare, read_arrays, read_config, save
 from mlxlora.config import AdapterOptions
 from mlxlora.errors import InputError
 
@@ -108,8 +108,17 @@ def test_mistakes_are_one_line(make: Any, changes: dict[str, Any], message: str)
 
 
 def test_an_unknown_module_lists_those_there_are() -> None:
-    with pytest.raises(InputError, match=r"no module q_proj; a block has .*self_attn\.q_proj"):
-        prepare(dense(), options(lora_keys=("q_proj",)))
+    with pytest.raises(InputError, match=r"no module query; a block has .*self_attn\.q_proj"):
+        prepare(dense(), options(lora_keys=("query",)))
+
+
+def test_a_last_name_stands_for_its_paths(tmp_path: Path) -> None:
+    """Written as paths, which is all that mlx-lm reads."""
+    chosen = options(lora_keys=("q_proj", "mlp.up_proj"))
+    model = prepare(dense(), chosen)
+    save(model, tmp_path, chosen)
+    assert read_config(tmp_path)["lora_parameters"]["keys"] == ["self_attn.q_proj", "mlp.up_proj"]
+    assert all(".q_proj." in name or ".up_proj." in name for name, _ in tree_flatten(model.trainable_parameters()))
 
 
 def test_all_mismatches_are_in_one_message(tmp_path: Path) -> None:

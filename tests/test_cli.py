@@ -67,7 +67,7 @@ def config(tmp_path, text):
     return path
 
 
-@pytest.mark.parametrize("command", [(), ("sft",), ("eval",), ("generate",), ("init",)])
+@pytest.mark.parametrize("command", [(), ("sft",), ("eval",), ("generate",), ("init",), ("fuse",), ("compare",), ("push",)])
 def test_help_imports_nothing_heavy(command):
     code = (
         "import sys; sys.argv = ['mlxlora', *sys.argv[1:], '--help']\n"

@@ -16,16 +16,20 @@ from mlxlora.objectives import (
     CPO_LOSSES,
     DIVERGENCES,
     DPO_LOSSES,
+    KTO_SCORES,
     SFT_LOSSES,
     cispo,
     cpo,
     dapo,
+    distill,
     dpo,
     dr_grpo,
     gspo,
+    kto,
     orpo,
     sft,
     simpo,
+    xpo,
 )
 from mlxlora.policy import GRPO_LOSSES, IMPORTANCE_LEVELS, PolicyOptions, grpo
 from mlxlora.surrogates import kl, reinforce
@@ -38,6 +42,7 @@ GRPO = {
     for level in IMPORTANCE_LEVELS
 }
 OBJECTIVES: dict[str, Objective] = {
+    "distill": distill(nll_weight=0.5),
     **{f"sft:{name}": sft(loss_type=name) for name in SFT_LOSSES},
     **{f"dpo:{name}": dpo(loss_type=name, label_smoothing=SMOOTHED.get(name, 0.0)) for name in DPO_LOSSES},
     **{f"dpo:f:{name}": dpo(f_divergence=name) for name in DIVERGENCES},
@@ -46,10 +51,12 @@ OBJECTIVES: dict[str, Objective] = {
     "dpo:wpo": dpo(wpo=True),
     "dpo:mpo": dpo(loss_type="0.8*sigmoid+0.2*bco_pair+1.0*nll", wpo=True),
     **{f"cpo:{name}": cpo(loss_type=name) for name in CPO_LOSSES},
+    "xpo": xpo(alpha=0.2),
     "simpo": simpo(),
     "alphapo": simpo(reward_alpha=0.25),
     "orpo": orpo(),
     "orpo:prompt": orpo(nll_on_prompt=True),
+    **{f"kto:{name}": kto(loss_type=name, undesirable_weight=1.5) for name in KTO_SCORES},
     **GRPO,
     "grpo:delta": grpo(delta=1.3, epsilon_high=0.28),
     "grpo:correct_kl": grpo(correct_kl=True),
@@ -214,7 +221,7 @@ def one_token(logps: list[float], ref: float | None = None, old: float | None = 
 
     def row(x: float, advantage: float) -> Row:
         columns = {"logps": x, "ref_logps": x if ref is None else ref, "old_logps": x if old is None else old}
-        known = {"entropy": 1.0, "log_sum_sq_probs": -1.0}
+        known = {"entropy": 1.0, "log_sum_sq_probs": -1.0, "divergence": 1.0}
         return Row({k: np.array([v]) for k, v in (columns | known).items()}, np.array([False]), advantage)
 
     return [row(x, (-1.0) ** i) for i, x in enumerate(logps)]
@@ -310,8 +317,12 @@ def test_entropy_bonus_has_the_gradient_of_the_mean_entropy() -> None:
         (dpo(), {"ref_logps"}),
         (dpo(loss_type="aot"), {"ref_logps"}),
         (dpo(wpo=True), {"ref_logps", "log_sum_sq_probs"}),
+        (distill(), {"divergence"}),
+        (xpo(), {"ref_logps", "from_reference"}),
         (cpo(), set()),
         (orpo(), set()),
+        (kto(), {"ref_logps", "label", "reference_point"}),
+        (kto(loss_type="apo_zero_unpaired"), {"ref_logps", "label"}),
         (grpo(beta=0.0), {"advantages", "entropy"}),
         (grpo(beta=0.1), {"advantages", "entropy", "ref_logps"}),
     ],
@@ -320,7 +331,8 @@ def test_an_objective_knows_its_needs(objective: Objective, needs: set[str]) -> 
     assert objective.needs == needs
     logps, batch = build(rows(11))
     optional = {"old_logps", "preference_score"}
-    columns = {"ref_logps", "advantages", "entropy", "log_sum_sq_probs"} | optional
+    columns = {"ref_logps", "advantages", "entropy", "log_sum_sq_probs", "divergence", *optional}
+    columns |= {"label", "reference_point", "from_reference"}
     bare = batch._replace(**dict.fromkeys(columns - needs))
     assert np.isfinite(gradient(objective, logps, bare)[0])
     for name in needs:
@@ -342,6 +354,7 @@ def test_an_objective_knows_its_needs(objective: Objective, needs: set[str]) -> 
         (lambda: dpo(loss_type="ipo", beta=0.0), "beta must be > 0, got 0.0"),
         (lambda: dpo(loss_type="discopop", discopop_tau=0.0), "tau <= 1, got 0.0"),
         (lambda: cpo(loss_type="x"), "--loss-type must be one of sigmoid, hinge, ipo, dpop, simpo, got 'x'"),
+        (lambda: kto(loss_type="x"), "--loss-type must be one of kto, apo_zero_unpaired, got 'x'"),
         (lambda: grpo(loss_type="x"), "--loss-type must be one of grpo, .*, got 'x'"),
         (lambda: grpo(top_entropy=0.0), r"top_entropy must be in \(0, 1\], got 0.0"),
         (lambda: grpo(importance_level="x"), "--importance-level must be one of token, sequence, got 'x'"),

@@ -11,16 +11,22 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
-    "errors types files split blas modes attention",
-    "config settings tables losses advantages templates userfile sharing report reward_functions initialise",
-    "compose logprobs scores kv adapters optimisers formats rewards sampling recompute",
-    "terms surrogates vector data rollouts",
-    "step checkpoint",
+    "errors types files peers split shim prefetch modes attention lora memory",
+    "blas config settings folders tables losses advantages "
+    "templates userfile sharing decode report records reward_functions initialise",
+    "charts trackers plotting doctor compose card logprobs scores "
+    "kv adapters optimisers formats rewards sampling recompute neftune",
+    "terms surrogates vector data rollouts judges distilling page preflight",
+    "step checkpoint tokencache",
     "policy batching",
-    "objectives evaluate loop reference sources",
-    "online",
-    "runs",
+    "micro objectives evaluate reference sources signatures watchers",
+    "loop",
+    "online packing labels",
+    "runs contests preview",
+    "dryrun introduction questions",
     "recipes",
+    "fusing peft comparison",
+    "hub",
 )
 """From the bottom to the top: a module imports modules of lower layers, never of its own."""
 

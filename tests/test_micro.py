@@ -35,7 +35,9 @@ def rows(count: int, seed: int):
 def pairs(count: int, seed: int, *, share: bool):
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(1, 90, rng.integers(2, 40)) for _ in range(count)]
-    return pair_piece([Pair(example(rng, p, True), example(rng, p, True), float(i + 1)) for i, p in enumerate(prompts)], share=share)
+    return pair_piece(
+        [Pair(example(rng, p, True), example(rng, p, True), float(i + 1)) for i, p in enumerate(prompts)], share=share
+    )
 
 
 PIECES = {

@@ -16,12 +16,12 @@ from mlx_lm.utils import load
 from tiny import byte_tokenizer, loss_and_gradient, shaken
 
 from mlxlora.adapters import disabled, prepare
-from mlxlora.advantages import batch_scaled, centred, group_relative
+from mlxlora.advantages import SCALES, advantage, batch_scaled, centred, group_relative
 from mlxlora.batching import Make, Piece
 from mlxlora.config import AdapterOptions, PromptData, RewardOptions
 from mlxlora.formats import Row
 from mlxlora.logprobs import scorer
-from mlxlora.online import ADVANTAGES, Rollouts, prompts
+from mlxlora.online import Rollouts, prompts
 from mlxlora.policy import grpo
 from mlxlora.reference import referenced
 from mlxlora.rewards import NamedReward, combine
@@ -147,10 +147,10 @@ def test_equal_rewards_have_no_gradient(roll: Any, loaded: Any) -> None:
     assert any(mx.any(g != 0).item() for g in gradient.values())
 
 
-@pytest.mark.parametrize("name", ADVANTAGES)
+@pytest.mark.parametrize("name", SCALES)
 def test_scale_rewards(roll: Any, name: str) -> None:
     expected = {"group": group_relative, "batch": batch_scaled, "none": centred}[name]
-    piece = roll(advantage=ADVANTAGES[name])
+    piece = roll(advantage=advantage(scale=name))
     rewards = mx.array([spread(ids) for ids in by_group(piece, 2)])
     np.testing.assert_allclose(np.array(piece.batch.advantages), np.array(expected(rewards)).ravel(), atol=1e-5)
 

@@ -92,7 +92,7 @@ FLAGS = {
 }
 
 
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"^mlxlora (\w+)", README, re.MULTILINE))))
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"^mlxlora ([\w-]+)", README, re.MULTILINE))))
 def test_flags_exist(command):
     """Of the command, wherever the page calls it."""
     used = {flag for line in re.findall(rf"^mlxlora {command} .*", README, re.MULTILINE) for flag in flags(line)}

@@ -39,7 +39,6 @@ def written(screen):
 def tell(screen, quiet=False, clock=lambda: 0.0):
     """A run of one report."""
     seen = Terminal(quiet=quiet, console=screen, clock=clock)
-    seen.start({"model": "m", "rows": 1200})
     seen.progress(0, 600)
     seen.progress(10, 600)
     seen.record(ROW)
@@ -53,8 +52,6 @@ def tell(screen, quiet=False, clock=lambda: 0.0):
 def test_plain_lines():
     times = iter([0.0, 20.0])
     assert tell(console(), clock=lambda: next(times)).splitlines() == [
-        "model  m",
-        "rows   1,200",
         "step  10/600  train  loss 2.3457  grad_norm 1.500  lr 1.00e-05  tokens 12,345  tok/s 1,234  GB 1.23  accuracy 0.5100"
         "  left 19:40",
         "step  10/600  valid  loss 2.0000",
@@ -168,3 +165,21 @@ def test_long_example_loses_its_middle():
 def test_imports_no_mlx():
     code = "import sys, mlxlora.report; sys.exit('mlx' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_sampled_run_leads_with_its_reward():
+    row = {"step": 1, "split": "train", "loss": -1e-9, "grad_norm": 1.0, "reward": 0.25, "tokens_per_second": 5.0}
+    assert record_line(row) == "step 1  train  loss 0.0000  reward 0.2500  grad_norm 1.000  tok/s 5"
+    screen = console(terminal=True)
+    seen = Terminal(console=screen)
+    seen.progress(0, 4)
+    seen.record(row)
+    seen.record(row | {"split": "valid", "reward": 0.75})
+    seen.finish({})
+    assert "reward 0.2500 ▁" in written(screen) and "valid 0.7500" in written(screen)
+
+
+def test_answers_before_and_after():
+    screen = console()
+    Terminal(console=screen).answers([{"prompt": "2 + 2?", "before": "5", "after": "\x1b[2J4"}])
+    assert written(screen).splitlines() == ["prompt  2 + 2?", "before  5", "after   \\x1b[2J4"]

@@ -10,12 +10,13 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from mlx_lm.models import falcon_h1, gemma3_text, gpt_bigcode, lfm2, llama, qwen3
 
+from mlxlora import decode
 from mlxlora.adapters import prepare
 from mlxlora.config import AdapterOptions
 from mlxlora.errors import InputError, RunError
 from mlxlora.kv import find_route
 from mlxlora.logprobs import scorer
-from mlxlora.rollouts import Completion, Sampling, rollout_stats, sample
+from mlxlora.rollouts import Completion, Route, Sampling, rollout_stats, sample
 from mlxlora.sampling import categorical, choose, truncated, uniforms
 from mlxlora.types import Batch
 
@@ -160,7 +161,10 @@ def test_greedy_is_mlx_lms(model):
 def test_long_prompts_pass_in_pieces(plain, monkeypatch):
     prompts = [list(range(1, 90)), list(range(3, 50)), [4]]
     whole = drawn(plain, prompts=prompts)
+    monkeypatch.setattr("mlxlora.decode._PREFILL_TOKENS", 1)
+    assert tokens(drawn(plain, prompts=prompts)) == tokens(whole)
     monkeypatch.setattr("mlxlora.kv._PREFILL_TOKENS", 1)
+    monkeypatch.setattr("mlxlora.rollouts.find_route", lambda _: Route(True, ""))
     assert tokens(drawn(plain, prompts=prompts)) == tokens(whole)
 
 
@@ -191,11 +195,73 @@ def test_routes():
     assert not separate.mixed and "equally long prompts" in separate.note
 
 
+def test_plain_and_windowed_layers_keep_a_prompt_once():
+    assert all(find_route(MODELS[name]()).shared for name in ("llama", "qwen3", "llama with a window", "gemma3"))
+    convolutions = find_route(MODELS["lfm2: convolutions"]())
+    assert convolutions.mixed and not convolutions.shared and "ArraysCache" in convolutions.note
+    assert not find_route(MODELS["gemma2: softcap"]()).shared
+
+
+@pytest.mark.parametrize("batch", [0, 4])
+def test_our_caches_sample_what_mlx_lms_sample(plain, batch):
+    ours = drawn(plain, batch=batch, max_tokens=80, stop=(3,))
+    theirs = sample(plain, PROMPTS, 3, Sampling(max_tokens=80), (3,), key=mx.random.key(0), batch=batch, route=Route(True, ""))
+    assert tokens(ours) == tokens(theirs)
+    np.testing.assert_allclose(*(np.concatenate([c.logps for c in flat(groups)]) for groups in (ours, theirs)), atol=5e-5)
+
+
+def test_a_compiled_step_samples_the_same(plain, monkeypatch):
+    expected = drawn(plain, max_tokens=70, stop=range(6))
+    monkeypatch.setattr("mlxlora.rollouts._compiles", lambda: True)
+    assert tokens(drawn(plain, max_tokens=70, stop=range(6))) == tokens(expected)
+
+
+def test_a_compiled_step_sees_new_weights(plain, monkeypatch):
+    monkeypatch.setattr("mlxlora.rollouts._compiles", lambda: True)
+    model = tiny.dense()
+    before = tokens(drawn(model))
+    prepare(model, AdapterOptions(num_layers=-1))
+    assert tokens(drawn(model)) == before
+    tiny.shaken(model)
+    assert tokens(drawn(model)) != before
+
+
+@pytest.mark.parametrize(("bits", "tolerance"), [(8, 0.05), (4, 0.6)])
+@pytest.mark.parametrize("head", [32, 64])
+def test_quantised_keys_and_values(bits, tolerance, head):
+    model = built(qwen3, QWEN3 | {"head_dim": head})
+    groups = drawn(model, kv_bits=bits, batch=5)
+    logps, _ = scorer(model)(rows(PROMPTS, groups), gradient=False)
+    difference = np.abs(np.concatenate([c.logps for c in flat(groups)]) - np.array(logps))
+    assert 0 < difference.mean() < tolerance
+    assert tokens(groups) == tokens(drawn(model, kv_bits=bits, batch=5))
+
+
+def test_what_cannot_be_quantised(plain):
+    with pytest.raises(InputError, match="--kv-bits 8: this model's heads have 16 entries"):
+        drawn(plain, kv_bits=8)
+    with pytest.raises(InputError, match="--kv-bits 4: this model's cache cannot be quantised"):
+        drawn(MODELS["lfm2: convolutions"](), kv_bits=4)
+
+
+def test_a_prompt_is_read_once_for_its_group(plain, monkeypatch):
+    read = []
+    prefill = decode.prefill
+    monkeypatch.setattr("mlxlora.decode.prefill", lambda _, prompts, bits: read.extend(prompts) or prefill(_, prompts, bits))
+    prompts, route = [[1, 2, 3], [4, 5], [6]], find_route(plain)
+    for batch, stop in ((0, NEVER), (0, range(40)), (18, range(40))):
+        read.clear()
+        sample(plain, prompts, 6, Sampling(max_tokens=40), stop, key=mx.random.key(0), batch=batch, route=route)
+        assert read == [(1, 2, 3), (4, 5), (6,)]
+
+
 def test_no_prompts(plain):
     assert drawn(plain, prompts=[]) == []
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_p": 0}, {"top_k": -1}, {"min_p": 2}, {"max_tokens": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1}, {"top_p": 0}, {"top_k": -1}, {"min_p": 2}, {"max_tokens": 0}, {"kv_bits": 3}]
+)
 def test_options_are_checked(wrong):
     (name,) = wrong
     with pytest.raises(InputError, match=name.replace("_", "-")):

@@ -9,7 +9,23 @@ from types import ModuleType
 import pytest
 
 from mlxlora import settings, starter
-from mlxlora.config import AdapterOptions, CPOOptions, DataOptions, DPOOptions, ORPOOptions, Output, PairData, SFTOptions, Training
+from mlxlora.config import (
+    AdapterOptions,
+    ContestSampling,
+    CPOOptions,
+    DataOptions,
+    DPOOptions,
+    KTOOptions,
+    OnlineDPOOptions,
+    ORPOOptions,
+    Output,
+    PairData,
+    PromptData,
+    RewardOptions,
+    RowOptions,
+    SFTOptions,
+    Training,
+)
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "examples" / "starter"
 OPTIONS = {
@@ -17,6 +33,8 @@ OPTIONS = {
     "dpo": (PairData, DPOOptions),
     "orpo": (PairData, ORPOOptions),
     "cpo": (PairData, CPOOptions),
+    "kto": (RowOptions, KTOOptions),
+    "online-dpo": (PromptData, ContestSampling, RewardOptions, OnlineDPOOptions),
 }
 
 

@@ -16,9 +16,10 @@ from mlxlora.adapters import prepare
 from mlxlora.batching import collate
 from mlxlora.config import AdapterOptions, Training
 from mlxlora.errors import InputError
+from mlxlora.modes import compute_cast
 from mlxlora.objectives import sft
 from mlxlora.optimisers import learning_rate, make_optimiser
-from mlxlora.step import compute_cast, make_step
+from mlxlora.step import _sum_of_squares, make_step
 from mlxlora.terms import entropy
 
 BATCHES = [collate([example(seed), example(seed + 1)]) for seed in (0, 2, 4)]
@@ -159,3 +160,9 @@ def test_nothing_is_cast_where_everything_is_trained() -> None:
     model = prepare(dense(), AdapterOptions(train_type="full", num_layers=-1))
     cast = compute_cast(model)(model.trainable_parameters())
     assert {p.dtype for _, p in tree_flatten(cast)} == {mx.float32}
+
+
+def test_a_long_gradient_s_norm_is_summed_well() -> None:
+    g = np.random.default_rng(0).normal(size=3_000_001).astype(np.float32)
+    exact = np.square(g.astype(np.float64)).sum()
+    assert _sum_of_squares(mx.array(g)).item() == pytest.approx(exact, rel=1e-5)  # one number after the other: 3e-3

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 _HERE = Path(__file__).parent
-_DATA = {"sft": "sft", "dpo": "pairs", "orpo": "pairs", "cpo": "pairs", "grpo": "grpo"}
+_DATA = {"sft": "sft", "dpo": "pairs", "orpo": "pairs", "cpo": "pairs", "kto": "pairs", "grpo": "grpo", "online-dpo": "grpo"}
 
 
 def model_path() -> Path:
@@ -12,7 +12,7 @@ def model_path() -> Path:
 
 
 def data_path(mode: str) -> Path:
-    """The folder with train.jsonl and valid.jsonl for sft, dpo, orpo, cpo or grpo.
+    """The folder with train.jsonl and valid.jsonl for sft, dpo, orpo, cpo, kto, grpo or online-dpo.
 
     >>> data_path("orpo").name
     'pairs'

@@ -1,0 +1,88 @@
+"""How long `mlxlora --help` takes, and `mlxlora sft` until its first step is saved, against `mlx_lm.lora`.
+
+Each is a process of its own, from its start to its end, on MLX's default device. Both train the bundled starter on its
+bundled rows: 4 rows, one step, LoRA on all layers, no validation.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import mlx.core as mx
+import yaml
+
+from benchmarks.common import flags, parsed, tell
+from mlxlora import starter
+
+COLUMNS = {"case": "case", "ours": "mlxlora, s", "theirs": "mlx-lm, s", "ratio": "ours / theirs", "cpu_ratio": "CPU time"}
+Command = Sequence[str]
+
+
+def main() -> None:
+    """Prints the table."""
+    before = mx.default_device()
+    options = parsed(flags(__doc__, repetitions=7))
+    if mx.default_device() != before:
+        raise SystemExit(f"--device {options.device}: other processes use MLX's default device, {before.type.name}")
+    repetitions = 1 if options.quick else options.repetitions
+    with tempfile.TemporaryDirectory() as folder:
+        cases = {
+            "--help": ([sys.executable, "-m", "mlxlora_cli", "--help"], [sys.executable, "-m", "mlx_lm", "lora", "--help"]),
+            "sft, one step": (ours(folder), theirs(folder)),
+        }
+        chosen = {name: pair for name, pair in cases.items() if options.only in name}
+        rows = [row(name, pair, repetitions) for name, pair in chosen.items()]
+    tell(rows, COLUMNS, options.json)
+
+
+def row(name: str, commands: tuple[Command, Command], repetitions: int) -> dict[str, Any]:
+    """Medians of both; they take turns, after one run each that fills the caches of disk and compiler."""
+    seen: list[list[tuple[float, float]]] = [[], []]
+    for repetition in range(-1, repetitions):
+        for side in (0, 1) if repetition % 2 else (1, 0):
+            cost = timed(commands[side])
+            if repetition >= 0:
+                seen[side].append(cost)
+    (wall, cpu), (their_wall, their_cpu) = ([median(values) for values in zip(*costs, strict=True)] for costs in seen)
+    return {
+        "case": name,
+        "ours": round(wall, 2),
+        "theirs": round(their_wall, 2),
+        "ratio": round(wall / their_wall, 2),
+        "cpu_ratio": round(cpu / their_cpu, 2),
+    }
+
+
+def timed(command: Command) -> tuple[float, float]:
+    """Wall clock and CPU seconds of a process, from its start to its end."""
+    before, began = os.times(), time.perf_counter()
+    subprocess.run(command, capture_output=True, check=True)
+    after = os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return time.perf_counter() - began, cpu
+
+
+def ours(folder: str) -> Command:
+    """One step of `mlxlora sft`."""
+    model, data = str(starter.model_path()), str(starter.data_path("sft"))
+    command = [sys.executable, "-m", "mlxlora_cli", "sft", "--model", model, "--data", data, "--mask-prompt", "--iters", "1"]
+    return [*command, "--val-batches", "0", "--num-layers", "-1", "--overwrite", "--adapter-path", str(Path(folder, "ours"))]
+
+
+def theirs(folder: str) -> Command:
+    """One step of `mlx_lm.lora`, with the same batch size and layers."""
+    file = Path(folder, "theirs.yaml")
+    settings = {"model": str(starter.model_path()), "data": str(starter.data_path("sft")), "train": True, "mask_prompt": True}
+    settings |= {"iters": 1, "val_batches": 0, "num_layers": -1, "batch_size": 4, "adapter_path": str(Path(folder, "theirs"))}
+    file.write_text(yaml.safe_dump(settings))
+    return [sys.executable, "-m", "mlx_lm", "lora", "--config", str(file)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""`mlxlora doctor`."""
+
+from typing import Annotated
+
+import typer
+
+from mlxlora.blas import load_fast_blas
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as a JSON list.")] = False,
+) -> None:
+    """Tell what runs would use here (device, BLAS, compiler, memory), and what would make them faster."""
+    blas = load_fast_blas()
+    import attrs
+    import orjson
+
+    from mlxlora.doctor import examine
+
+    findings = examine(blas)
+    if as_json:
+        typer.echo(orjson.dumps([attrs.asdict(finding) for finding in findings], option=orjson.OPT_INDENT_2).decode())
+        return
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        typer.echo(f"{finding.name:{width}}  {finding.value}")
+        if not finding.ok:
+            typer.secho(f"{'':{width}}  -> {finding.remedy}", fg="yellow")

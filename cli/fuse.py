@@ -1,0 +1,78 @@
+"""`mlxlora fuse`."""
+
+from typing import Literal
+
+import typer
+from attrs import frozen
+from attrs import validators as v
+
+from mlxlora.config import ModelOptions, option
+
+from .options import flags
+
+_KINDS = ("2", "3", "4", "5", "6", "8", "mxfp4", "mxfp8", "nvfp4")
+
+
+@frozen
+class FuseOptions:
+    """Fusing"""
+
+    adapter_path: str = option("adapters", "Folder of adapters.")
+    save_path: str = option("fused", "Model folder to write.")
+    dequantize: bool = option(False, "Write full-precision weights; default: a quantised model is quantised again as it was.")
+    quantize: Literal["2", "3", "4", "5", "6", "8", "mxfp4", "mxfp8", "nvfp4"] | None = option(
+        None, "Quantise the result to this many bits, or to a format.", v.in_(_KINDS)
+    )
+    gguf: str | None = option(None, "Also write this GGUF file (llama, mistral, mixtral; float16).")
+    overwrite: bool = option(False, "Replace a model folder in --save-path.")
+
+
+@frozen
+class HubOptions:
+    """Hub"""
+
+    push_to_hub: str | None = option(None, "Upload the result to this repository, ORG/NAME.")
+    public: bool = option(False, "Make a new repository public; default: private.")
+
+
+@flags()
+def fuse(model: ModelOptions, fusing: FuseOptions, hub: HubOptions) -> None:
+    """Add adapters to the weights of their model: a model folder that needs no adapter files."""
+    from mlxlora.fusing import fuse as run
+    from mlxlora.fusing import warning
+    from mlxlora.recipes import base_of
+
+    ready(hub)
+    rounding = run(
+        base_of(model, fusing.adapter_path),
+        fusing.adapter_path,
+        fusing.save_path,
+        dequantize=fusing.dequantize,
+        quantize=fusing.quantize,
+        gguf=fusing.gguf,
+        overwrite=fusing.overwrite,
+    )
+    if told := warning(rounding):
+        typer.echo(f"warning: {told}", err=True)
+    elif rounding:
+        typer.echo(f"quantising kept {min(rounding.kept, 1):.0%} of the adapters' update")
+    typer.echo(f"fused  {fusing.save_path}")
+    if fusing.gguf:
+        typer.echo(f"gguf   {fusing.gguf}")
+    upload(fusing.save_path, hub)
+
+
+def ready(hub: HubOptions) -> None:
+    """Fails early where the upload would."""
+    if hub.push_to_hub:
+        from mlxlora.hub import connect
+
+        connect(hub.push_to_hub)
+
+
+def upload(folder: str, hub: HubOptions) -> None:
+    """Uploads a folder, if that was asked for."""
+    if hub.push_to_hub:
+        from mlxlora.hub import push
+
+        typer.echo(f"hub    {push(folder, hub.push_to_hub, public=hub.public)}")

@@ -1,0 +1,21 @@
+"""`mlxlora gkd`."""
+
+from mlxlora.config import AdapterOptions, DistillOptions, ModelOptions, Output, OwnSampling, PromptData, Training
+
+from .options import flags
+
+
+@flags()
+def gkd(
+    model: ModelOptions,
+    adapter: AdapterOptions,
+    data: PromptData,
+    training: Training,
+    output: Output,
+    sampling: OwnSampling,
+    objective: DistillOptions,
+) -> None:
+    """On-policy distillation: the distribution of a teacher at every token that the student samples itself."""
+    from mlxlora import recipes
+
+    recipes.gkd(model, adapter, data, training, output, sampling, objective)

@@ -1,0 +1,29 @@
+"""`mlxlora import`."""
+
+import typer
+from attrs import frozen
+
+from mlxlora.config import ModelOptions, option
+from mlxlora.errors import InputError
+
+from .options import flags
+
+
+@frozen
+class ImportOptions:
+    """Import"""
+
+    peft: str | None = option(None, "Folder of the peft library: LoRA, rank-stabilised LoRA or DoRA.")
+    adapter_path: str = option("adapters", "Folder of adapters to write.")
+    overwrite: bool = option(False, "Replace such a folder.")
+
+
+@flags()
+def import_adapters(model: ModelOptions, importing: ImportOptions) -> None:
+    """Write adapters of the peft library as an adapter folder, to generate with or to train on."""
+    from mlxlora.peft import from_peft
+
+    if importing.peft is None:
+        raise InputError("--peft is missing: the folder to read")
+    modules = from_peft(importing.peft, model, importing.adapter_path, overwrite=importing.overwrite)
+    typer.echo(f"adapters  {importing.adapter_path} ({modules} modules)")

@@ -1,0 +1,38 @@
+"""`mlxlora preview`."""
+
+from typing import Literal
+
+import attrs
+from attrs import frozen
+from attrs import validators as v
+
+from mlxlora.config import DataOptions, ModelOptions, PairData, PromptData, RowOptions, option
+
+from .options import flags
+
+METHODS = {"sft": DataOptions, **dict.fromkeys(("dpo", "orpo", "cpo"), PairData), "kto": RowOptions}
+METHODS |= dict.fromkeys(("grpo", "online-dpo"), PromptData)
+
+
+@frozen
+class PreviewOptions(DataOptions):
+    """Preview"""
+
+    method: Literal["sft", "dpo", "orpo", "cpo", "kto", "grpo", "online-dpo"] = option("sft", "Whose rows.", v.in_(tuple(METHODS)))
+    num: int = option(3, "Rows to show.", v.ge(1))
+    prompt_truncation: Literal["right", "left"] = option(
+        "right", "Of over-long pairs, what is cut: right or left.", v.in_(("right", "left"))
+    )
+    nll_on_prompt: bool = option(False, "orpo: the NLL covers prompts too.")
+    system: str | None = option(None, "grpo: system message of rows that bring none.")
+
+
+@flags(starter="sft", others=True)
+def preview(model: ModelOptions, options: PreviewOptions) -> None:
+    """Show the first rows as a model will see them, which tokens are scored, and what is cut or dropped."""
+    from mlxlora.preview import look, show_preview
+    from mlxlora.recipes import load_tokenizer
+
+    kind = METHODS[options.method]
+    data = kind(**{field.name: getattr(options, field.name) for field in attrs.fields(kind) if hasattr(options, field.name)})
+    show_preview(look(options.method, load_tokenizer(model), data, nll_on_prompt=options.nll_on_prompt), options.num)

@@ -1,0 +1,46 @@
+"""`mlxlora report`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlxlora.blas import load_fast_blas
+
+_WIDE = 1000  # columns, where nobody looks: one line a metric
+
+
+def report(
+    directories: Annotated[list[str], typer.Argument(metavar="DIR...", help="The --adapter-path of each run.")],
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Also write a page with the curves to this file.")] = None,
+) -> None:
+    """Compare runs: what they reached, and where their options differ."""
+    load_fast_blas()
+    from mlxlora.card import portable
+    from mlxlora.page import comparison_page, differences, run_page, write
+    from mlxlora.records import outcome, past_run
+
+    records = [past_run(directory) for directory in directories]
+    outcomes = [outcome(record) for record in records]
+    names = dict.fromkeys(name for found in outcomes for name in found)
+    _print("metric", directories, {name: [found.get(name, "") for found in outcomes] for name in names})
+    _print("option", directories, portable(differences(records)))
+    if output is not None:
+        write(Path(output), comparison_page(records) if len(records) > 1 else run_page(records[0]))
+        typer.echo(f"written: {output}")
+
+
+def _print(first: str, names: list[str], rows: dict[str, list]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    if not rows:
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in (first, *names):
+        table.add_column(Text(name), overflow="fold", no_wrap=name == first)
+    for name, values in rows.items():
+        table.add_row(Text(name), *(Text("" if value is None else str(value)) for value in values))
+    Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE).print(table)

@@ -1,0 +1,336 @@
+"""The keys and flags of mlx-lm and mlx-lm-lora, and what each of them is here.
+
+Two tables, checked against the peers' own defaults and flags by tests/test_switch.py; `docs/` shows them. A key is an option
+under the same or another name, is turned into several options, has no meaning here, or is refused with what to do instead.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, Literal
+
+from attrs import frozen
+
+Options = dict[str, Any]
+COMMANDS = {mode: mode for mode in ("sft", "dpo", "orpo", "cpo", "grpo")} | dict.fromkeys(("online_dpo", "xpo"), "online-dpo")
+"""mlx-lm-lora's training modes that are offered, and the command of each."""
+
+
+@frozen
+class Key:
+    """What a key of a peer is here.
+
+    Attributes:
+        text: for the table of the documentation.
+        option: the option that it is.
+        modes: the commands in which it is that option; empty: all that have it.
+        turned: its value as options; ValueError says why there are none.
+        fate: whether a value is passed over, told about or refused where there is no option.
+        idle: the values that say nothing.
+        switch: the peer's flag takes no value.
+    """
+
+    text: str = ""
+    option: str | None = None
+    modes: tuple[str, ...] = ()
+    turned: Callable[[Any], Options] | None = None
+    fate: Literal["ignored", "told", "refused"] = "ignored"
+    idle: tuple[Any, ...] = (None, False)
+    switch: bool = False
+
+
+@frozen
+class Peer:
+    """Another trainer: its table, the keys that show that a file is its own, and its defaults that are not ours."""
+
+    name: str
+    keys: Mapping[str, Key]
+    signs: frozenset[str]
+    defaults: Mapping[str, Any]
+    page: str
+
+
+def _same(*names: str) -> dict[str, Key]:
+    return {name: Key(option=name) for name in names}
+
+
+def _ignored(text: str, *names: str, **more: Any) -> dict[str, Key]:
+    return {name: Key(text, **more) for name in names}
+
+
+def _decay(value: Any) -> Options:
+    """mlx-lm's schedule: {name, arguments, warmup, warmup_init}.
+
+    >>> _decay({"name": "cosine_decay", "arguments": [1e-5, 1000, 1e-7], "warmup": 100})
+    {'lr_schedule': 'cosine', 'learning_rate': 1e-05, 'lr_decay_steps': 1000, 'lr_end': 1e-07, 'warmup': 100}
+    """
+    if not isinstance(value, Mapping):
+        return {"lr_schedule": value}  # one of ours
+    takes = {
+        "cosine_decay": ("learning_rate", "lr_decay_steps", "lr_end"),
+        "linear_schedule": ("learning_rate", "lr_end", "lr_decay_steps"),
+    }
+    name, arguments = value.get("name"), value.get("arguments") or []
+    if name not in takes or not isinstance(arguments, list) or len(arguments) > 3:
+        raise ValueError(f"lr_schedule {name} is not offered; give cosine_decay or linear_schedule with its arguments")
+    if unknown := value.keys() - {"name", "arguments", "warmup", "warmup_init"}:
+        raise ValueError(f"lr_schedule has no {', '.join(sorted(unknown))}; it has name, arguments, warmup and warmup_init")
+    rest = {key: value[key] for key in ("warmup", "warmup_init") if value.get(key) is not None}
+    return {"lr_schedule": name.split("_")[0], **dict(zip(takes[name], arguments, strict=False)), **rest}
+
+
+_OURS: Mapping[str, Mapping[str, Any]] = {
+    "adam": {"bias_correction": True},
+    "adamw": {"bias_correction": True},
+    "adafactor": {"relative_step": False, "scale_parameter": False, "warmup_init": False},
+    "sgd": {"dampening": 0, "nesterov": False},
+    "muon": {"nesterov": True, "ns_steps": 5},
+}
+"""Arguments of MLX's optimisers that have one value here."""
+
+
+def optimiser_options(config: Any, optimizer: str) -> Options:
+    """mlx-lm's `optimizer_config`, of which the chosen optimiser's part counts.
+
+    >>> optimiser_options({"adam": {}, "adamw": {"betas": [0.9, 0.98], "bias_correction": True}}, "adamw")
+    {'betas': [0.9, 0.98]}
+
+    Raises:
+        ValueError: an argument that has another value here, or none.
+    """
+    given = (config or {}).get(optimizer) or {} if isinstance(config or {}, Mapping) else None
+    if not isinstance(given, Mapping):
+        raise ValueError("optimizer_config is a mapping such as {adamw: {weight_decay: 0.01}}")
+    fixed = _OURS.get(optimizer, {})
+    for name, value in given.items():
+        if name in ("betas", "eps", "momentum", "weight_decay") and not (optimizer == "adafactor" and name == "eps"):
+            continue
+        if name not in fixed or value != fixed[name]:
+            always = f"; it is always {str(fixed[name]).lower()} here" if name in fixed else ""
+            raise ValueError(f"optimizer_config.{optimizer}.{name}: {value} is not offered{always}; remove it")
+    return {name: value for name, value in given.items() if name not in fixed}
+
+
+_FEATURES = {
+    "prompt_feature": "prompt_key",
+    "text_feature": "text_key",
+    "completion_feature": "completion_key",
+    "chat_feature": "messages_key",
+}
+_FIXED_FEATURES = ("system", "chosen", "rejected", "preference_score", "answer", "type")
+
+
+def _hub_data(value: Any) -> Options:
+    """mlx-lm's `hf_dataset`: {path, config, *_split, *_feature}.
+
+    >>> _hub_data({"path": "billsum", "train_split": "train[:1000]", "prompt_feature": "text"})
+    {'data': 'billsum', 'train_split': 'train[:1000]', 'prompt_key': 'text'}
+    """
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if not isinstance(value, Mapping) or not (value.get("path") or value.get("name")):
+        raise ValueError("hf_dataset takes one data set here, {path: org/name, ...}; join several into one train.jsonl")
+    config = value.get("config") or {}
+    known = {"path", "name", "config", "train_split", "valid_split", "test_split", "mask_prompt", *_FEATURES}
+    fixed = {f"{name}_feature" for name in _FIXED_FEATURES if value.get(f"{name}_feature") in (None, name)}
+    if unknown := [*sorted(value.keys() - known - fixed), *(f"config.{name}" for name in sorted(config.keys() - {"name"}))]:
+        raise ValueError(f"hf_dataset.{unknown[0]} is not offered; write such rows to train.jsonl and name its folder with data")
+    path = str(value.get("path") or value.get("name")) + (f":{config['name']}" if config.get("name") else "")
+    splits = {key: value[key] for key in ("train_split", "valid_split", "test_split") if value.get(key) is not None}
+    return {"data": path, **splits, **{ours: value[key] for key, ours in _FEATURES.items() if value.get(key) is not None}}
+
+
+def _trackers(value: Any) -> Options:
+    names = value.split(",") if isinstance(value, str) else value
+    return {"report_to": names} if names and names not in (["none"], ["None"]) else {}
+
+
+_REWARDS = {
+    "r1_int_reward_func": "integer(score=0.5)",
+    "r1_accuracy_reward_func": "accuracy_strict(score=2.0)",
+    "r1_soft_format_reward_func": "format_soft(score=0.5)",
+    "r1_strict_format_reward_func": "format_strict(score=0.5)",
+    "r1_count_xml": "tag_count(score=0.125)",
+}
+"""mlx-lm-lora's built-in rewards under their names here."""
+
+
+def _reward_names(value: Any) -> Options:
+    names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+    return {"rewards": [_REWARDS.get(name, name) for name in names]} if names else {}
+
+
+def _judge(value: Any) -> Options:
+    if value == "human":
+        raise ValueError("judge: human is not offered; name a model, or rewards")
+    return {"judge_model": value}
+
+
+_SHARED = {
+    **_same("model", "data", "seed", "num_layers", "batch_size", "iters", "val_batches", "learning_rate", "steps_per_report"),
+    **_same("steps_per_eval", "resume_adapter_file", "adapter_path", "save_every", "test", "max_seq_length", "grad_checkpoint"),
+    **_same("mask_prompt", "optimizer", "use_chat_template"),
+    "train": Key("the command says it; to test alone: `mlxlora eval`", switch=True),
+    "config": Key("`-c`, `--config`"),
+    "lora_parameters": Key("`rank`, `scale`, `dropout`, `lora_keys`; as it stands in a file"),
+    "lora_layers": Key(option="num_layers"),
+    "optimizer_config": Key("`betas`, `eps`, `momentum`, `weight_decay`, of the chosen optimiser; as it stands in a file"),
+    "lr_schedule": Key(
+        "`lr_schedule`, `learning_rate`, `lr_decay_steps`, `lr_end`, `warmup`, `warmup_init`; as it stands in a file", turned=_decay
+    ),
+    "hf_dataset": Key("`data`, `train_split`, ..., `prompt_key`, ...; as it stands in a file, one data set", turned=_hub_data),
+    "test_batches": Key("the test is of the whole split"),
+    **{name: Key(option=ours) for name, ours in _FEATURES.items()},
+    **{
+        f"{name}_feature": Key(f"the field is `{name}`; rename another one", fate="refused", idle=(None, name))
+        for name in _FIXED_FEATURES
+    },
+}
+
+_MLX_LM = {
+    **_SHARED,
+    "fine_tune_type": Key(option="train_type"),
+    "training_mode": Key("the command says it", fate="refused", idle=(None, "normal")),
+    "grad_accumulation_steps": Key(option="grad_accumulation_steps"),
+    "trust_remote_code": Key(option="trust_remote_code", switch=True),
+    "clear_cache_threshold": Key("memory is bounded by `memory_limit`"),
+    "report_to": Key("`report_to`; `none` is none", turned=_trackers),
+    "project_name": Key("set WANDB_PROJECT or SWANLAB_PROJECT in the environment instead", fate="told"),
+}
+
+_QUANTISE = (
+    "quantise the model once with `mlx_lm.convert --hf-path MODEL -q --mlx-path FOLDER` and name the folder as model; "
+    "until then it is loaded as it is"
+)
+_LORA_MODE = "belongs to a `train_mode` that is not offered"
+
+_MLX_LM_LORA = {
+    **_SHARED,
+    **_same("train_type", "epochs", "reference_model_path", "group_size", "epsilon", "epsilon_high", "max_completion_length"),
+    **_same("temperature", "top_p", "top_k", "min_p", "use_prompt"),
+    "train_mode": Key("the command: `sft`, `dpo`, `orpo`, `cpo`, `grpo`, `online-dpo` (also for `xpo`); others are not offered"),
+    "gradient_accumulation_steps": Key(option="grad_accumulation_steps"),
+    "micro_batch_size": Key("memory is bounded without it: `micro_batch`"),
+    "sft_loss_type": Key("`nll`, `dft`; `chunked_nll` is `nll`, which is always in chunks where that saves memory",
+        option="loss_type", modes=("sft",), turned=lambda v: {"loss_type": "nll" if v == "chunked_nll" else v}),
+    "dpo_cpo_loss_type": Key(option="loss_type", modes=("dpo", "cpo", "online-dpo")),
+    "grpo_loss_type": Key(option="loss_type", modes=("grpo",)),
+    "importance_sampling_level": Key(option="importance_level"),
+    "beta": Key(option="beta"),
+    "delta": Key("in `dpo` and `cpo` with `dpop`, as there; elsewhere it is passed over", option="delta", modes=("dpo", "cpo")),
+    "alpha": Key("with `xpo`; in `cpo` it is the weight of the NLL of the chosen", option="xpo_alpha"),
+    "reward_functions": Key("`rewards`; the names of the built-in ones are translated", turned=_reward_names),
+    "reward_functions_file": Key(option="reward_file"),
+    **_same("reward_weights"),
+    "list_reward_functions": Key("the README lists them", switch=True),
+    "reward_scaling": Key("does nothing there either"),
+    **_ignored(_QUANTISE, "load_in_4bits", "load_in_6bits", "load_in_8bits", "load_in_mxfp4", fate="told", switch=True),
+    "fuse": Key("run `mlxlora fuse` afterwards", fate="told", switch=True),
+    "lm_studio_name": Key("run `mlxlora fuse --save-path` into LM Studio's folder of models", fate="told"),
+    "efficient_long_context": Key("memory is bounded without it: `micro_batch`, `memory_limit`, `grad_checkpoint`", switch=True),
+    "recurrence_chunk_size": Key("memory is bounded without it"),
+    "wandb": Key("`report_to: [wandb]`; the project is WANDB_PROJECT in the environment",
+        turned=lambda v: {"report_to": ["wandb"]} if v else {}),
+    "wand": Key("does nothing there either; `report_to: [wandb]`"),
+    "judge": Key("a model, not `human`", option="judge_model", modes=("online-dpo",), turned=_judge),
+    "judge_config": Key("the judge has a fixed prompt; remove it", modes=("online-dpo",), fate="refused", idle=(None, {})),
+    "qat_enable": Key("there is no quantisation-aware training; remove it", fate="refused", switch=True),
+    **_ignored("belongs to `qat_enable`", "qat_bits", "qat_group_size", "qat_mode", "qat_start_step", "qat_interval"),
+    **_ignored(_LORA_MODE, "dsla_loss", "latent_weight", "latent_margin", "latent_gamma", "latent_variant", "latent_pooling"),
+    **_ignored(_LORA_MODE, "latent_layer", "lambda_mse_target", "tau_mse_target", "lambda_mse", "clip_epsilon_logits"),
+    **_ignored(_LORA_MODE, "klpo_route", "klpo_kl_estimator", "klpo_mc_samples", "klpo_top_k", "klpo_tail_floor"),
+}  # fmt: skip
+
+MLX_LM = Peer(
+    "mlx-lm",
+    _MLX_LM,
+    frozenset(
+        {"train", "fine_tune_type", "training_mode", "optimizer_config", "hf_dataset", "test_batches", "clear_cache_threshold"}
+    ),
+    {"iters": 1000, "weight_decay": 0.01},
+    "docs/from-mlx-lm.md",
+)
+MLX_LM_LORA = Peer(
+    "mlx-lm-lora",
+    _MLX_LM_LORA,
+    frozenset(_MLX_LM_LORA.keys() - _MLX_LM.keys())
+    - {
+        "train_type",
+        "epochs",
+        "reference_model_path",
+        "group_size",
+        "epsilon",
+        "epsilon_high",
+        "max_completion_length",
+        "temperature",
+    }
+    - {"top_p", "top_k", "min_p", "use_prompt", "beta", "delta", "alpha", "reward_weights"},
+    {"iters": 100, "num_layers": -1, "batch_size": 1, "scale": 10.0, "weight_decay": 0.01, "epsilon": 1e-4},
+    "docs/from-mlx-lm-lora.md",
+)
+PEERS = (MLX_LM_LORA, MLX_LM)
+
+FLAGS = (
+    *("train_mode", "test_batches", "clear_cache_threshold", "project_name", "load_in_4bits", "load_in_6bits", "load_in_8bits"),
+    *("load_in_mxfp4", "fuse", "lm_studio_name", "efficient_long_context", "recurrence_chunk_size", "micro_batch_size", "wandb"),
+    *("reward_functions", "reward_scaling", "sft_loss_type", "judge", "qat_enable"),
+)
+"""The peers' flags that are no option's name and are taken all the same."""
+
+
+def peer_of(keys: Collection[str]) -> Peer | None:
+    """Whose file has these keys; None: ours.
+
+    >>> peer_of(["train", "iters"]).name, peer_of(["train", "train_mode"]).name, peer_of(["iters"])
+    ('mlx-lm', 'mlx-lm-lora', None)
+    """
+    return next((peer for peer in PEERS if not peer.signs.isdisjoint(keys)), None)
+
+
+def find(name: str, peer: Peer | None = None) -> Key | None:
+    """A key of a peer, or of either."""
+    return next((each.keys[name] for each in ((peer,) if peer else PEERS) if name in each.keys), None)
+
+
+def aliases(command: str | None) -> dict[str, str]:
+    """The peers' other names of options of a command."""
+    every = {name: key for peer in PEERS for name, key in peer.keys.items()}
+    return {name: k.option for name, k in every.items() if k.option not in (None, name) and not k.turned and of(k, command)}  # type: ignore[misc]
+
+
+def of(key: Key, command: str | None) -> bool:
+    """Whether a command has the key."""
+    return not key.modes or command in key.modes
+
+
+def settle(values: Mapping[str, Any], peer: Peer | None, mode: str | None = None) -> Options:
+    """The options of a peer's file without those that had no effect there, in its training mode."""
+    idle = {name for name, works in {"delta": values.get("loss_type") == "dpop", "xpo_alpha": mode == "xpo"}.items() if not works}
+    if "iters" in values:
+        idle.add("epochs")
+    return {name: value for name, value in values.items() if peer is not MLX_LM_LORA or name not in idle}
+
+
+def check_mode(mode: Any, command: str, run: str) -> None:
+    """Raises ValueError where the training mode of a file is not that of the command. `run` is what follows the right one."""
+    if mode not in COMMANDS:
+        raise ValueError(f"train_mode {mode} is not offered; there are {', '.join(COMMANDS)}")
+    if COMMANDS[mode] != command:
+        raise ValueError(f"train_mode is {mode}; run `mlxlora {COMMANDS[mode]}{run}`")
+
+
+def notes(peer: Peer, path: str, values: Mapping[str, Any], has: Collection[str]) -> Iterable[str]:
+    """What a user of a peer is told once: the differences that touch this run, and defaults that are not theirs."""
+    optimizer = values.get("optimizer", "adam")
+    differences = {
+        "Adam has bias correction": optimizer in ("adam", "adamw"),
+        "gradients are clipped to norm 1 (max_grad_norm: 0 = off)": "max_grad_norm" not in values,
+        "iters are optimiser steps, not batches": values.get("grad_accumulation_steps", 1) != 1 and "iters" in values,
+        "a loss is one mean over all scored tokens of a step": True,
+        "plain-text rows are wrapped in the chat template only with use_chat_template": not values.get("use_chat_template"),
+        "CPO adds the NLL of the chosen (alpha: 0 = off)": "gamma" in has and "alpha" not in values,
+        "dpop's penalty is inside the sigmoid, as published": values.get("loss_type") == "dpop",
+    }
+    yield f"{path} is {peer.name}'s. Different here: {'; '.join(text for text, holds in differences.items() if holds)}. {peer.page}"
+    decays = optimizer in ("adamw", "muon")
+    defaults = {name: value for name, value in peer.defaults.items() if name in has and (name != "weight_decay" or decays)}
+    covered = {"iters"} if values.get("epochs") is not None else set()
+    if missing := [f"{name} ({value})" for name, value in defaults.items() if name not in values and name not in covered]:
+        yield f"not in {path}, so they have our defaults, not {peer.name}'s: {', '.join(missing)}"

@@ -1,0 +1,213 @@
+"""Rows before they are trained on: as the model will see them, how long they are, what is cut, dropped and scored."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import attrs
+from attrs import frozen
+from rich.console import Console
+from rich.text import Text
+
+from . import formats, sources
+from .config import RowOptions
+from .data import Counts, Example
+from .formats import Row
+from .labels import unpaired
+from .online import Rollouts, prompts
+from .report import printable, runs_of_text, shorten
+from .rollouts import Sampling
+from .sources import Source, Split
+
+Parse = Callable[[Row, Mapping[str, str]], Any]
+BINS, BAR, SHOWN = 10, 40, 600
+_STYLES = {(True, True): "bold green underline", (True, False): "bold green", (False, True): "magenta", (False, False): ""}
+
+
+@frozen
+class Preview:
+    """What will be trained on, before there is a model.
+
+    Attributes:
+        source: how rows become batches.
+        rows: of each split, as they were read.
+        splits: their items.
+        tokenizer: the model's.
+        parse: a row to its record, as the method reads it.
+    """
+
+    source: Source
+    rows: Mapping[str, Sequence[Row]]
+    splits: Mapping[str, Split]
+    tokenizer: Any
+    parse: Callable[[Row], Any]
+
+
+def look(method: str, tokenizer: Any, data: RowOptions, *, nll_on_prompt: bool = False) -> Preview:
+    """What a method would train on.
+
+    Args:
+        method: sft, dpo, orpo, cpo, kto, grpo or online-dpo.
+        tokenizer: the model's.
+        data: options of the method's rows.
+        nll_on_prompt: orpo's option.
+
+    Raises:
+        InputError: bad data.
+    """
+    source, parse = _READ[method](data, nll_on_prompt)
+    rows = sources.read(source.data, 0)
+    keys = {name.removesuffix("_key"): value for name, value in attrs.asdict(data).items() if name.endswith("_key")}
+    splits = sources.tokenize(source, rows, tokenizer)
+    return Preview(source, rows, splits, tokenizer, lambda row: parse(row, {**formats.KEYS, **keys}))
+
+
+def _pairs(data: Any, nll_on_prompt: bool) -> tuple[Source, Parse]:
+    return sources.pairs(data, score_prompt=nll_on_prompt), formats.preference
+
+
+def _prompts(data: Any, _: bool) -> tuple[Source, Parse]:
+    return prompts(data, Rollouts((), 1, Sampling(1))), formats.prompt_row
+
+
+def _judged(row: Row, keys: Mapping[str, str]) -> Any:
+    return formats.preference(row, keys) if {"chosen", "rejected"} <= row.fields.keys() else formats.labelled(row, keys).completion
+
+
+_READ: dict[str, Callable[[Any, bool], tuple[Source, Parse]]] = {
+    "sft": lambda data, _: (sources.rows(data), formats.supervised),
+    **dict.fromkeys(("dpo", "orpo", "cpo"), _pairs),
+    "kto": lambda data, _: (unpaired(data, reference_point=False), _judged),
+    **dict.fromkeys(("grpo", "online-dpo"), _prompts),
+}
+
+
+def show_preview(preview: Preview, count: int = 3, console: Console | None = None) -> None:
+    """Prints what a run would train on.
+
+    Args:
+        preview: rows, items and tokenizer.
+        count: rows of the training split to show.
+        console: where to print; scored tokens are green in a terminal and between [[ ]] elsewhere.
+    """
+    console = console or Console(highlight=False)
+    items = preview.splits["train"].items
+    _print(console, "template", _template(preview))
+    _print(console, "scored", _scored(preview.source, items))
+    for name, split in preview.splits.items():
+        if split.counts.rows:
+            _print(console, name, _counted(preview, name, split.counts))
+    lengths = [len(example.tokens) for item in items for example in preview.source.examples(item)]
+    console.print(f"\ntokens in a row: {min(lengths):,} to {max(lengths):,}, median {median(lengths):,.0f}")
+    for line in histogram(lengths, "█" if _unicode(console) else "#"):
+        console.print(f"  {line}", soft_wrap=True)
+    for item in items[:count]:
+        for text in _shown(preview, item, console):
+            console.print(text, soft_wrap=True)
+    if console.is_terminal:
+        console.print(Text("\ngreen: scored; underlined or violet: special tokens", style="dim"))
+
+
+def histogram(lengths: Sequence[int], block: str = "#", bins: int = BINS, width: int = BAR) -> list[str]:
+    """Bars of how many rows have how many tokens.
+
+    >>> histogram([1, 2, 2, 9], bins=2, width=6)
+    ['1-5  ###### 3', '6-9  ## 1']
+    """
+    low, high = min(lengths), max(lengths)
+    size = -(-(high - low + 1) // bins)
+    counts = Counter((length - low) // size for length in lengths)
+    ranges = [(low + i * size, min(low + (i + 1) * size - 1, high)) for i in range((high - low) // size + 1)]
+    labels = [f"{a:,}-{b:,}" if a != b else f"{a:,}" for a, b in ranges]
+    wide, most = max(map(len, labels)), max(counts.values())
+    bars = [block * -(-counts[i] * width // most) for i in range(len(ranges))]
+    return [f"{label:>{wide}}  {bar} {counts[i]:,}" for i, (label, bar) in enumerate(zip(labels, bars, strict=True))]
+
+
+def _print(console: Console, name: str, text: str) -> None:
+    console.print(Text(f"{name:<9} {text}"), soft_wrap=True)
+
+
+def _unicode(console: Console) -> bool:
+    return console.encoding.startswith("utf")
+
+
+def _template(preview: Preview) -> str:
+    """What becomes of each kind of row."""
+    kinds = Counter(_kind(preview.parse(row)) for row in preview.rows["train"])
+    wrapped = preview.source.data.use_chat_template
+    ways = {
+        "conversations": "rendered by the chat template",
+        "strings": "wrapped in the chat template (--use-chat-template)" if wrapped else "joined as they are, no chat template",
+        "plain texts": "as they are",
+    }
+    unused = preview.tokenizer.has_chat_template and kinds["strings"] and not wrapped
+    hint = "; the model has a chat template: --use-chat-template" if unused else ""
+    return ", ".join(f"{kinds[kind]:,} {kind} {way}" for kind, way in ways.items() if kinds[kind]) + hint
+
+
+def _kind(record: Any) -> str:
+    if isinstance(record, formats.Text):
+        return "plain texts"
+    return "conversations" if isinstance(record, formats.Chat) or isinstance(record.prompt, list) else "strings"
+
+
+def _scored(source: Source, items: Sequence[Any]) -> str:
+    if source.online:
+        return "the completions, which are sampled during the run"
+    examples = [example for item in items for example in source.examples(item)]
+    scored, tokens = sum(int(e.scored.sum()) for e in examples), sum(len(e.tokens) for e in examples)
+    masked = getattr(source.data, "mask_prompt", None)
+    which = {True: "completions and assistant turns (--mask-prompt)", False: "every token; --mask-prompt scores answers only"}
+    prompts = "prompts and completions" if any(e.prompt is not None for e in examples) else "completions"
+    return f"{prompts if masked is None else which[masked]}: {scored:,} of {tokens:,} tokens ({scored / tokens:.1%})"
+
+
+def _counted(preview: Preview, name: str, counts: Counts) -> str:
+    """Rows, shares cut and dropped, and where those that were dropped are."""
+    kept = {preview.source.examples(item)[0].where for item in preview.splits[name].items}
+    lost = [row.where for row in preview.rows[name] if row.where not in kept]
+    more = f" and {len(lost) - 3:,} more" if len(lost) > 3 else ""
+    limit = f"--max-seq-length {preview.source.data.max_seq_length}"
+    cut = f", {counts.truncated:,} cut to {limit} ({counts.truncated / counts.rows:.1%})" if counts.truncated else ", none cut"
+    dropped = f", {counts.dropped:,} dropped ({counts.dropped / counts.rows:.1%}): {', '.join(lost[:3])}{more}"
+    return f"{counts.rows:,} rows{cut}{dropped if counts.dropped else ', none dropped'}"
+
+
+def _shown(preview: Preview, item: Any, console: Console) -> Iterator[Text]:
+    """The sequences of an item, each under a line that says where it is from."""
+    for side, example in zip(_sides(item), preview.source.examples(item), strict=True):
+        cut = ", cut" if example.truncated else ""
+        about = f"{len(example.tokens):,} tokens, {int(example.scored.sum()):,} scored{cut}"
+        yield Text(f"\n{example.where}  {side}  {about}".replace("    ", "  "), style="dim")
+        yield marked(example, preview.tokenizer, plain=not console.is_terminal, newline="⏎" if _unicode(console) else "\\n")
+
+
+def _sides(item: Any) -> tuple[str, ...]:
+    if hasattr(item, "chosen"):
+        return "chosen", "rejected"
+    return ({True: "desirable", False: "undesirable"}.get(getattr(item, "label", None), ""),)  # type: ignore[arg-type]
+
+
+def marked(example: Example, tokenizer: Any, *, plain: bool, newline: str = "⏎") -> Text:
+    """A row as the model reads it: scored tokens marked, special tokens and line ends visible.
+
+    Args:
+        example: the row.
+        tokenizer: the model's.
+        plain: marks scored text by [[ ]], else by colour.
+        newline: what shows the end of a line.
+    """
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    tokens, scored = example.tokens.tolist(), example.scored.tolist()
+    kinds = [(s, t in special) for t, s in zip(tokens, scored, strict=True)]
+    text, before = Text(), False
+    for part, kind in runs_of_text(tokens, kinds, tokenizer.decode):
+        if plain and kind[0] != before:
+            text.append("[[" if kind[0] else "]]")
+        before = kind[0]
+        text.append(shorten(printable(part), SHOWN).replace("\n", f"{newline}\n"), style="" if plain else _STYLES[kind])
+    text.append("]]" if plain and before else "")
+    text.rstrip()
+    return text

@@ -1,0 +1,21 @@
+"""Who is told what a run does."""
+
+from pathlib import Path
+
+from .config import Output
+from .page import Page
+from .plotting import Plot
+from .records import METRICS, SAMPLES
+from .report import MetricsFile, Reporter, SamplesFile, Terminal
+from .trackers import Tracker
+
+
+def reporters(output: Output) -> tuple[Reporter, ...]:
+    """The terminal; and, unless nothing is to be written, the files of the run and the trackers that were asked for."""
+    directory, terminal = Path(output.adapter_path), Terminal(quiet=output.quiet)
+    if output.dry_run:
+        return (terminal,)
+    trackers = [Tracker(name, directory, lambda text: terminal.note(text, warning=True)) for name in output.report_to or ()]
+    files = (MetricsFile(directory / METRICS), SamplesFile(directory / SAMPLES))
+    pictures = (Page(directory), *([Plot(directory)] if output.plot else []))
+    return (terminal, *files, *trackers, *pictures)
