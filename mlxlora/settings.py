@@ -301,7 +301,7 @@ def _check_unknown(key: str, value: Any, fields: Fields, where: str, strict: boo
 def _entries(path: Path) -> Iterator[tuple[str, Any, int]]:
     """(key, value, line) of a YAML mapping; keys of a nested mapping that has aliases are joined by a dot."""
     try:
-        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        loader = _Loader(path.read_text(encoding="utf-8"))
         root = loader.get_single_node()
         if root is not None and not isinstance(root, yaml.MappingNode):
             raise InputError(f"{path}:1: expected `key: value` lines, got {loader.construct_object(root, deep=True)!r}")
@@ -312,6 +312,12 @@ def _entries(path: Path) -> Iterator[tuple[str, Any, int]]:
         raise InputError(f"{path}: not UTF-8 text; --config takes a YAML file") from None
     except yaml.YAMLError as error:
         raise InputError(_syntax(path, error)) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's, whatever other libraries add to it: mlx-lm makes `._` a number, for the whole process."""
+
+    yaml_implicit_resolvers = dict(yaml.resolver.Resolver.yaml_implicit_resolvers)  # noqa: RUF012
 
 
 def _walk(loader: yaml.SafeLoader, node: yaml.MappingNode, path: Path, prefix: str = "") -> Iterator[tuple[str, Any, int]]:

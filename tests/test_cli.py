@@ -267,6 +267,14 @@ def test_dump_and_read_are_inverse(tmp_path_factory, rate, iters, keys):
     assert tuple(layers.build(type(group), values) for group in groups) == groups
 
 
+def test_names_stay_names_after_mlx_lm_changed_yaml(tmp_path):
+    import mlx_lm.lora  # noqa: F401
+
+    path = tmp_path / "run.yaml"
+    path.write_text("lora_keys: [._, .__]\n")
+    assert layers.read(path, layers.fields_of(AdapterOptions))["lora_keys"] == ("._", ".__")
+
+
 def test_tuples_of_numbers(monkeypatch, capsys):
     @frozen
     class Weights:
