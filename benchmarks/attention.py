@@ -20,8 +20,9 @@ load_fast_blas()
 import mlx.core as mx  # noqa: E402
 from attrs import frozen  # noqa: E402
 
-from benchmarks.common import flags, interleaved, parsed, tell  # noqa: E402
-from mlxlora.attention import CHUNK, blockwise, device, in_chunks, visible  # noqa: E402
+from benchmarks.common import flags, interleaved, parsed, ratios, run  # noqa: E402
+from mlxlora.attention import CHUNK, blockwise, in_chunks, visible  # noqa: E402
+from mlxlora.machine import backend  # noqa: E402
 
 COLUMNS = {
     "case": "case",
@@ -72,7 +73,7 @@ class Case:
 
 def cases(chunks: Sequence[int]) -> list[Case]:
     """T x window x segments, about as many tokens in each case."""
-    on_cpu = device() == "cpu"
+    on_cpu = backend() == "cpu"
     sizes: dict[str, Any] = {} if on_cpu else {"heads": 16, "kv_heads": 8, "width": 128, "dtype": mx.bfloat16}
     lengths, tokens = ((256, 512, 1024, 2048), 2048) if on_cpu else ((512, 1024, 2048, 4096, 8192), 8192)
     layouts = ((None, 1), (256, 1), (None, 4))
@@ -156,11 +157,7 @@ def measure(case: Case, repetitions: int) -> dict[str, Any]:
         "chosen": "chunks" if in_chunks(case.length, case.window is None and case.segments == 1) else "fused",
         "ours": round(ours.wall * 1e3, 2),
         "peer": round(peer.wall * 1e3, 2),
-        "speed_ratio": round(peer.wall / ours.wall, 2),
-        "cpu_ratio": round(ours.cpu / peer.cpu, 2),
-        "ours_mb": round(ours.peak / 1e6, 1),
-        "peer_mb": round(peer.peak / 1e6, 1),
-        "memory_ratio": round(ours.peak / peer.peak, 2),
+        **ratios(ours, peer),
         "error": our_error,
         "peer_error": peer_error,
     }
@@ -170,12 +167,8 @@ def main() -> None:
     parser = flags(__doc__, repetitions=7)
     parser.add_argument("--chunks", metavar="N", type=int, nargs="+", help="queries at a time; default: those of a run")
     options = parsed(parser)
-    todo = quick_cases() if options.quick else cases(options.chunks or (CHUNK[device()],))
-    found = []
-    for case in (case for case in todo if options.only in case.name):
-        found.append(measure(case, 2 if options.quick else options.repetitions))
-        print(" ".join(str(value) for value in found[-1].values()), flush=True)
-    tell(found, COLUMNS, options.json)
+    todo = quick_cases() if options.quick else cases(options.chunks or (CHUNK[backend()],))
+    run(todo, measure, COLUMNS, options)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,15 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx_lm.models import llama, qwen3
+
+from mlxlora.machine import package_version
 
 
 class Cost(NamedTuple):
@@ -58,6 +59,17 @@ def interleaved(calls: Sequence[Callable[[], Any]], repetitions: int, budget: fl
     return [Cost(*(median(values) for values in zip(*costs, strict=True))) for costs in seen]
 
 
+def ratios(our: Cost, their: Cost) -> dict[str, Any]:
+    """The columns that compare two costs: theirs over ours in time, ours over theirs in CPU time and memory."""
+    return {
+        "speed_ratio": round(their.wall / our.wall, 2),
+        "cpu_ratio": round(our.cpu / their.cpu, 2),
+        "ours_mb": round(our.peak / 1e6, 1),
+        "peer_mb": round(their.peak / 1e6, 1),
+        "memory_ratio": round(our.peak / max(their.peak, 1), 2),
+    }
+
+
 def markdown(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> str:
     """A table; `columns` maps keys of the rows to headings.
 
@@ -80,14 +92,10 @@ def write_json(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
 def setting(device: str) -> str:
     """Versions and device, in one line."""
     packages = ("mlx", "mlx-lm", "mlxlora")
-    return ", ".join([f"{name} {_version(name)}" for name in packages] + [f"{platform.system()} {platform.machine()}", device])
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "(not installed)"
+    return ", ".join(
+        [f"{name} {package_version(name) or '(not installed)'}" for name in packages]
+        + [f"{platform.system()} {platform.machine()}", device]
+    )
 
 
 def small_llama(*, hidden: int, layers: int, vocabulary: int) -> llama.Model:
@@ -140,3 +148,18 @@ def tell(rows: Sequence[dict[str, Any]], columns: dict[str, str], json_file: str
     print(f"\n{setting(mx.default_device().type.name)}\n\n{markdown(rows, columns)}")
     if json_file:
         write_json(json_file, rows)
+
+
+def run(
+    cases: Iterable[Any],
+    measure: Callable[[Any, int], dict[str, Any]],
+    columns: dict[str, str],
+    options: argparse.Namespace,
+    name: Callable[[Any], str] = lambda case: case.name,
+) -> None:
+    """Measures the cases that --only names, a line each as it is known, and tells the table."""
+    found = []
+    for case in (case for case in cases if options.only in name(case)):
+        found.append(measure(case, 2 if options.quick else options.repetitions))
+        print(" ".join(str(value) for value in found[-1].values()), flush=True)
+    tell(found, columns, options.json)

@@ -24,7 +24,7 @@ import numpy as np  # noqa: E402
 from attrs import frozen  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
-from benchmarks.common import Cost, flags, interleaved, parsed, small_llama, tell  # noqa: E402
+from benchmarks.common import Cost, flags, interleaved, parsed, ratios, small_llama, tell  # noqa: E402
 from mlxlora.adapters import prepare  # noqa: E402
 from mlxlora.batching import Make, Piece  # noqa: E402
 from mlxlora.config import AdapterOptions, PromptData  # noqa: E402
@@ -214,17 +214,7 @@ def _compared(our: Cost, their: Cost | None = None) -> dict[str, Any]:
     costs = {"ours": round(1000 * our.wall, 1), "ours_mb": round(our.peak / 1e6, 1)}
     if their is None:
         return dict.fromkeys(COLUMNS) | costs
-    return (
-        dict.fromkeys(COLUMNS)
-        | costs
-        | {
-            "peer": round(1000 * their.wall, 1),
-            "speed_ratio": round(their.wall / our.wall, 2),
-            "cpu_ratio": round(our.cpu / their.cpu, 2),
-            "peer_mb": round(their.peak / 1e6, 1),
-            "memory_ratio": round(our.peak / their.peak, 2),
-        }
-    )
+    return dict.fromkeys(COLUMNS) | costs | {"peer": round(1000 * their.wall, 1), **ratios(our, their)}
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ import mlx.nn as nn  # noqa: E402
 from attrs import frozen  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
-from benchmarks.common import flags, interleaved, parsed, tell  # noqa: E402
+from benchmarks.common import flags, interleaved, parsed, ratios, run  # noqa: E402
 from mlxlora.logprobs import Scorer, affordable_chunk  # noqa: E402
 from mlxlora.types import Batch  # noqa: E402
 
@@ -165,11 +165,7 @@ def measure(case: Case, repetitions: int) -> dict[str, Any]:
         "case": case.name,
         "ours": round(1e3 * our.wall, 1),
         "peer": round(1e3 * their.wall, 1),
-        "speed_ratio": round(their.wall / our.wall, 2),
-        "cpu_ratio": round(our.cpu / their.cpu, 2),
-        "ours_mb": round(our.peak / 1e6, 1),
-        "peer_mb": round(their.peak / 1e6, 1),
-        "memory_ratio": round(our.peak / their.peak, 2),
+        **ratios(our, their),
         "error": f"{errors[0]:.0e}",
         "peer_error": f"{errors[1]:.0e}",
     }
@@ -182,12 +178,7 @@ def _difference(a: mx.array, b: mx.array) -> float:
 def main() -> None:
     options = parsed(flags(__doc__, repetitions=5))
     full = CPU if mx.default_device() == mx.Device(mx.cpu) else GPU
-    found = []
-    for case in QUICK if options.quick else full:
-        if options.only in case.name:
-            found.append(measure(case, 2 if options.quick else options.repetitions))
-            print(" ".join(str(value) for value in found[-1].values()), flush=True)
-    tell(found, COLUMNS, options.json)
+    run(QUICK if options.quick else full, measure, COLUMNS, options)
 
 
 if __name__ == "__main__":

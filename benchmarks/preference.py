@@ -32,7 +32,7 @@ import numpy as np  # noqa: E402
 from attrs import evolve, frozen  # noqa: E402
 from mlx.utils import tree_map  # noqa: E402
 
-from benchmarks.common import flags, interleaved, parsed, qwen3_600m, small_llama, tell  # noqa: E402
+from benchmarks.common import flags, interleaved, parsed, qwen3_600m, ratios, run, small_llama  # noqa: E402
 from mlxlora import AdapterOptions, Objective, disabled, make_step, objectives, prepare  # noqa: E402
 from mlxlora.batching import pair_piece, read_positions  # noqa: E402
 from mlxlora.data import Example, Pair  # noqa: E402
@@ -306,12 +306,10 @@ def measure(case: Case, repetitions: int, *, share: bool | None = None) -> dict[
     }
     if peer and theirs:
         row |= {
+            **ratios(our, peer),
             "peer": round(peer.wall, 4),
-            "speed_ratio": round(peer.wall / our.wall, 2),
             "cpu_ratio": round(peer.cpu / our.cpu, 2),
             "with_reference": round(peer.wall / (our.wall + scored), 2),
-            "peer_mb": round(peer.peak / 1e6, 1),
-            "memory_ratio": round(our.peak / max(peer.peak, 1), 2),
             "peer_error": f"{abs(theirs[1] / exact - 1):.0e}",
         }
     return row
@@ -324,13 +322,9 @@ def main() -> None:
     options = parsed(parser)
     if dpo_trainer is None:
         print("mlx-lm-lora is not installed, so only ours is measured: pip install --no-deps mlx-lm-lora==5.10.2 tqdm")
-    found = []
     full = cases(options.pairs) if mx.default_device() == mx.Device(mx.cpu) else gpu_cases()
-    for case in quick_cases() if options.quick else full:
-        if options.only in f"{case.method}, {case.name}":
-            found.append(measure(case, 2 if options.quick else options.repetitions, share=options.share))
-            print(" ".join(str(value) for value in found[-1].values()), flush=True)
-    tell(found, COLUMNS, options.json)
+    todo = quick_cases() if options.quick else full
+    run(todo, partial(measure, share=options.share), COLUMNS, options, lambda case: f"{case.method}, {case.name}")
 
 
 if __name__ == "__main__":

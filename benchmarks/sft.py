@@ -25,7 +25,7 @@ from attrs import evolve, frozen  # noqa: E402
 from mlx_lm.tuner.datasets import CacheDataset  # noqa: E402
 from mlx_lm.tuner.trainer import default_loss, iterate_batches  # noqa: E402
 
-from benchmarks.common import flags, interleaved, parsed, qwen3_600m, small_llama, tell  # noqa: E402
+from benchmarks.common import flags, interleaved, parsed, qwen3_600m, ratios, run, small_llama  # noqa: E402
 from mlxlora import AdapterOptions, make_step, objectives, prepare  # noqa: E402
 from mlxlora.batching import Order, collate  # noqa: E402
 from mlxlora.data import Example  # noqa: E402
@@ -240,11 +240,7 @@ def measure(case: Case, repetitions: int) -> dict[str, Any]:
         "case": case.name,
         "ours": round(tokens / our.wall),
         "peer": round(tokens / their.wall),
-        "speed_ratio": round(their.wall / our.wall, 2),
-        "cpu_ratio": round(our.cpu / their.cpu, 2),
-        "ours_mb": round(our.peak / 1e6, 1),
-        "peer_mb": round(their.peak / 1e6, 1),
-        "memory_ratio": round(our.peak / their.peak, 2),
+        **ratios(our, their),
         "ours_error": f"{abs(our_loss / exact - 1):.0e}",
         "peer_error": f"{abs(their_loss / exact - 1):.0e}",
     }
@@ -256,12 +252,7 @@ def main() -> None:
     options = parsed(parser)
     lengths = file_lengths(options.rows, 32) if options.rows else mixed_lengths(32)
     full = cases(lengths) if mx.default_device() == mx.Device(mx.cpu) else gpu_cases()
-    todo = quick_cases() if options.quick else full
-    found = []
-    for case in (case for case in todo if options.only in case.name):
-        found.append(measure(case, 2 if options.quick else options.repetitions))
-        print(" ".join(str(value) for value in found[-1].values()), flush=True)
-    tell(found, COLUMNS, options.json)
+    run(quick_cases() if options.quick else full, measure, COLUMNS, options)
 
 
 if __name__ == "__main__":

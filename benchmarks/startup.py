@@ -17,10 +17,19 @@ from typing import Any
 import mlx.core as mx
 import yaml
 
-from benchmarks.common import flags, parsed, tell
+from benchmarks.common import Cost, flags, parsed, ratios, tell
 from mlxlora import starter
 
-COLUMNS = {"case": "case", "ours": "mlxlora, s", "theirs": "mlx-lm, s", "ratio": "ours / theirs", "cpu_ratio": "CPU time"}
+COLUMNS = {
+    "case": "case",
+    "ours": "mlxlora, s",
+    "peer": "mlx-lm, s",
+    "speed_ratio": "speed",
+    "cpu_ratio": "CPU time",
+    "ours_mb": "mlxlora, MB",
+    "peer_mb": "mlx-lm, MB",
+    "memory_ratio": "memory",
+}
 Command = Sequence[str]
 
 
@@ -43,29 +52,25 @@ def main() -> None:
 
 def row(name: str, commands: tuple[Command, Command], repetitions: int) -> dict[str, Any]:
     """Medians of both; they take turns, after one run each that fills the caches of disk and compiler."""
-    seen: list[list[tuple[float, float]]] = [[], []]
+    seen: list[list[Cost]] = [[], []]
     for repetition in range(-1, repetitions):
         for side in (0, 1) if repetition % 2 else (1, 0):
             cost = timed(commands[side])
             if repetition >= 0:
                 seen[side].append(cost)
-    (wall, cpu), (their_wall, their_cpu) = ([median(values) for values in zip(*costs, strict=True)] for costs in seen)
-    return {
-        "case": name,
-        "ours": round(wall, 2),
-        "theirs": round(their_wall, 2),
-        "ratio": round(wall / their_wall, 2),
-        "cpu_ratio": round(cpu / their_cpu, 2),
-    }
+    our, their = (Cost(*(median(values) for values in zip(*costs, strict=True))) for costs in seen)
+    return {"case": name, "ours": round(our.wall, 2), "peer": round(their.wall, 2), **ratios(our, their)}
 
 
-def timed(command: Command) -> tuple[float, float]:
-    """Wall clock and CPU seconds of a process, from its start to its end."""
-    before, began = os.times(), time.perf_counter()
-    subprocess.run(command, capture_output=True, check=True)
-    after = os.times()
-    cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return time.perf_counter() - began, cpu
+def timed(command: Command) -> Cost:
+    """Of a process from its start to its end; its memory is all that it held resident."""
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), command)
+    held = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Cost(time.perf_counter() - began, used.ru_utime + used.ru_stime, held)
 
 
 def ours(folder: str) -> Command:

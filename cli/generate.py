@@ -15,17 +15,23 @@ from .options import flags
 
 
 @frozen
-class Generation:
+class Answering:
     """Generation"""
 
-    adapter_path: str | None = option(None, "Folder of adapters; default: the model as it is.")
-    prompt: str | None = option(None, "What to continue or answer; - reads it from standard input.")
     system: str | None = option(None, "System message, for a model with a chat template.")
     max_tokens: int = option(256, "Most tokens to generate.", v.ge(1))
     temperature: float = option(0.0, "Temperature of sampling; 0 = always the likeliest token.", v.ge(0))
     top_p: float = option(1.0, "Sample among the likeliest tokens that together have this probability.", v.gt(0), v.le(1))
     seed: int = option(0, "Seed of sampling.", v.ge(0))
-    use_chat_template: bool | None = option(None, "Wrap the prompt in the chat template; default: if the tokenizer has one.")
+    use_chat_template: bool | None = option(None, "Wrap plain prompts in the chat template; default: if the tokenizer has one.")
+
+
+@frozen
+class Generation(Answering):
+    """Generation"""
+
+    adapter_path: str | None = option(None, "Folder of adapters; default: the model as it is.")
+    prompt: str | None = option(None, "What to continue or answer; - reads it from standard input.")
 
 
 @flags()

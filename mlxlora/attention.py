@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import base
+
+from .machine import backend
 
 _NAME = "scaled_dot_product_attention"
 _PLAIN = getattr(base, _NAME)
@@ -39,14 +41,6 @@ Arrays = dict[str, Any]
 _choice = "auto"
 
 
-class Attending(Protocol):
-    """A cache that computes attention itself."""
-
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Any, sinks: Any) -> mx.array:
-        """[R, heads, T, d] queries, what `update_and_fetch` returned, to [R, heads, T, d]."""
-        ...
-
-
 class Causal(str):
     """Stands in for a mask array, where only `attend` reads it: causal, and a key is less than `window` behind its query.
 
@@ -61,13 +55,6 @@ class Causal(str):
         mask = cls("causal")
         mask.window = window
         return mask
-
-
-def device() -> str:
-    """The backend of MLX's default device: cpu, cuda or metal."""
-    if mx.default_device() == mx.Device(mx.cpu):
-        return "cpu"
-    return "metal" if mx.metal.is_available() else "cuda"
 
 
 @contextmanager
@@ -97,7 +84,10 @@ def hook(model: nn.Module) -> int:
 def attend(
     queries: mx.array, keys: Any, values: Any, cache: Any, scale: float, mask: Any, sinks: mx.array | None = None
 ) -> mx.array:
-    """mlx-lm's attention, with its signature; a cache with a method `attend` computes it instead."""
+    """mlx-lm's attention, with its signature; a cache with a method `attend` computes it instead.
+
+    That is given queries [R, heads, T, d] and what `update_and_fetch` returned, and by name scale, mask and sinks.
+    """
     if hasattr(cache, "attend"):
         return cache.attend(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
     if cache is None and isinstance(mask, str) and queries.shape[2] == keys.shape[2]:
@@ -142,7 +132,7 @@ def in_chunks(length: int, whole: bool) -> bool:
     """Whether rows of this length attend in chunks; `whole`: without windows and segments."""
     if _choice != "auto":
         return _choice == "chunked"
-    here = device()
+    here = backend()
     return length >= PAYS_FROM[here] and not (whole and FUSED_BACKWARD[here])
 
 
@@ -198,7 +188,7 @@ def blockwise(
     arrays = {"keys": [keys, *before[:1]], "values": [values, *before[1:]], "sinks": [] if sinks is None else [sinks]}
     constants = {name: a for name, a in (("segments", segments), ("lengths", lengths)) if a is not None}
     work = partial(_view, window)
-    if chunk is None and before and _score_bytes(queries, before[0].shape[2]) <= KEPT_BYTES[device()]:
+    if chunk is None and before and _score_bytes(queries, before[0].shape[2]) <= KEPT_BYTES[backend()]:
         return _forward(queries, partial(work, arrays, constants), scale, size)
 
     @mx.custom_function
@@ -276,8 +266,8 @@ def _after(array: mx.array, done: Sequence[Any]) -> mx.array:
 def _chunk(queries: mx.array, prompt: int) -> int:
     """Queries at a time; next to a prompt, as many as the budget of scores allows."""
     if not prompt:
-        return CHUNK[device()]
-    return max(32, SCORE_BYTES[device()] * queries.shape[2] // _score_bytes(queries, prompt) // 32 * 32)
+        return CHUNK[backend()]
+    return max(32, SCORE_BYTES[backend()] * queries.shape[2] // _score_bytes(queries, prompt) // 32 * 32)
 
 
 def _score_bytes(queries: mx.array, prompt: int) -> int:

@@ -80,7 +80,7 @@ def laid_out(examples: Sequence[Example], tokens: np.ndarray, begin: Mapping[int
         at = np.flatnonzero(e.scored)
         parts.append((begin[s] + at - 1, e.tokens[at], np.full(len(at), s)))
     where, targets, sequence = (np.concatenate(part).astype(np.int32) for part in zip(*parts, strict=True))
-    size = min(bucket(len(where)), _up(tokens.size))
+    size = scored_size(len(where), tokens.size)
     filler = size - len(where)
     return Batch(
         tokens=mx.array(tokens),
@@ -92,6 +92,11 @@ def laid_out(examples: Sequence[Example], tokens: np.ndarray, begin: Mapping[int
         ref_logps=_ref_logps(examples, filler),
         **columns,
     )
+
+
+def scored_size(count: int, positions: int) -> int:
+    """N of a batch with so many scored tokens: on the ladder, but no more than all of its positions."""
+    return min(bucket(count), _up(positions))
 
 
 def shared_tokens(examples: Sequence[Example]) -> int:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import orjson
 import yaml
 
 from . import __version__
@@ -65,11 +64,6 @@ def write_card(directory: Path, config: Mapping[str, Any], metrics: Iterable[Row
         return
     with atomic_file(file) as temporary:
         temporary.write_text(card(config, list(metrics), rows or {}), encoding="utf-8")
-
-
-def read_metrics(file: Path) -> list[Row]:
-    """The rows of a metrics.jsonl; none where there is no such file."""
-    return [orjson.loads(line) for line in file.read_bytes().splitlines() if line] if file.exists() else []
 
 
 def card(config: Mapping[str, Any], metrics: Sequence[Row], rows: Mapping[str, int] | None = None) -> str:

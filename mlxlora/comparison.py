@@ -13,7 +13,7 @@ from mlx_lm.sample_utils import make_sampler
 from .adapters import attached
 from .data import prompt_example
 from .errors import InputError
-from .formats import Chat, Row, Text, preference, prompt_row, read_splits, supervised
+from .formats import Chat, Row, Text, last_text, preference, prompt_row, read_splits, supervised
 from .modes import evaluating
 
 BASE = "base"
@@ -114,7 +114,7 @@ def question(row: Row, tokenizer: Any, *, use_chat_template: bool | None = None,
         raise InputError("--use-chat-template: this tokenizer has no chat template; leave the flag out")
     asked = Row(fields, row.file, row.line)
     example = prompt_example(asked, tokenizer, use_chat_template=wrapped, system=system)
-    return Question(example.tokens.tolist() if example else [], _text(fields["prompt"]), _text(expected))
+    return Question(example.tokens.tolist() if example else [], last_text(fields["prompt"]), last_text(expected))
 
 
 def _prompt_of(row: Row) -> tuple[dict[str, Any], Any]:
@@ -142,10 +142,3 @@ def _supervised(row: Row) -> tuple[Any, Any]:
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
     fields = {"prompt": messages[:last], **({"tools": record.tools} if record.tools else {})}
     return prompt_row(Row(fields, row.file, row.line)), messages[last:][:1]
-
-
-def _text(value: Any) -> str:
-    """What to show of a prompt or an answer: the last message of a conversation."""
-    if isinstance(value, list):
-        return str(value[-1].get("content") or "") if value else ""
-    return str(value)

@@ -206,18 +206,23 @@ def start(model: nn.Module, prompts: Sequence[Prompt], bits: int | None) -> Shar
 def prefill(model: nn.Module, prompts: Sequence[Prompt], bits: int | None) -> list[KeysValues]:
     """Keys and values [U, heads, K, d] of all tokens but the last of each prompt, right-padded, a layer each."""
     longest = max(max(map(len, prompts)) - 1, 1)  # of nothing, too, the shape has to be known
-    tokens = np.zeros((len(prompts), longest), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt) - 1] = prompt[:-1]
     cache = [_PromptCache(window) for window in _windows(model)]
-    piece = max(_ALIGN, _PREFILL_TOKENS // len(prompts))
-    for begin in range(0, longest, piece):
-        model(mx.array(tokens[:, begin : begin + piece]), cache=cache)  # logits are never computed
-        mx.eval([layer.state for layer in cache])
+    feed(model, prompts, longest, cache)
     kept: list[Any] = [layer.keys_and_values() for layer in cache]
     stored = tree_map(lambda array: _packed(_lengthened(array, _aligned(longest)), bits), kept)
     mx.eval(stored)
     return stored
+
+
+def feed(model: nn.Module, prompts: Sequence[Sequence[int]], longest: int, cache: list[Any]) -> None:
+    """Reads all tokens but the last of each prompt, right-padded to `longest`, in pieces; logits are never computed."""
+    tokens = np.zeros((len(prompts), longest), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt) - 1] = prompt[:-1]
+    piece = max(_ALIGN, _PREFILL_TOKENS // len(prompts))
+    for begin in range(0, longest, piece):
+        model(mx.array(tokens[:, begin : begin + piece]), cache=cache)
+        mx.eval([layer.state for layer in cache])
 
 
 class _PromptCache(KVCache):

@@ -16,7 +16,6 @@ from .adapters import freeze
 from .errors import InputError
 from .logprobs import Scorer, scorer
 from .modes import evaluating
-from .sharing import read
 from .types import Batch
 
 Divergence = Callable[[mx.array, mx.array], mx.array]
@@ -70,17 +69,17 @@ class TaughtScorer(Scorer):
     measure: Divergence
 
     def __call__(self, batch: Batch, *, gradient: bool = True) -> tuple[mx.array, Batch]:
-        taught, hidden = mx.stop_gradient(_hidden(self.teacher, batch)), _hidden(self, batch)
+        taught = mx.stop_gradient(self.teacher.hidden(batch))
 
         def inner(hidden: mx.array, rows: mx.array) -> mx.array:
-            teacher = _logits(self.teacher, taught[rows])
-            policy = _logits(self, hidden)
+            teacher = self.teacher.logits(taught[rows]).astype(mx.float32)
+            policy = self.logits(hidden).astype(mx.float32)
             known = min(teacher.shape[-1], policy.shape[-1])  # what exceeds it is padding of one of the two
             p, q = (z - mx.logsumexp(z, axis=-1, keepdims=True) for z in (teacher[:, :known], policy[:, :known]))
             logps = mx.take_along_axis(policy, batch.targets[rows][:, None], axis=-1)[:, 0] - mx.logsumexp(policy, axis=-1)
             return mx.stack([logps, self.measure(mx.stop_gradient(p), q)])
 
-        scores = self._head(inner, gradient)(hidden, mx.arange(batch.where.size))
+        scores = self._head(inner, gradient)(self.hidden(batch), mx.arange(batch.where.size))
         logps, divergence = mx.where(batch.sequence < batch.sequences, scores, 0.0)
         return logps, batch._replace(divergence=divergence)
 
@@ -93,15 +92,3 @@ def taught(score: Scorer, teacher: nn.Module, measure: Divergence) -> TaughtScor
     mx.eval(teacher.parameters())
     fields: dict[str, Any] = asdict(score, recurse=False) | {"entropy": True, "chunk": max(score.chunk // 2, 32)}
     return TaughtScorer(**fields, teacher=other, measure=measure)  # entropy: a second score that has a gradient
-
-
-def _hidden(score: Scorer, batch: Batch) -> mx.array:
-    """[N, D] at the positions that predict the targets."""
-    hidden = read(score.forward, score.model, batch)
-    return hidden.reshape(-1, hidden.shape[-1])[batch.where]
-
-
-def _logits(score: Scorer, hidden: mx.array) -> mx.array:
-    """[n, V] float32, divided by the temperature."""
-    logits = score.split.head(hidden) if score.split else hidden
-    return logits.astype(mx.float32) / score.temperature

@@ -6,7 +6,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import mlx.core as mx
 from attrs import frozen
 
 from .files import cache_folder
+from .machine import backend, device_memory, device_name, package_version
 
 PACKAGES = ("mlxlora", "mlx", "mlx-lm", "transformers", "tokenizers", "numpy")
 OPTIONAL = {"datasets": "hub data sets"}
@@ -45,18 +45,10 @@ def examine(blas: str | None) -> list[Finding]:
     Args:
         blas: the library that `load_fast_blas` loaded.
     """
-    backend = backend_name()
-    found = [*versions(PACKAGES), device(backend), memory(mx.device_info())]
-    if backend == "cpu":
+    found = [*versions(PACKAGES), device(backend()), memory(mx.device_info())]
+    if backend() == "cpu":
         found += [matrix_products(blas, gigaflops()), compiler(shutil.which)]
     return [*found, disk(cache_folder("")), *hub(os.environ), *extras(OPTIONAL)]
-
-
-def backend_name() -> str:
-    """metal, cuda or cpu: where MLX computes by default."""
-    if mx.default_device() == mx.cpu:
-        return "cpu"
-    return "metal" if mx.metal.is_available() else "cuda"
 
 
 def versions(packages: Sequence[str]) -> list[Finding]:
@@ -65,27 +57,20 @@ def versions(packages: Sequence[str]) -> list[Finding]:
     return [Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"), *found]
 
 
-def device(backend: str) -> Finding:
+def device(on: str) -> Finding:
     """The backend. A machine with a GPU that MLX does not use is told so."""
-    info = mx.device_info()
-    name = info.get("device_name") or info.get("architecture") or ""
-    if backend == "cpu" and sys.platform == "darwin":
+    if on == "cpu" and sys.platform == "darwin":
         return Finding("device", "cpu", False, "MLX sees no GPU: it needs a Mac with Apple silicon and a native (arm64) Python")
-    if backend == "cpu" and shutil.which("nvidia-smi"):
+    if on == "cpu" and shutil.which("nvidia-smi"):
         return Finding(
             "device", "cpu", False, "there is an NVIDIA GPU: pip install 'mlx[cuda13]' (or 'mlx[cuda12]') makes MLX use it"
         )
-    return Finding("device", f"{backend} {name}".strip())
+    return Finding("device", f"{on} {device_name()}".strip())
 
 
 def memory(info: dict[str, Any]) -> Finding:
     """What the device may hold, or the machine where MLX does not say."""
-    size = info.get("max_recommended_working_set_size") or info.get("memory_size") or info.get("total_memory") or _machine_memory()
-    return Finding("memory", f"{int(size) / 1e9:.1f} GB")
-
-
-def _machine_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Finding("memory", f"{device_memory(info) / 1e9:.1f} GB")
 
 
 def gigaflops(size: int = 768, repetitions: int = 4) -> float:
@@ -138,7 +123,5 @@ def extras(packages: dict[str, str]) -> list[Finding]:
 
 
 def _package(name: str) -> Finding | None:
-    try:
-        return Finding(name, version(name))
-    except PackageNotFoundError:
-        return None
+    version = package_version(name)
+    return None if version is None else Finding(name, version)

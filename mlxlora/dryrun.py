@@ -127,7 +127,7 @@ def _rehearsed(run: Run) -> Needs:
 
 def _referenced(run: Run, valid: Sequence[int]) -> dict[str, Sequence[int]] | None:
     """The rows whose reference is needed here; packed rows are other rows, so of those all."""
-    if getattr(run.source.data, "packing", False):
+    if run.source.packing:
         return None
     longest, typical = chosen(order(run, "train"))
     return {"train": sorted({*longest, *typical}), "valid": valid}

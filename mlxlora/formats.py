@@ -440,3 +440,10 @@ def _score(row: Row) -> float | None:
 def _unrecognised(row: Row, accepted: str) -> InputError:
     found = ", ".join(sorted(row.fields)) or "none"
     return InputError(f"{row.where}: fields not recognised: found {found}; accepted are {accepted}")
+
+
+def last_text(value: Any) -> str:
+    """What to show of a prompt or an answer: the last message of a conversation."""
+    if isinstance(value, list):
+        return str(value[-1].get("content") or "") if value else ""
+    return str(value)

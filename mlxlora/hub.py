@@ -12,10 +12,10 @@ import orjson
 import yaml
 
 from .adapters import CONFIG, WEIGHTS
-from .card import CARD, portable, read_metrics, write_card
+from .card import CARD, portable, write_card
 from .errors import InputError, RunError
 from .peft import PEFT_WEIGHTS
-from .runs import METRICS, SETTINGS
+from .records import METRICS, SETTINGS, read_lines
 
 _KINDS = {
     WEIGHTS: (WEIGHTS, CONFIG, SETTINGS, METRICS, CARD),
@@ -90,7 +90,7 @@ def stage(folder: Path, target: Path, patterns: tuple[str, ...]) -> None:
     if SETTINGS in patterns and not (target / CARD).exists():
         settings = target / SETTINGS
         config = yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.exists() else {}
-        write_card(target, config, read_metrics(target / METRICS))
+        write_card(target, config, read_lines(target / METRICS))
 
 
 def _stage_file(file: Path, target: Path) -> None:

@@ -11,17 +11,15 @@ from typing import Any, Protocol, Self
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from attrs import define, field, frozen
 from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 
 from . import decode
-from .decode import Prompt
+from .decode import Prompt, feed
 from .modes import evaluating
 
 Cache = list[Any]  # one mlx-lm cache a layer
 
-_PREFILL_TOKENS = 2048  # tokens that pass through the model at once
 _GROWTH = 64  # positions that a cache grows by; mlx-lm's 256 is up to twice the memory of a short completion
 
 
@@ -113,7 +111,7 @@ def prefill(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Cache:
     if longest:
         for layer in cache:
             layer.prepare(lengths=lengths, right_padding=[longest - length for length in lengths])
-        _read(model, _padded(prompts, longest), cache)
+        feed(model, prompts, longest, cache)
     for layer in cache:
         layer.finalize()
     return cache
@@ -122,7 +120,7 @@ def prefill(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Cache:
 def prefill_equal(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Cache:
     """`prefill` of equally long prompts with the model's own caches."""
     cache = make_prompt_cache(model)
-    _read(model, _padded(prompts, len(prompts[0]) - 1), cache)
+    feed(model, prompts, len(prompts[0]) - 1, cache)
     return cache
 
 
@@ -178,18 +176,3 @@ def _alike(a: mx.array, b: mx.array) -> bool:
     a, b = a.astype(mx.float32), b.astype(mx.float32)
     scale = float(mx.abs(mx.where(mx.isinf(b), 0, b)).max().item())  # type: ignore[arg-type]
     return bool(mx.allclose(a, b, rtol=0, atol=tolerance * scale).item())
-
-
-def _padded(prompts: Sequence[Sequence[int]], longest: int) -> mx.array:
-    tokens = np.zeros((len(prompts), longest), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt) - 1] = prompt[:-1]
-    return mx.array(tokens)
-
-
-def _read(model: nn.Module, tokens: mx.array, cache: Cache) -> None:
-    """Feeds [R, T] tokens to the model in pieces; logits are built lazily and never computed."""
-    piece = max(32, _PREFILL_TOKENS // tokens.shape[0])
-    for start in range(0, tokens.shape[1], piece):
-        model(tokens[:, start : start + piece], cache=cache)
-        mx.eval([layer.state for layer in cache])

@@ -9,6 +9,7 @@ import mlx.nn as nn
 from attrs import frozen
 from mlx.utils import tree_flatten, tree_unflatten
 
+from .machine import backend
 from .memory import memory_limit
 from .modes import evaluating
 from .sharing import read
@@ -46,12 +47,20 @@ class Scorer:
     chunk: int = 0
 
     def __call__(self, batch: Batch, *, gradient: bool = True) -> tuple[mx.array, Batch]:
-        hidden = read(self.forward, self.model, batch)
-        hidden, head = hidden.reshape(-1, hidden.shape[-1])[batch.where], self.split.head if self.split else lambda h: h
-        inner = partial(_scores, head, self.temperature, self.entropy)
-        scores = self._head(inner, gradient)(hidden, batch.targets)
+        inner = partial(_scores, self.logits, self.entropy)
+        scores = self._head(inner, gradient)(self.hidden(batch), batch.targets)
         scores = mx.where(batch.sequence < batch.sequences, scores, 0.0)
         return scores[0], batch if self.entropy is None else batch._replace(entropy=scores[1])
+
+    def hidden(self, batch: Batch) -> mx.array:
+        """[N, D] at the positions that predict the targets; logits [N, V] if the model has no split."""
+        hidden = read(self.forward, self.model, batch)
+        return hidden.reshape(-1, hidden.shape[-1])[batch.where]
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """[n, D] to [n, V], divided by the temperature."""
+        logits = self.split.head(hidden) if self.split else hidden
+        return logits if self.temperature == 1.0 else logits.astype(mx.float32) / self.temperature
 
     @property
     def forward(self) -> Callable[..., mx.array]:
@@ -81,13 +90,9 @@ def scorer(model: nn.Module, *, temperature: float = 1.0, entropy: bool | None =
 
 def affordable_chunk(vocabulary: int) -> int:
     """Scored tokens that pass through the head at once: what the bytes allow, and a 16th of the memory limit."""
-    device = "cpu" if _on_cpu() else "gpu"
+    device = "cpu" if backend() == "cpu" else "gpu"
     budget = min(CHUNK_BYTES[device], memory_limit() // 16)
     return max(32, budget // (LOGIT_BYTES[device] * vocabulary) // 32 * 32)
-
-
-def _on_cpu() -> bool:
-    return mx.default_device() == mx.Device(mx.cpu)
 
 
 def token_logps(model: nn.Module, batch: Batch) -> mx.array:
@@ -102,11 +107,9 @@ def token_logps(model: nn.Module, batch: Batch) -> mx.array:
 # --- log-probabilities from logits ---------------------------------------------------------
 
 
-def _scores(head: Head, temperature: float, entropy: bool | None, hidden: mx.array, targets: mx.array) -> mx.array:
+def _scores(head: Head, entropy: bool | None, hidden: mx.array, targets: mx.array) -> mx.array:
     """[n, D], [n] to [1, n] log-probabilities, or [2, n] with entropies."""
     logits = head(hidden)
-    if temperature != 1.0:
-        logits = logits.astype(mx.float32) / temperature
     if entropy:
         return mx.stack(_logps_and_entropies(logits, targets)[:2])  # type: ignore[index]
     logps, lse, probs = _logps(logits, targets)  # type: ignore[misc]
@@ -118,7 +121,7 @@ def _logps(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.
     """[n, V], [n] to log-probabilities [n], logsumexps [n] and probabilities [n, V], float32; only the first have a gradient."""
     at_target = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0].astype(mx.float32)
     wide = logits.astype(mx.float32)
-    if _on_cpu():  # an exponential costs as much as 40 products there: one for all that follows
+    if backend() == "cpu":  # an exponential costs as much as 40 products there: one for all that follows
         probs = mx.softmax(wide, axis=-1)
         lse = wide.max(axis=-1) - mx.log(probs.max(axis=-1))
         return at_target - lse, lse, probs
@@ -130,7 +133,7 @@ def _logps(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.
 @_logps.vjp
 def _logps_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array]:
     logits, targets = primals
-    if _on_cpu():
+    if backend() == "cpu":
         return _dlogps(logits, targets, outputs[2], cotangents[0]), mx.zeros_like(targets)
     return _dlogps_again(logits, targets, outputs[1], cotangents[0]), mx.zeros_like(targets)
 

@@ -4,6 +4,8 @@ import re
 
 import mlx.core as mx
 
+from .machine import device_memory
+
 _SHARE = 0.8  # of the device's memory; the rest is for the system and what MLX does not count
 
 
@@ -28,13 +30,6 @@ def memory_limit() -> int:
     return mx.get_memory_limit()
 
 
-def device_memory() -> int:
-    """Bytes that the default device can use."""
-    info = mx.device_info()
-    known = [info.get(name) for name in ("max_recommended_working_set_size", "total_memory", "memory_size")]
-    return int(next((size for size in known if size), 0) or _system_memory())
-
-
 def out_of_memory(error: BaseException) -> bool:
     """Whether MLX could not allocate; its errors have no type of their own.
 
@@ -45,9 +40,3 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 _ALLOCATION = re.compile(r"out of memory|unable to allocate|attempting to allocate|insufficient memory|malloc", re.IGNORECASE)
-
-
-def _system_memory() -> int:
-    import os
-
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -10,9 +10,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from attrs import define, field
-from mlx.utils import tree_flatten
 
-from .batching import Piece, bucket
+from .batching import Piece, scored_size
+from .modes import usual_dtype
 from .types import Batch
 
 _KEPT = 3.0  # what a block keeps for its backward pass, in units of what goes into and out of its matrices; an H200 showed 2.1
@@ -68,7 +68,7 @@ def _part(piece: Piece, units: Sequence[int]) -> Batch:
     new_sequence[sequences] = np.arange(len(sequences))
     where, sequence = np.array(batch.where), np.array(batch.sequence)
     kept = np.flatnonzero(new_sequence[sequence] >= 0)
-    filler = min(bucket(len(kept)), -(-len(rows) * width // 32) * 32) - len(kept)
+    filler = scored_size(len(kept), len(rows) * width) - len(kept)
     columns: dict[str, mx.array | None] = {
         "tokens": batch.tokens[mx.array(rows)],
         "where": _filled(new_row[where[kept] // width] * width + where[kept] % width, filler),
@@ -158,7 +158,8 @@ def cost_of_position(model: nn.Module, *, recomputed: bool) -> float:
     blocks = [sum(map(sum, map(_ends, block.modules()))) for block in model.layers]  # type: ignore[union-attr]
     width = max((_ends(m)[0] for block in model.layers for m in block.modules()), default=0)  # type: ignore[union-attr]
     numbers = max(blocks) + len(blocks) * width if recomputed else sum(blocks)
-    return _KEPT * numbers * _itemsize(model)
+    dtype = usual_dtype(model.parameters())
+    return _KEPT * numbers * (dtype.size if dtype else 4)
 
 
 def _ends(module: nn.Module) -> tuple[int, int]:
@@ -168,8 +169,3 @@ def _ends(module: nn.Module) -> tuple[int, int]:
         return 0, 0
     inner = weight.shape[-1] * 32 // module.bits if hasattr(module, "bits") else weight.shape[-1]
     return int(inner), int(weight.shape[-2])
-
-
-def _itemsize(model: nn.Module) -> int:
-    dtypes = [a.dtype for _, a in tree_flatten(model.parameters()) if mx.issubdtype(a.dtype, mx.floating)]  # type: ignore[union-attr]
-    return max(dtypes, key=dtypes.count).size if dtypes else 4

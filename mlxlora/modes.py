@@ -34,9 +34,14 @@ def compute_cast(model: nn.Module) -> Callable[[Any], Any]:
     """
     trainable = dict(tree_flatten(model.trainable_parameters()))
     parameters: dict[str, Any] = dict(tree_flatten(model.parameters()))
-    frozen = {name: value for name, value in parameters.items() if name not in trainable}
-    dtypes = [v.dtype for v in frozen.values() if mx.issubdtype(v.dtype, mx.floating)]
-    if not dtypes:
+    dtype = usual_dtype({name: value for name, value in parameters.items() if name not in trainable})
+    if dtype is None:
         return lambda parameters: parameters
-    dtype = max(set(dtypes), key=dtypes.count)
     return lambda parameters: tree_map(lambda p: p.astype(dtype), parameters)
+
+
+def usual_dtype(parameters: Any) -> mx.Dtype | None:
+    """The floating-point type that most arrays of a tree have; None if there is no such array."""
+    flat: list[tuple[str, mx.array]] = tree_flatten(parameters)  # type: ignore[assignment]
+    dtypes = [array.dtype for _, array in flat if mx.issubdtype(array.dtype, mx.floating)]
+    return max(set(dtypes), key=dtypes.count) if dtypes else None

@@ -4,7 +4,6 @@ import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from html import escape
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,8 @@ import mlx.core as mx
 from .card import changed_options, method_of, portable
 from .charts import Line, chart
 from .files import atomic_file
+from .formats import last_text
+from .machine import device_name, package_version
 from .records import PAGE, SPLITS, Record, Row, differing, outcome, read_record
 from .report import Reporter
 
@@ -72,22 +73,13 @@ def write(file: Path, text: str) -> None:
 
 def environment() -> dict[str, str]:
     """What a run's numbers depend on besides its options; nothing that names the machine or its user."""
-    info = mx.device_info()
-    device = info.get("device_name") or info.get("architecture") or platform.machine()
     return {
-        **{name: _version(name) for name in _PACKAGES},
+        **{name: package_version(name) or "not installed" for name in _PACKAGES},
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "device": f"{str(mx.default_device()).removeprefix('Device(').split(',')[0]} {device}",
+        "device": f"{str(mx.default_device()).removeprefix('Device(').split(',')[0]} {device_name() or platform.machine()}",
         "written": datetime.now().astimezone().isoformat(" ", "minutes"),
     }
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def run_page(
@@ -197,13 +189,10 @@ def _completions(samples: Sequence[Row]) -> str:
     """Of the first and of the last report that has any."""
     steps = sorted({row.get("step", 0) for row in samples})
     chosen = [row for row in samples if row.get("step", 0) in {*steps[:1], *steps[-1:]}]
-    lines = [(str(r.get("step")), _said(r.get("prompt")), _said(r.get("completion")), _text(r.get("reward"))) for r in chosen]
+    lines = [
+        (str(r.get("step")), last_text(r.get("prompt")), last_text(r.get("completion")), _text(r.get("reward"))) for r in chosen
+    ]
     return _table(("step", "prompt", "completion", "reward"), lines, "text") if lines else ""
-
-
-def _said(value: Any) -> str:
-    """The text of a prompt, of a conversation its last message."""
-    return str(value[-1].get("content", "")) if isinstance(value, list) and value else str(value)
 
 
 def _text(value: Any) -> str:

@@ -168,7 +168,7 @@ def online_dpo(*groups: Any, **options: Any) -> dict[str, Any]:
     _check_judge(m, chosen[ContestSampling], chosen[Output])
     named = _named(m, "reference_model_path", "xpo_alpha", "judge_model")
     method = objectives.xpo(alpha=m.xpo_alpha, **named) if m.xpo_alpha else objectives.dpo(**named)
-    judges = () if m.judge_model is None else (_judge(m.judge_model, chosen[ModelOptions]),)
+    judges = () if m.judge_model is None else (judge(*_load_other(m.judge_model, chosen[ModelOptions], "--judge-model")),)
     rollouts = _rollouts(chosen[ContestSampling], chosen[RewardOptions], judges)
     source = contests(data, rollouts, explore=bool(m.xpo_alpha))
     objective = user_objective(m.objective) or method
@@ -186,11 +186,12 @@ def _rewards(rewards: RewardOptions) -> tuple[NamedReward, ...]:
     return load_rewards(rewards.rewards, rewards.reward_file, rewards.reward_weights)
 
 
-def _judge(path: str, model: ModelOptions) -> NamedReward:
+def _load_other(path: str, model: ModelOptions, flag: str) -> tuple[nn.Module, Any]:
+    """Another model, loaded as --model is; what is wrong with it is said of the flag that names it."""
     try:
-        return judge(*load(evolve(model, model=path)))
+        return load(evolve(model, model=path))
     except InputError as error:
-        raise InputError(str(error).replace("--model", "--judge-model", 1)) from None
+        raise InputError(str(error).replace("--model", flag, 1)) from None
 
 
 def _check_judge(method: OnlineDPOOptions, sampling: ContestSampling, output: Output) -> None:
@@ -238,10 +239,7 @@ def _loader(model: ModelOptions, path: str, flag: str = "--reference-model-path"
     """Loads another model when it is needed; it has to share the policy's tokenizer."""
 
     def other(tokenizer: Any) -> nn.Module:
-        try:
-            reference, its_tokenizer = load(evolve(model, model=path))
-        except InputError as error:
-            raise InputError(str(error).replace("--model", flag, 1)) from None
+        reference, its_tokenizer = _load_other(path, model, flag)
         if its_tokenizer.get_vocab() != tokenizer.get_vocab():
             raise InputError(f"{flag} {path}: its vocabulary is not that of --model {model.model}")
         return reference

@@ -15,9 +15,10 @@ import numpy as np
 from attrs import evolve
 
 from .adapters import disabled
+from .arrays import read_checked, write_arrays
 from .batching import Make, Piece, collate
 from .data import Example
-from .files import atomic_file, cache_folder
+from .files import cache_folder
 from .logprobs import Scorer, scorer
 from .modes import evaluating
 
@@ -133,7 +134,7 @@ def _trusted(cache: Path, wanted: dict[bytes, Example], score: Scorer, note: Not
         return {}
     try:
         known = _read(cache)
-    except (ValueError, KeyError, RuntimeError, OSError) as error:
+    except (ValueError, KeyError, OSError) as error:
         note(f"reference: the cache {cache} is damaged ({error}); it is built again")
         return {}
     probe = next((digest for digest in wanted if digest in known), None)
@@ -147,13 +148,8 @@ def _trusted(cache: Path, wanted: dict[bytes, Example], score: Scorer, note: Not
 
 
 def _read(path: Path) -> dict[bytes, Logps]:
-    with path.open("rb") as file:
-        loaded: Any = mx.load(file, format="safetensors", return_metadata=True)
-    arrays, metadata = loaded
-    digests, ends, logps = (np.array(arrays[name]) for name in ("digests", "ends", "logps"))
-    if metadata.get("sha256") != _checksum(digests, ends, logps):
-        raise ValueError("its checksum does not match")
-    return dict(zip(map(bytes, digests), np.split(logps, ends[:-1]), strict=True))
+    arrays = read_checked(path)
+    return dict(zip(map(bytes, arrays["digests"]), np.split(arrays["logps"], arrays["ends"][:-1]), strict=True))
 
 
 def _keep(cache: Path, known: dict[bytes, Logps], note: Note) -> None:
@@ -165,14 +161,6 @@ def _keep(cache: Path, known: dict[bytes, Logps], note: Note) -> None:
 
 
 def _write(path: Path, known: dict[bytes, Logps]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     digests = np.frombuffer(b"".join(known), np.uint8).reshape(-1, 32)
     ends = np.cumsum([len(v) for v in known.values()]).astype(np.int64)
-    logps = np.concatenate(list(known.values())).astype(np.float32)
-    arrays = {"digests": mx.array(digests), "ends": mx.array(ends), "logps": mx.array(logps)}
-    with atomic_file(path) as temporary, temporary.open("wb") as file:
-        mx.save_safetensors(file, arrays, {"sha256": _checksum(digests, ends, logps)})  # type: ignore[arg-type]
-
-
-def _checksum(*arrays: np.ndarray) -> str:
-    return hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()
+    write_arrays(path, {"digests": digests, "ends": ends, "logps": np.concatenate(list(known.values())).astype(np.float32)})

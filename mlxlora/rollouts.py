@@ -16,6 +16,7 @@ from attrs import define, frozen
 
 from .errors import InputError, RunError
 from .kv import Route, Rows, enter, find_route, reader
+from .machine import backend
 from .modes import evaluating
 from .sampling import Sampling, choose, uniforms
 
@@ -166,7 +167,7 @@ def _compiled(model: nn.Module, route: Route, sampling: Sampling) -> Callable[..
 
 def _compiles() -> bool:
     """A GPU waits for Python between a step's hundreds of small kernels; a CPU does not, and would compile for seconds."""
-    return mx.default_device() == mx.Device(mx.gpu)
+    return backend() != "cpu"
 
 
 def _advance(read: Callable[..., Any], sampling: Sampling) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from attrs import evolve, field, frozen
 from . import attention
 from .adapters import CONFIG, WEIGHTS, freeze, load_weights, prepare, save
 from .batching import Make, Order, Piece, grouped, read_positions, stream
-from .card import read_metrics, write_card
+from .card import write_card
 from .checkpoint import Progress, load_checkpoint, newest, save_checkpoint
 from .compose import Objective
 from .config import AdapterOptions, Output, Training
@@ -33,7 +33,7 @@ from .optimisers import make_optimiser
 from .packing import packed
 from .prefetch import prefetched
 from .recompute import checkpointed
-from .records import METRICS, PAGE, PICTURE, SAMPLES, SETTINGS
+from .records import METRICS, PAGE, PICTURE, SAMPLES, SETTINGS, read_lines
 from .reference import referenced, with_reference
 from .report import Reporter, truncate_after
 from .sharing import know_windows, obstacle, packed_layout, pays
@@ -70,6 +70,7 @@ class Run:
         share: whether prompts are computed once for all of their completions.
         micro: divides batches that would not fit into memory.
         noise: NEFTune's α, of noise on the embeddings of training tokens.
+        makers: how batches are made, for training and for validation, once that is known.
         extend: (scorer, tokenizer) -> a scorer that adds further columns to a batch, such as the divergence from a teacher.
     """
 
@@ -91,6 +92,7 @@ class Run:
     micro: MicroBatches | None = None
     noise: float = 0.0
     extend: Callable[[Scorer, Any], Scorer] | None = None
+    makers: dict[bool, Make] = field(factory=dict, eq=False, repr=False)
 
     @property
     def directory(self) -> Path:
@@ -138,9 +140,9 @@ def ready(run: Run, only: Mapping[str, Sequence[int]] | None = None) -> tuple[Ru
         only: rows of each split that get a reference; None: all that will be used.
     """
     _check_splits(run)
-    limit = limit_memory(run.training.memory_limit)
+    limit, saved = limit_memory(run.training.memory_limit), _saved_by_sharing(run)
     if "ref_logps" in run.objective.needs and not run.source.online:
-        run = _with_reference(run, only)
+        run = _with_reference(run, only, shared=saved is not None)
     mx.random.seed(run.training.seed)
     prepare(run.model, run.adapter)
     if run.adapter.resume_adapter_file:
@@ -155,7 +157,7 @@ def ready(run: Run, only: Mapping[str, Sequence[int]] | None = None) -> tuple[Ru
     if score.split is None:
         run.tell("note", "this model cannot be split into backbone and head: the logits of all tokens are computed", warning=True)
     know_windows(score.forward, run.model)
-    run = _packed(evolve(run, score=score, share=_shares(run, score), micro=_micro(run, limit)), score)
+    run = _packed(evolve(run, score=score, share=_shares(run, score, saved), micro=_micro(run, limit), makers={}), score)
     total = total_steps(run.training, len(run.splits["train"].items), run.source.repeats)
     return run, make_optimiser(run.training, total), total
 
@@ -173,35 +175,30 @@ def _micro(run: Run, limit: int) -> MicroBatches:
     return MicroBatches(limit, cost, 0 if training.micro_batch == "auto" else int(training.micro_batch))
 
 
-def _shares(run: Run, score: Scorer) -> bool:
-    """Whether to compute prompts once: if asked for, or where the rows say that it pays, and the model reproduces whole rows."""
-    wanted = run.source.share
-    if wanted is False:
+def _saved_by_sharing(run: Run) -> float | None:
+    """The share of the work that is left if prompts are computed once; None: not wanted, or the rows say that it does not pay."""
+    if run.source.share is False:
+        return None
+    plain, shared = read_positions(map(run.source.expected or run.source.examples, run.splits["train"].items))
+    wanted = plain != shared and bool(run.source.share or pays(plain, shared))
+    return shared / plain if wanted else None
+
+
+def _shares(run: Run, score: Scorer, left: float | None) -> bool:
+    """Whether to compute prompts once: where it leaves a share of the work, and the model reproduces whole rows."""
+    if left is None:
         return False
-    if not _pays(run):
-        return False
-    plain, shared = _read_positions(run)
     if problem := obstacle(score.forward, run.model):
-        run.tell(
-            "note", f"each prompt is computed once per completion: this model cannot share it ({problem})", warning=bool(wanted)
-        )
+        told = f"each prompt is computed once per completion: this model cannot share it ({problem})"
+        run.tell("note", told, warning=bool(run.source.share))
         return False
-    run.tell("note", f"each prompt is computed once for all of its completions: {shared / plain:.0%} of the work")
+    run.tell("note", f"each prompt is computed once for all of its completions: {left:.0%} of the work")
     return True
-
-
-def _pays(run: Run) -> bool:
-    plain, shared = _read_positions(run)
-    return plain != shared and bool(run.source.share or pays(plain, shared))
-
-
-def _read_positions(run: Run) -> tuple[int, int]:
-    return read_positions(map(run.source.expected or run.source.examples, run.splits["train"].items))
 
 
 def _packed(run: Run, score: Scorer) -> Run:
     """With several examples to a row, if asked for and the model then computes what it does for plain rows."""
-    if not getattr(run.source.data, "packing", False):
+    if not run.source.packing:
         return run
     if problem := obstacle(score.forward, run.model, packed_layout):
         run.tell("note", f"--packing: rows stay plain, for this model cannot tell packed examples apart ({problem})", warning=True)
@@ -326,7 +323,14 @@ def _pieces(run: Run, done: int) -> Iterator[tuple[Piece, ...]]:
 
 
 def maker(run: Run, *, validation: bool) -> Make:
-    """How items become batches; what is sampled during the run gets its reference's log-probabilities with each batch."""
+    """How items become batches, the same for the whole run: it may have looked at the model and compiled something."""
+    if validation not in run.makers:
+        run.makers[validation] = _maker(run, validation)
+    return run.makers[validation]
+
+
+def _maker(run: Run, validation: bool) -> Make:
+    """What is sampled during the run gets its reference's log-probabilities with each batch."""
     context = Context(run.model, run.tokenizer, run.training.seed, validation, run.splits["train"].items, run.share)
     make = capped(run.source.make(context))
     if validation or not run.source.online or "ref_logps" not in run.objective.needs:
@@ -346,7 +350,7 @@ def order(run: Run, split: str) -> Order:
     return Order(tuple(map(run.source.length, run.splits[split].items)), run.training.batch_size, seed)
 
 
-def _with_reference(run: Run, only: Mapping[str, Sequence[int]] | None) -> Run:
+def _with_reference(run: Run, only: Mapping[str, Sequence[int]] | None, *, shared: bool) -> Run:
     """The rows that the run will use, with the reference's log-probabilities.
 
     The reference is the model before it is touched, so it needs no memory of its own.
@@ -354,11 +358,11 @@ def _with_reference(run: Run, only: Mapping[str, Sequence[int]] | None) -> Run:
     model = run.reference(run.tokenizer) if run.reference else run.model
     freeze(model).eval()  # frozen: what looks for gradients finds none
     score, limits = scorer(model), {"train": _batches(run.training, len(run.splits["train"].items))}
-    if getattr(run.source.data, "packing", False):
+    if run.source.packing:
         limits["train"] = -1  # a batch of packed rows has more examples
     limits |= {"valid": run.output.val_batches, "test": -1 if run.output.test else 0}
     together = 1
-    if run.source.share is not False and _pays(run) and not obstacle(score.forward, model):
+    if shared and not obstacle(score.forward, model):
         together = len(run.source.examples(run.splits["train"].items[0]))
     rows = only or {name: _rows_used(run, name, limits[name]) for name in run.splits}
     splits = {name: _scored(run, name, rows.get(name, ()), score, together) for name in run.splits}
@@ -460,7 +464,7 @@ def _finish(run: Run, step: Step, evaluate: Evaluate, progress: Progress, second
         run.tell("record", {"step": progress.step, "split": "test", **metrics})
         results |= {f"test {name}": round(metrics[name], 4) for name in ("loss", "perplexity") if name in metrics}
     rows = {name: split.counts.rows for name, split in run.splits.items()}
-    write_card(run.directory, run.config, read_metrics(run.directory / METRICS), rows)
+    write_card(run.directory, run.config, read_lines(run.directory / METRICS), rows)
     results["adapters"] = str(run.directory)
     results["report"] = str(run.directory / PAGE)
     return results

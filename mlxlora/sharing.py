@@ -14,7 +14,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from .attention import Causal, blockwise, causal, device, fused, hook, reaches, visible
+from .attention import Causal, blockwise, causal, fused, hook, reaches, visible
+from .machine import backend
 from .modes import evaluating
 from .types import Batch
 
@@ -176,7 +177,7 @@ def pays(plain: int, shared: int, on: str | None = None) -> bool:
     >>> pays(plain=2 * (384 + 64), shared=384 + 2 * 64, on="cpu"), pays(2 * (128 + 128), 128 + 2 * 128, "cuda")
     (True, False)
     """
-    return plain >= shared * PAYS_FROM[on or device()]
+    return plain >= shared * PAYS_FROM[on or backend()]
 
 
 Layout = Callable[[list[list[int]]], tuple[Batch, mx.array]]

@@ -54,6 +54,7 @@ class Source:
         share: whether the sequences of an item share their prompt's computation; None: where that is faster.
         expected: the sequences that an item is expected to become, to estimate that; None: its examples.
         arrange: what is made of all items of a split together; None: nothing.
+        packing: several examples are to share a row.
         live: batches are measured with the policy as it is when they are made, so none is made in advance.
     """
 
@@ -68,6 +69,7 @@ class Source:
     share: bool | None = False
     expected: Callable[[Any], Sequence[Example]] | None = None
     arrange: Callable[[Sequence[Any]], Sequence[Any]] | None = None
+    packing: bool = False
     live: bool = False
 
     def length(self, item: Any) -> int:
@@ -100,7 +102,14 @@ def rows(data: str | DataOptions, **options: Any) -> Source:
         max_seq_length=data.max_seq_length,
         keys=keys,
     )
-    return Source(data, prepare, always(example_piece), lambda example: (example,), lambda _, examples: examples[0])
+    return Source(
+        data,
+        prepare,
+        always(example_piece),
+        lambda example: (example,),
+        lambda _, examples: examples[0],
+        packing=data.packing,
+    )
 
 
 def pairs(data: str | PairData, *, score_prompt: bool = False, **options: Any) -> Source:

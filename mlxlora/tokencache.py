@@ -14,19 +14,17 @@ from typing import Any
 
 import numpy as np
 import orjson
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from . import data, formats, templates
+from .arrays import Arrays, read_checked, write_arrays
 from .data import Counts, Example, Pair
-from .files import atomic_file, cache_folder
+from .files import cache_folder
 from .formats import Row
 
 WORTH_KEEPING = 1 << 20  # bytes of rows; tokenising them takes about half a second
 FILES = 16  # the latest used are kept
 
 Made = tuple[list[Any], Counts]
-Arrays = dict[str, np.ndarray]
 
 
 def remembered(
@@ -111,9 +109,9 @@ def _trusted(path: Path, rows: Sequence[Row], note: Callable[[str], Any]) -> Mad
     if not path.exists():
         return None
     try:
-        items = _unpacked(_read(path), rows)
+        items = _unpacked(read_checked(path), rows)
         path.touch()
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError) as error:
         note(f"tokens: the cache {path} is damaged ({error}); it is built again")
         return None
     note(f"{len(rows)} rows were tokenised by an earlier run; their token ids come from {path}")
@@ -123,23 +121,12 @@ def _trusted(path: Path, rows: Sequence[Row], note: Callable[[str], Any]) -> Mad
 def _keep(path: Path, items: Sequence[Any], rows: Sequence[Row], note: Callable[[str], Any]) -> None:
     """Writes the file and removes those not used for longest; a run does not depend on it."""
     try:
-        arrays = _packed(items, {row.where: i for i, row in enumerate(rows)})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as temporary:
-            save_file(arrays, temporary, {"sha256": _checksum(arrays)})
+        write_arrays(path, _packed(items, {row.where: i for i, row in enumerate(rows)}))
         files = sorted(path.parent.glob("*.safetensors"), key=lambda file: file.stat().st_mtime)
         for file in files[:-FILES]:
             file.unlink(missing_ok=True)
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
         note(f"tokens: the cache {path} cannot be written ({error})")
-
-
-def _read(path: Path) -> Arrays:
-    with safe_open(path, framework="np") as file:
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if (file.metadata() or {}).get("sha256") != _checksum(arrays):
-            raise ValueError("its checksum does not match")
-    return arrays
 
 
 def _packed(items: Sequence[Example | Pair], row_of: dict[str, int]) -> Arrays:
@@ -178,11 +165,3 @@ def _unpacked(arrays: Arrays, rows: Sequence[Row]) -> list[Any]:
 
 def _sides(item: Example | Pair) -> tuple[Example, ...]:
     return (item.chosen, item.rejected) if isinstance(item, Pair) else (item,)
-
-
-def _checksum(arrays: Arrays) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(f"{name} {arrays[name].shape}".encode())
-        digest.update(np.ascontiguousarray(arrays[name]).data)
-    return digest.hexdigest()

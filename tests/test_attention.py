@@ -190,7 +190,7 @@ def test_the_choice_lasts_as_long_as_its_block() -> None:
 
 @pytest.mark.parametrize("backend", ["cpu", "cuda", "metal"])
 def test_auto_takes_the_fused_backward_where_there_is_one(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "device", lambda: backend)
+    monkeypatch.setattr(attention, "backend", lambda: backend)
     assert in_chunks(8192, True) == (backend == "cpu")
     assert in_chunks(8192, False) and not in_chunks(32, False)
 

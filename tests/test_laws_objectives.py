@@ -75,7 +75,7 @@ OF_THE_WHOLE_BATCH = {  # these are defined on a batch, so pieces of it are anot
     "grpo:bnpo:sequence": "token mean of each micro-batch",
     "grpo:top_entropy": "quantile over the batch",
 }
-STEP = 1e-3  # nats
+STEP = 3e-3  # nats
 every = pytest.mark.parametrize("objective", [pytest.param(o, id=name) for name, o in OBJECTIVES.items()])
 anything = settings(deadline=None, max_examples=4, derandomize=True)
 
@@ -209,8 +209,9 @@ def test_gradient_is_the_limit_of_differences(objective: Objective, monkeypatch:
 
         for seed in range(3):
             along = mx.array(np.random.default_rng(seed).normal(size=logps.shape), mx.float64)
-            difference = (at(logps + STEP * along) - at(logps - STEP * along)) / (2 * STEP)
-            near((grad * along).sum().item(), difference, rtol=1e-4, atol=3e-5)
+            small, large = ((at(logps + h * along) - at(logps - h * along)) / (2 * h) for h in (STEP, 2 * STEP))
+            difference = (4 * small - large) / 3  # without the term of h², so that steps may be longer than exp's rounding
+            near((grad * along).sum().item(), difference, rtol=1e-4, atol=1e-5)
 
 
 # --- at the edges -------------------------------------------------------------------------------

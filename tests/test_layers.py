@@ -11,8 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
+    "machine",
     "errors types files peers split shim prefetch modes attention lora memory",
-    "blas config settings folders tables losses advantages "
+    "blas arrays config settings folders tables losses advantages "
     "templates userfile sharing decode report records reward_functions initialise",
     "charts trackers plotting doctor compose card logprobs scores "
     "kv adapters optimisers formats rewards sampling recompute neftune",

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
+from tiny import dense
 
 from mlxlora.adapters import AdapterOptions, prepare
 from mlxlora.batching import example_piece, pair_piece
@@ -16,7 +17,6 @@ from mlxlora.memory import limit_memory, memory_limit, out_of_memory
 from mlxlora.micro import MicroBatches, cost_of_position, divided, positions
 from mlxlora.objectives import dpo, sft
 from mlxlora.step import make_step
-from tests.tiny import dense
 
 
 def example(rng: np.random.Generator, prompt: np.ndarray, ref: bool = False) -> Example:

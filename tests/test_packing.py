@@ -1,6 +1,5 @@
 """Packing is a layout: losses, metrics and gradients are those of plain rows; a model that cannot pack is told so."""
 
-import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from mlx_lm.models import gpt2, mamba2
 from test_attention import MODELS, adapted
 from test_resume import same_run, stop
 from test_sharing import MAMBA
-from tiny import LLAMA, VOCABULARY, dense, distance, loss_and_gradient
+from tiny import LLAMA, VOCABULARY, dense, distance, loss_and_gradient, text_rows
 from tiny import example as random_example
 
 from mlxlora import attention, objectives
@@ -180,11 +179,7 @@ def test_a_mask_that_ignores_segments_is_found(name: str, monkeypatch: pytest.Mo
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, rng = tmp_path_factory.mktemp("rows"), random.Random(0)
-    for split, count in (("train", 40), ("valid", 5)):
-        texts = [{"prompt": "abc" * rng.randint(1, 12), "completion": "xyz" * rng.randint(1, 12)} for _ in range(count)]
-        (folder / f"{split}.jsonl").write_bytes(b"\n".join(map(orjson.dumps, texts)))
-    return folder
+    return text_rows(tmp_path_factory.mktemp("rows"), longest=12, train=40, valid=5)
 
 
 @pytest.fixture

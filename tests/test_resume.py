@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
+from tiny import text_rows
 
 from mlxlora.loop import Abandoned, Interruptible
 
@@ -29,11 +30,7 @@ every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIAN
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """17 rows to train on, so that batches of two leave one over, and five to validate on."""
-    folder, rng = tmp_path_factory.mktemp("rows"), random.Random(0)
-    for split, count in (("train", 17), ("valid", 5)):
-        texts = [{"prompt": "abc" * rng.randint(1, 6), "completion": "xyz" * rng.randint(1, 6)} for _ in range(count)]
-        (folder / f"{split}.jsonl").write_bytes(b"\n".join(map(orjson.dumps, texts)))
-    return folder
+    return text_rows(tmp_path_factory.mktemp("rows"), longest=6, train=17, valid=5)
 
 
 @pytest.fixture

@@ -163,7 +163,6 @@ def test_long_prompts_pass_in_pieces(plain, monkeypatch):
     whole = drawn(plain, prompts=prompts)
     monkeypatch.setattr("mlxlora.decode._PREFILL_TOKENS", 1)
     assert tokens(drawn(plain, prompts=prompts)) == tokens(whole)
-    monkeypatch.setattr("mlxlora.kv._PREFILL_TOKENS", 1)
     monkeypatch.setattr("mlxlora.rollouts.find_route", lambda _: Route(True, ""))
     assert tokens(drawn(plain, prompts=prompts)) == tokens(whole)
 

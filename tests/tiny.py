@@ -1,11 +1,14 @@
 """Small random models, tokenizers and batches, and what tests compare about them."""
 
+import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import orjson
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import gemma2, llama, qwen3_moe
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -142,3 +145,12 @@ def distance(a: dict[str, mx.array], b: dict[str, mx.array]) -> float:
     square = [(np.square(np.array(a[k]) - np.array(b[k])).sum(), np.square(np.array(b[k])).sum()) for k in b]
     difference, size = map(sum, zip(*square, strict=True))
     return float(np.sqrt(difference / max(size, 1e-30)))
+
+
+def text_rows(folder: Path, *, longest: int, **counts: int) -> Path:
+    """Prompts and completions of up to so many triples of letters, `text_rows(folder, longest=6, train=17, valid=5)`."""
+    rng = random.Random(0)
+    for split, count in counts.items():
+        texts = [{"prompt": "abc" * rng.randint(1, longest), "completion": "xyz" * rng.randint(1, longest)} for _ in range(count)]
+        (folder / f"{split}.jsonl").write_bytes(b"\n".join(map(orjson.dumps, texts)))
+    return folder
