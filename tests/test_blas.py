@@ -69,6 +69,7 @@ def test_another_machine_is_refused() -> None:
 @linux
 def test_a_package_that_does_not_fit_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "scipy_openblas32" / "lib").mkdir(parents=True)
+    (tmp_path / "scipy_openblas32" / "__init__.py").touch()  # else an installed one comes before it
     (tmp_path / "scipy_openblas32" / "lib" / "libscipy_openblas.so").write_bytes(b"not a library")
     code = "import mlxlora.blas as blas; blas._SYSTEM = (); print(blas.load_fast_blas())"
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
