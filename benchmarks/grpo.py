@@ -24,7 +24,7 @@ import numpy as np  # noqa: E402
 from attrs import frozen  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
-from benchmarks.common import Cost, flags, interleaved, parsed, ratios, small_llama, tell  # noqa: E402
+from benchmarks.common import Cost, flags, interleaved, parsed, qwen3_600m, ratios, small_llama, tell  # noqa: E402
 from mlxlora.adapters import prepare  # noqa: E402
 from mlxlora.batching import Make, Piece  # noqa: E402
 from mlxlora.config import AdapterOptions, PromptData  # noqa: E402
@@ -70,6 +70,7 @@ class Case:
         prompt: P, tokens of a prompt.
         completion: C, tokens of a completion.
         beta: weight of the KL; the peer keeps a second model for it.
+        base: makes the model; None: the small llama of these sizes.
     """
 
     hidden: int = 256
@@ -80,6 +81,7 @@ class Case:
     prompt: int = 256
     completion: int = 64
     beta: float = 0.0
+    base: Callable[[], nn.Module] | None = None
 
     @property
     def name(self) -> str:
@@ -88,7 +90,8 @@ class Case:
         return f"{sizes}, beta {self.beta:g}"
 
 
-CASES = [Case(), Case(beta=0.1), Case(prompts=4, prompt=64)]
+CPU = [Case(), Case(beta=0.1), Case(prompts=4, prompt=64)]
+GPU = [Case(hidden=1024, layers=28, vocabulary=151936, base=qwen3_600m)]
 QUICK = [Case(hidden=64, layers=2, vocabulary=512, group_size=4, prompt=24, completion=8, beta=0.1)]
 Parts = dict[str, Callable[[], Any]]
 
@@ -110,7 +113,7 @@ def reward(prompts: list[str], completions: list[str], answer: list[str], types:
 
 def make_model(case: Case) -> nn.Module:
     """The same weights at every call, with adapters whose update is not 0."""
-    base = small_llama(hidden=case.hidden, layers=case.layers, vocabulary=case.vocabulary)
+    base = case.base() if case.base else small_llama(hidden=case.hidden, layers=case.layers, vocabulary=case.vocabulary)
     model = prepare(base, AdapterOptions(num_layers=-1, rank=8))
     mx.eval(model.parameters())
     return model.train()
@@ -224,7 +227,8 @@ def main() -> None:
     if peer is None:
         print("mlx-lm-lora is not installed (pip install --no-deps mlx-lm-lora): ours only")
     found: list[dict[str, Any]] = []
-    for case in (case for case in (QUICK if options.quick else CASES) if options.only in case.name):
+    full = CPU if mx.default_device() == mx.Device(mx.cpu) else GPU
+    for case in (case for case in (QUICK if options.quick else full) if options.only in case.name):
         found += measure(case, 2 if options.quick else options.repetitions, options.budget)
     tell(found, COLUMNS, options.json)
 

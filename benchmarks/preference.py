@@ -37,6 +37,7 @@ from mlxlora import AdapterOptions, Objective, disabled, make_step, objectives, 
 from mlxlora.batching import pair_piece, read_positions  # noqa: E402
 from mlxlora.data import Example, Pair  # noqa: E402
 from mlxlora.logprobs import scorer  # noqa: E402
+from mlxlora.recompute import checkpointed  # noqa: E402
 from mlxlora.reference import log_probabilities  # noqa: E402
 from mlxlora.sharing import pays  # noqa: E402
 
@@ -75,6 +76,7 @@ class Case:
         completions: tokens of every (chosen, rejected).
         name: of the lengths.
         base: makes the model; None: the small llama of these sizes.
+        recomputed: ours with gradient checkpointing.
     """
 
     method: str
@@ -85,6 +87,7 @@ class Case:
     layers: int = 6
     vocabulary: int = 16000
     base: Callable[[], nn.Module] | None = None
+    recomputed: bool = False
 
 
 def cases(pairs: int) -> list[Case]:
@@ -95,11 +98,12 @@ def cases(pairs: int) -> list[Case]:
 
 def gpu_cases() -> list[Case]:
     """DPO of 8 pairs, Qwen3-0.6B's shape, bfloat16."""
-    return [
+    plain = [
         Case("dpo", [p] * 8, [(c, c)] * 8, f"Qwen3-0.6B shape, 8 pairs, P={p} C={c}", vocabulary=151936, base=qwen3_600m)
         for p in (384, 1024)
         for c in (64, 128)
     ]
+    return plain + [evolve(case, name=case.name + ", ours with checkpointing", recomputed=True) for case in plain]
 
 
 def mixed(pairs: int) -> tuple[str, list[int], list[tuple[int, int]]]:
@@ -178,7 +182,8 @@ Step = Callable[[], Any]
 def our_step(case: Case, pairs: Sequence[Pair], *, share: bool) -> tuple[Step, float]:
     """(a step, the loss before the first)."""
     batch = pair_piece(pairs, share=share).batch
-    step = make_step(make_model(case), optim.Adam(learning_rate=1e-5), METHODS[case.method])
+    model = make_model(case)
+    step = make_step(checkpointed(model) if case.recomputed else model, optim.Adam(learning_rate=1e-5), METHODS[case.method])
     return partial(step, batch), step(batch)["loss"].item()
 
 

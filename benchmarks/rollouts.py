@@ -6,7 +6,7 @@ One model with random weights, the same prompts and limits, temperature 1, in on
 `generate_step` (one completion after the other: two of them are timed) and its `BatchGenerator` (prompts as they are, or with
 the cache of a prompt that was read once) also keep every sampled token's log-probability, as policy gradients need;
 mlx-lm-lora's `generate_grpo` keeps none and so has less to do. "ragged": a twentieth of the probability ends a completion at
-every token. Every side runs a few tokens first, so that its kernels are compiled; a case that took longer than --budget
+every token. Every side runs once before, so that its shapes are compiled; a case that took longer than --budget
 seconds is not repeated.
 """
 
@@ -184,7 +184,7 @@ def measure(case: Case, make: Callable[[Case], nn.Module], repetitions: int, bud
     calls = {name: _seeded(name, side, work, tokens) for name, side in {"ours": ours, **PEERS}.items()}
     for name in list(calls):
         try:
-            _seeded(name, {"ours": ours, **PEERS}[name], evolve(work, case=evolve(case, tokens=8)), {})()
+            calls[name]() if name != "mlx-lm generate_step" else one_by_one(evolve(work, case=evolve(case, tokens=8)))
         except ImportError as error:
             print(f"{name}: left out ({error})")
             del calls[name]

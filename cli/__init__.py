@@ -3,12 +3,14 @@
 import atexit
 import gc
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from mlxlora import __version__
-from mlxlora.errors import InputError, RunError
+from mlxlora.errors import InputError, RunError, SharedError
+from mlxlora.launched import launched_rank
 
 from .compare import compare
 from .cpo import cpo
@@ -24,6 +26,7 @@ from .grpo import grpo
 from .importing import import_adapters
 from .init import init
 from .kto import kto
+from .merge import merge
 from .online_dpo import online_dpo
 from .orpo import orpo
 from .preview import preview
@@ -33,27 +36,45 @@ from .sft import sft
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # unknown flags, values that do not parse
 
-app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False, rich_markup_mode="rich")
-app.command("sft")(sft)
-app.command("distill")(distill)
-app.command("gkd")(gkd)
-app.command("dpo")(dpo)
-app.command("orpo")(orpo)
-app.command("cpo")(cpo)
-app.command("kto")(kto)
-app.command("grpo")(grpo)
-app.command("online-dpo")(online_dpo)
-app.command("preview")(preview)
-app.command("report")(report)
-app.command("eval")(evaluate)
-app.command("generate")(generate)
-app.command("compare")(compare)
-app.command("fuse")(fuse)
-app.command("export")(export)
-app.command("import")(import_adapters)
-app.command("push")(push)
-app.command("init")(init)
-app.command("doctor")(doctor)
+app = typer.Typer(
+    pretty_exceptions_show_locals=False,
+    rich_markup_mode="rich",
+    epilog="Start with `mlxlora sft`: without options it trains a bundled model. Then `mlxlora sft --help`.",
+)
+
+_TRAINED = "--model mlx-community/Qwen3-0.6B-4bit --data my-data"
+_COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
+    "Train": {
+        "sft": (sft, f"{_TRAINED} --mask-prompt --iters 200"),
+        "dpo": (dpo, f"{_TRAINED} --use-chat-template --beta 0.1 --learning-rate 5e-6"),
+        "orpo": (orpo, f"{_TRAINED} --use-chat-template --beta 0.1"),
+        "cpo": (cpo, f"{_TRAINED} --use-chat-template --loss-type simpo --beta 2 --gamma 1 --alpha 0"),
+        "kto": (kto, f"{_TRAINED} --use-chat-template --undesirable-weight 1.5"),
+        "grpo": (grpo, f"{_TRAINED} --use-chat-template --rewards accuracy,think_format --reward-weights 1,0.2"),
+        "online-dpo": (online_dpo, f"{_TRAINED} --use-chat-template --rewards accuracy --group-size 4"),
+        "distill": (distill, f"{_TRAINED} --teacher-model mlx-community/Qwen3-4B-4bit --mask-prompt"),
+        "gkd": (gkd, f"{_TRAINED} --teacher-model mlx-community/Qwen3-4B-4bit --divergence reverse_kl"),
+        "init": (init, "--config-file config.json --tokenizer some-model --output new-model --dtype bfloat16"),
+    },
+    "Look": {
+        "preview": (preview, f"{_TRAINED} --mask-prompt --num 5"),
+        "report": (report, "adapters adapters-2 --output comparison.html"),
+        "eval": (evaluate, f"{_TRAINED} --adapter-path adapters --mask-prompt --split test"),
+        "generate": (generate, '--adapter-path adapters --prompt "What is MLX?" --max-tokens 200'),
+        "compare": (compare, "--adapter-path adapters --data my-data --num 5"),
+        "doctor": (doctor, ""),
+    },
+    "Take elsewhere": {
+        "fuse": (fuse, "--adapter-path adapters --save-path fused"),
+        "merge": (merge, "adapters-a adapters-b --weights 0.5,0.5 --save-path merged"),
+        "export": (export, "--adapter-path adapters --peft adapters-peft"),
+        "import": (import_adapters, "--model Qwen/Qwen3-0.6B --peft adapters-peft --adapter-path adapters"),
+        "push": (push, "adapters me/my-adapters"),
+    },
+}
+for _panel, _commands in _COMMANDS.items():
+    for _name, (_command, _example) in _commands.items():
+        app.command(_name, rich_help_panel=_panel, epilog=f"Example: mlxlora {_name} {_example}".rstrip())(_command)
 
 
 def _version(asked: bool) -> None:
@@ -77,6 +98,10 @@ def main() -> None:
     atexit.register(gc.freeze)  # the interpreter searches all of transformers for garbage as it ends, for 0.15 s
     try:
         code = app(prog_name="mlxlora", standalone_mode=False)
+    except SharedError as error:
+        from mlxlora.distributed import current_ranks
+
+        _fail(str(error), 1, said_elsewhere=not current_ranks().leads)
     except (InputError, RunError) as error:
         _fail(str(error), 1 if isinstance(error, RunError) else 2)
     except _UsageError as error:
@@ -88,6 +113,9 @@ def main() -> None:
         sys.exit(code or 0)
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"mlxlora: error: {message}", err=True)
+def _fail(message: str, code: int, *, said_elsewhere: bool = False) -> NoReturn:
+    """Several ranks that fail together say so once."""
+    rank = launched_rank()
+    if not said_elsewhere:
+        typer.echo(f"mlxlora: error: {f'rank {rank}: ' if rank else ''}{message}", err=True)
     sys.exit(code)

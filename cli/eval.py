@@ -24,6 +24,7 @@ class EvalOptions:
 def evaluate(model: ModelOptions, data: DataOptions, evaluation: EvalOptions) -> None:
     """Loss (nats per scored token) and perplexity of a whole split."""
     from mlxlora import recipes
+    from mlxlora.distributed import current_ranks
 
     metrics = recipes.evaluate_split(
         model_options=model,
@@ -32,5 +33,5 @@ def evaluate(model: ModelOptions, data: DataOptions, evaluation: EvalOptions) ->
         split=evaluation.split,
         batch_size=evaluation.batch_size,
     )
-    for name, value in metrics.items():
+    for name, value in metrics.items() if current_ranks().leads else ():
         typer.echo(f"{name} {value:.6g}")

@@ -3,7 +3,7 @@
 import typer
 from attrs import frozen
 
-from mlxlora.config import ModelOptions, option
+from mlxlora.config import BaseOptions, option
 from mlxlora.errors import InputError
 
 from .fuse import HubOptions, ready, upload
@@ -21,7 +21,7 @@ class ExportOptions:
 
 
 @flags()
-def export(model: ModelOptions, exporting: ExportOptions, hub: HubOptions) -> None:
+def export(model: BaseOptions, exporting: ExportOptions, hub: HubOptions) -> None:
     """Write adapters in the format of the peft library, for transformers, vLLM and others."""
     from mlxlora.peft import to_peft
     from mlxlora.recipes import base_of

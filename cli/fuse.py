@@ -6,7 +6,7 @@ import typer
 from attrs import frozen
 from attrs import validators as v
 
-from mlxlora.config import ModelOptions, option
+from mlxlora.config import BaseOptions, option
 
 from .options import flags
 
@@ -36,7 +36,7 @@ class HubOptions:
 
 
 @flags()
-def fuse(model: ModelOptions, fusing: FuseOptions, hub: HubOptions) -> None:
+def fuse(model: BaseOptions, fusing: FuseOptions, hub: HubOptions) -> None:
     """Add adapters to the weights of their model: a model folder that needs no adapter files."""
     from mlxlora.fusing import fuse as run
     from mlxlora.fusing import warning

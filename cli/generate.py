@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import typer
-from attrs import frozen
+from attrs import evolve, frozen
 from attrs import validators as v
 
 from mlxlora.config import ModelOptions, option
@@ -39,37 +39,30 @@ def generate(model: ModelOptions, generation: Generation) -> None:
     """Print what a model, with or without adapters, makes of a prompt."""
     if generation.prompt is None:
         raise InputError("--prompt is missing; give the text, or - to read it from standard input")
-    for text in _stream(_model(model, generation), model, generation):
+    for text in _stream(_model(model, generation), generation):
         typer.echo(text, nl=False)
     typer.echo()
 
 
-def _model(model: ModelOptions, generation: Generation) -> str:
+def _model(model: ModelOptions, generation: Generation) -> ModelOptions:
     """--model, else the model that the adapters were trained on, else the starter."""
-    if model.model is not None:
-        return model.model
-    if generation.adapter_path is not None:
-        from mlxlora.recipes import base_of
+    if model.model is None and generation.adapter_path is None:
+        from mlxlora import starter
 
-        return str(base_of(model, generation.adapter_path).model)
-    from mlxlora import starter
+        return evolve(model, model=str(starter.model_path()))
+    from mlxlora.recipes import base_of
 
-    return str(starter.model_path())
+    return base_of(model, generation.adapter_path or "")
 
 
-def _stream(path: str, model: ModelOptions, generation: Generation) -> Iterator[str]:
+def _stream(model: ModelOptions, generation: Generation) -> Iterator[str]:
     import mlx.core as mx
-    from mlx_lm import load, stream_generate
+    from mlx_lm import stream_generate
     from mlx_lm.sample_utils import make_sampler
 
-    trust = model.trust_remote_code
-    try:
-        network, tokenizer, *_ = load(
-            path, tokenizer_config={"trust_remote_code": trust}, adapter_path=generation.adapter_path, trust_remote_code=trust
-        )
-    except (OSError, ValueError) as error:
-        adapters = f" with adapters {generation.adapter_path}" if generation.adapter_path else ""
-        raise InputError(f"cannot load --model {path}{adapters}: {' '.join(str(error).split())}") from None
+    from mlxlora.recipes import load
+
+    network, tokenizer = load(model, generation.adapter_path)
     mx.random.seed(generation.seed)
     sampler = make_sampler(generation.temperature, generation.top_p)
     prompt = _prompt(tokenizer, generation)

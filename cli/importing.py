@@ -3,7 +3,7 @@
 import typer
 from attrs import frozen
 
-from mlxlora.config import ModelOptions, option
+from mlxlora.config import BaseOptions, ModelOptions, option
 from mlxlora.errors import InputError
 
 from .options import flags
@@ -19,11 +19,12 @@ class ImportOptions:
 
 
 @flags()
-def import_adapters(model: ModelOptions, importing: ImportOptions) -> None:
+def import_adapters(model: BaseOptions, importing: ImportOptions) -> None:
     """Write adapters of the peft library as an adapter folder, to generate with or to train on."""
     from mlxlora.peft import from_peft
 
     if importing.peft is None:
         raise InputError("--peft is missing: the folder to read")
-    modules = from_peft(importing.peft, model, importing.adapter_path, overwrite=importing.overwrite)
+    base = ModelOptions(model.model, model.trust_remote_code)
+    modules = from_peft(importing.peft, base, importing.adapter_path, overwrite=importing.overwrite)
     typer.echo(f"adapters  {importing.adapter_path} ({modules} modules)")

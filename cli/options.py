@@ -16,6 +16,9 @@ from mlxlora import peers, settings
 from mlxlora.blas import load_fast_blas
 from mlxlora.config import Training
 from mlxlora.errors import InputError
+from mlxlora.launched import launched_rank
+
+from .completion import completer
 
 Command = Callable[..., None]
 
@@ -116,7 +119,13 @@ def _flags(field: attrs.Attribute, cls: type, command: str | None) -> list[inspe
     kind, default = field.type, field.default
     if _is_tuple(field):
         kind, default = list[str] | None, None if default is None else list(default)
-    shown = typer.Option(_spelling(field), help=field.metadata["help"], rich_help_panel=inspect.getdoc(cls))
+    shown = typer.Option(
+        _spelling(field),
+        help=field.metadata["help"].replace("[", "\\["),  # not markup
+        rich_help_panel=inspect.getdoc(cls),
+        metavar=_metavar(field),
+        autocompletion=completer(cls.__name__, field.name),
+    )
     hidden = [
         _parameter(alias, default, Annotated[kind, typer.Option(_dashed(alias), hidden=True)])
         for alias, name in _aliases(command).items()
@@ -125,6 +134,13 @@ def _flags(field: attrs.Attribute, cls: type, command: str | None) -> list[inspe
     if field.default is False:  # a file may have switched it on
         hidden.append(_parameter(_OFF + field.name, False, Annotated[bool, typer.Option(_dashed(_OFF + field.name), hidden=True)]))
     return [_parameter(field.name, default, Annotated[kind, shown]), *hidden]
+
+
+def _metavar(field: attrs.Attribute) -> str | None:
+    """What stands for the value: nothing for a switch, commas for a list; None: the type's name."""
+    if settings.plain_type(field.type) is bool:
+        return ""
+    return "<a,b,...>" if _is_tuple(field) else None
 
 
 def _spelling(field: attrs.Attribute) -> str:
@@ -184,7 +200,7 @@ def _with_starter(mode: str, fields: settings.Fields, values: dict[str, Any]) ->
         return values
     from mlxlora import starter
 
-    if not values.get("quiet"):
+    if not values.get("quiet") and not launched_rank():
         typer.echo("No --model and no --data: using the bundled starter, a tiny model and its data.")
     defaults = settings.read(starter.defaults(mode), fields, strict=False)
     return defaults | values | {"model": str(starter.model_path()), "data": str(starter.data_path(mode))}

@@ -6,7 +6,7 @@ import attrs
 from attrs import frozen
 from attrs import validators as v
 
-from mlxlora.config import DataOptions, ModelOptions, PairData, PromptData, RowOptions, option
+from mlxlora.config import BaseOptions, DataOptions, PairData, PromptData, RowOptions, option
 
 from .options import flags
 
@@ -28,7 +28,7 @@ class PreviewOptions(DataOptions):
 
 
 @flags(starter="sft", others=True)
-def preview(model: ModelOptions, options: PreviewOptions) -> None:
+def preview(model: BaseOptions, options: PreviewOptions) -> None:
     """Show the first rows as a model will see them, which tokens are scored, and what is cut or dropped."""
     from mlxlora.preview import look, show_preview
     from mlxlora.recipes import load_tokenizer

@@ -31,6 +31,7 @@ _NAMES = {
     "labels": ("unpaired",),
     "recipes": ("run", "load", "sft", "dpo", "orpo", "cpo", "kto", "grpo", "online_dpo", "distill", "gkd"),
     "fusing": ("fuse",),
+    "merging": ("merge",),
     "peft": ("to_peft", "from_peft"),
     "hub": ("push",),
     "comparison": ("compare",),
@@ -42,11 +43,10 @@ __all__ = sorted([*_HOME, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f".{_HOME[name]}", __name__), name)
-    if name in _MODULES:
-        return import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOME and name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import_module(".blas", __name__).load_fast_blas()  # as the command line does: only before MLX is imported it has an effect
+    return getattr(import_module(f".{_HOME[name]}", __name__), name) if name in _HOME else import_module(f".{name}", __name__)
 
 
 def __dir__() -> list[str]:

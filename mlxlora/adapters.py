@@ -8,22 +8,25 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import orjson
-from attrs import evolve
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
-from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
+from mlx_lm.tuner.utils import load_adapters
 from safetensors import SafetensorError, safe_open
 
 from .config import AdapterOptions
+from .conversion import convert, layers_to_train, lora_parameters, with_paths
 from .errors import InputError
 from .files import atomic_file
-from .lora import LeanLoRALinear, lean
+from .lora import LeanLoRALinear, adapted
+from .modes import exact
+from .principal import PrincipalLoRALinear
+from .quantising import rounded
+from .ranks import native, uniform
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
-DEFAULT_LAYERS = 16  # as mlx-lm
 _BASE = {  # where each kind of adapter keeps the module that it adapts
-    **dict.fromkeys((LoRALinear, LeanLoRALinear, DoRALinear, LoRASwitchLinear), "linear"),
+    **dict.fromkeys((LoRALinear, LeanLoRALinear, PrincipalLoRALinear, DoRALinear, LoRASwitchLinear), "linear"),
     **dict.fromkeys((LoRAEmbedding, DoRAEmbedding), "embedding"),
 }
 
@@ -37,11 +40,14 @@ def prepare(model: nn.Module, options: AdapterOptions) -> nn.Module:
     layers = layers_to_train(model, options)
     freeze(model)
     if options.train_type == "full":
+        _check_full(options)
         _unfreeze(model, layers, everything=options.num_layers == -1)
     else:
-        _convert(model, layers, options)
+        convert(model, layers, options)
     if not tree_flatten(model.trainable_parameters()):
         raise InputError(f"--train-type {options.train_type} leaves nothing to train in this model; try --num-layers -1")
+    if options.qat:
+        model._rounded = rounded(model, options.qat)  # type: ignore[assignment]
     return model
 
 
@@ -52,18 +58,12 @@ def freeze(model: nn.Module) -> nn.Module:
     return model.freeze()
 
 
-def layers_to_train(model: nn.Module, options: AdapterOptions) -> int:
-    """How many blocks, from the last, `options` ask for.
-
-    Raises:
-        InputError: more than the model has.
-    """
-    depth, asked = len(model.layers), options.num_layers  # type: ignore[arg-type]
-    if asked is None:
-        return min(DEFAULT_LAYERS, depth)
-    if asked > depth:
-        raise InputError(f"--num-layers {asked}: the model has {depth} layers; use {depth} or -1 for all")
-    return depth if asked == -1 else asked
+def _check_full(options: AdapterOptions) -> None:
+    """Whole weights have no ranks."""
+    plain = AdapterOptions()
+    for name in ("rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"):
+        if getattr(options, name) != getattr(plain, name):
+            raise InputError(f"--{name.replace('_', '-')} is for adapters; use --train-type lora")
 
 
 def _unfreeze(model: nn.Module, layers: int, *, everything: bool) -> None:
@@ -72,73 +72,54 @@ def _unfreeze(model: nn.Module, layers: int, *, everything: bool) -> None:
     model.unfreeze() if everything else [layer.unfreeze() for layer in model.layers[-layers:]]  # type: ignore[union-attr]
 
 
-def _convert(model: nn.Module, layers: int, options: AdapterOptions) -> None:
-    options = _with_paths(model, options)
-    if options.lora_keys:
-        known = {name for name, _ in model.named_modules()} | {n for b in model.layers for n, _ in b.named_modules()}  # type: ignore[union-attr]
-        if missing := [key for key in options.lora_keys if key not in known]:
-            raise InputError(f"--lora-keys: the model has no module {', '.join(missing)}; a block has {', '.join(_linear(model))}")
-    try:
-        linear_to_lora_layers(model, layers, lora_parameters(options), use_dora=options.train_type == "dora")
-        lean(model)
-    except ValueError as error:  # a kind of layer that mlx-lm cannot adapt
-        raise InputError(f"--train-type {options.train_type}: {error}; name other modules with --lora-keys") from None
-
-
-def _with_paths(model: nn.Module, options: AdapterOptions) -> AdapterOptions:
-    """Options whose keys are paths: a last name alone, such as gate_proj, stands for every module of that name in a block."""
-    names = dict.fromkeys(name for block in model.layers for name, _ in block.named_modules())  # type: ignore[union-attr]
-    ends = [(name, name.rpartition(".")[2]) for name in names]
-    found = [[key] if key in names else [name for name, end in ends if end == key] or [key] for key in options.lora_keys or ()]
-    return evolve(options, lora_keys=tuple(dict.fromkeys(path for paths in found for path in paths)) or None)
-
-
-def _linear(model: nn.Module) -> list[str]:
-    kinds = (nn.Linear, nn.QuantizedLinear)
-    return [name for name, m in model.layers[-1].named_modules() if isinstance(m, kinds)]  # type: ignore[union-attr]
-
-
-def lora_parameters(options: AdapterOptions) -> dict[str, Any]:
-    """mlx-lm's `lora_parameters`."""
-    parameters: dict[str, Any] = {"rank": options.rank, "dropout": options.dropout, "scale": options.scale}
-    return {**parameters, "keys": list(options.lora_keys)} if options.lora_keys else parameters
-
-
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """The model before its adapters, bit for bit: each adapted module is its own base while the context lasts.
+    """The model before its adapters, bit for bit: each adapted module is its own base while the context lasts, and nothing is
+    rounded (enter `evaluating` within).
 
     (Setting the scale to 0 would be exact for LoRA and wrong for DoRA.) A function compiled inside keeps the base, so
     compile the scoring of a reference apart from that of the policy.
     """
-    adapted = [(name, m, getattr(m, _BASE[type(m)])) for name, m in model.named_modules() if type(m) in _BASE]
+    found = [(name, m, getattr(m, _BASE[type(m)])) for name, m in model.named_modules() if type(m) in _BASE]
     try:
-        model.update_modules(tree_unflatten([(name, base) for name, _, base in adapted]))
-        yield model
+        model.update_modules(tree_unflatten([(name, base) for name, _, base in found]))
+        with exact(model):
+            yield model
     finally:
-        model.update_modules(tree_unflatten([(name, m) for name, m, _ in adapted]))
+        model.update_modules(tree_unflatten([(name, m) for name, m, _ in found]))
 
 
 # --- files ----------------------------------------------------------------------------------
 
 
-def save(model: nn.Module, directory: str | Path, options: AdapterOptions, name: str = "") -> None:
+def save(model: nn.Module, directory: str | Path, options: AdapterOptions, name: str = "", quantize: str | None = None) -> None:
     """Writes adapters.safetensors and adapter_config.json as mlx-lm writes them, each through a temporary name.
 
-    The `name` of the model is kept there too, as mlx-lm keeps it.
+    Adapters of several ranks or multipliers, or that started from components of the weights, become updates of one rank and
+    one multiplier on the weights as they are. The `name` of the model is kept there too, as mlx-lm keeps it, and how it was
+    quantised as it was loaded.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    arrays, size = uniform(model)
     config = {
         "model": name,
         "fine_tune_type": options.train_type,
         "num_layers": layers_to_train(model, options),
-        "lora_parameters": None if options.train_type == "full" else lora_parameters(_with_paths(model, options)),
+        "lora_parameters": None if options.train_type == "full" else lora_parameters(with_paths(model, options), size),
+        **({"quantize": quantize} if quantize else {}),
     }
     with atomic_file(directory / CONFIG) as path:
         path.write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
     with atomic_file(directory / WEIGHTS) as path:
-        save_arrays(path, dict(tree_flatten(model.trainable_parameters())))
+        save_arrays(path, arrays)
+
+
+def own_arrays(model: nn.Module) -> dict[str, mx.array]:
+    """What is trained and what it started from, as they are; with these a run goes on exactly."""
+    started = {path: m.own_arrays() for path, m in adapted(model).items() if hasattr(m, "own_arrays")}
+    beside = {f"{path}.{name}": array for path, arrays in started.items() for name, array in arrays.items()}
+    return {**dict(tree_flatten(model.trainable_parameters())), **beside}  # type: ignore[dict-item]
 
 
 def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:
@@ -198,11 +179,18 @@ def load_weights(model: nn.Module, file: str | Path) -> None:
     Raises:
         InputError: the file is missing or damaged, or does not fit; all mismatches are in one message.
     """
-    arrays = read_arrays(file)
+    arrays = native(model, read_arrays(file), _scale_of(file))
     wanted = dict(tree_flatten(model.trainable_parameters()))
     if problems := mismatches(arrays, wanted):
         raise InputError(f"{file} does not fit the model as configured: {problems}")
     model.load_weights(list(arrays.items()), strict=False)
+
+
+def _scale_of(file: str | Path) -> float | None:
+    """The multiplier of the adapters in a file, if the configuration beside it says."""
+    folder = Path(file) if Path(file).is_dir() else Path(file).parent
+    parameters = read_config(folder).get("lora_parameters") if (folder / CONFIG).is_file() else None
+    return (parameters or {}).get("scale")
 
 
 def read_arrays(file: str | Path) -> dict[str, mx.array]:

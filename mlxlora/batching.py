@@ -9,6 +9,7 @@ import numpy as np
 from attrs import frozen
 
 from .data import Example, Pair
+from .distributed import Ranks
 from .types import Batch
 
 ALIGN = 32
@@ -24,6 +25,7 @@ class Piece(NamedTuple):
         metrics: what the source measured while it made the batch, such as rewards.
         samples: what a person may want to read, such as completions with their rewards.
         units: the sequences that have to stay together if the piece is divided: a row, a pair, a prompt's group.
+        mute: it stands where a rank has no row of a batch, and must not count.
     """
 
     batch: Batch
@@ -32,6 +34,7 @@ class Piece(NamedTuple):
     metrics: Mapping[str, float] = {}
     samples: tuple[Mapping[str, Any], ...] = ()
     units: tuple[tuple[int, ...], ...] = ()
+    mute: bool = False
 
 
 # --- shapes ---------------------------------------------------------------------------------
@@ -209,6 +212,23 @@ def stream(items: Sequence[Any], order: Order, make: Make, start: int = 0) -> It
     """The pieces of batch `start` and of those after it, without end."""
     for index, rows in enumerate(order.batches(start), start):
         yield make([items[i] for i in rows], index)
+
+
+def spread(make: Make, ranks: Ranks) -> Make:
+    """This rank's share of every batch; where there are fewer rows than ranks, a row without weight stands in."""
+    if ranks.size == 1:
+        return make
+
+    def own(items: Sequence[Any], index: int) -> Piece:
+        share = ranks.share(items)
+        return make(share, index) if share else muted(make(items[:1], index))
+
+    return own
+
+
+def muted(piece: Piece) -> Piece:
+    """The piece as a stand-in."""
+    return piece._replace(tokens=0, rows=(), samples=(), mute=True)
 
 
 def example_piece(examples: Sequence[Example]) -> Piece:

@@ -17,6 +17,7 @@ from .config import (
     DPOOptions,
     GRPOOptions,
     KTOOptions,
+    ModelOptions,
     OnlineDPOOptions,
     ORPOOptions,
     PairData,
@@ -49,7 +50,7 @@ _TITLES = {
     "online-dpo": "direct preference optimisation on its own samples (online DPO)",
     "grpo": "group-relative policy optimisation (GRPO)",
 }
-_OPTIONS = (Training, AdapterOptions, DataOptions, PairData, PromptData, SamplingOptions, RewardOptions)
+_OPTIONS = (ModelOptions, Training, AdapterOptions, DataOptions, PairData, PromptData, SamplingOptions, RewardOptions)
 _MARK = "<!-- Written by mlxlora after every run; remove this line to keep a text of your own. -->"
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")
 _CACHED = re.compile(r".*/models--(.+?)--([^/]+)/snapshots/[^/]+/?")
@@ -81,7 +82,7 @@ def card(config: Mapping[str, Any], metrics: Sequence[Row], rows: Mapping[str, i
     parts = [
         front_matter(name, ["mlxlora", kind, *([method] if method in METHODS else [])], adapter=kind != "full"),
         f"# {what[0].upper()}{what[1:]} for {name or 'a model'}",
-        f"{what[0].upper()}{what[1:]}, {trained} on {_data(config, rows or {})}.",
+        f"{what[0].upper()}{what[1:]}, {trained} on {_data(config, rows or {})}.{_base(config)}",
         _usage(name),
         _table("Options that differ from the defaults", ("option", "value"), _code(changed_options(config))),
         _table("Metrics", *_results(metrics)),
@@ -164,6 +165,18 @@ def _data(config: Row, rows: Mapping[str, int]) -> str:
     return f"{config.get('data') or 'its own data'}{f' ({counted})' if counted else ''}"
 
 
+def _base(config: Row) -> str:
+    """What was done to the base, of whom the adapters are."""
+    form = config.get("quantize")
+    if not form:
+        return ""
+    kind = form if form.startswith("mx") else f"{form} bits"
+    return (
+        f" The model was quantised to {kind} as it was loaded (`--quantize {form}`), so the adapters were trained on what "
+        "`mlx_lm.convert -q` makes of it; they fit the model as it is, too."
+    )
+
+
 def _usage(name: str | None) -> str:
     return f'```bash\nmlx_lm.generate --model {name or "MODEL"} --adapter-path . --prompt "Hello"\n```'
 
@@ -180,7 +193,8 @@ def changed_options(config: Row) -> dict[str, Any]:
     """
     method = method_of(config)
     groups = (*_OPTIONS, *([METHODS[method]] if method else []))
-    defaults = {field.name: field.default for group in groups for field in attrs.fields(group)} | {"data": config.get("data")}
+    defaults = {field.name: field.default for group in groups for field in attrs.fields(group)}
+    defaults |= {name: config.get(name) for name in ("model", "data")}
     listed = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
     return {name: config[name] for name, value in listed.items() if name in config and config[name] != value}
 

@@ -8,19 +8,21 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-import numpy as np
 import orjson
 from attrs import asdict, define, field
 from mlx.utils import tree_flatten, tree_unflatten
 
-from .adapters import WEIGHTS, mismatches, read_arrays, save, save_arrays
+from .adapters import WEIGHTS, mismatches, own_arrays, read_arrays, save, save_arrays
+from .chance import random_key, restore_random_key
 from .config import AdapterOptions
 from .errors import InputError
 from .files import atomic_directory
 from .optimisers import put_state
+from .ranks import is_uniform
 from .vector import layout
 
 FOLDER, OPTIMISER, STATE, RANDOM = "checkpoints", "optimizer.safetensors", "state.json", "random_state"
+OWN = "trained.safetensors"  # the arrays as they are trained, where mlx-lm's file has them in another form
 
 
 @define
@@ -53,9 +55,11 @@ def save_checkpoint(
     path = directory / FOLDER / f"{progress.step:07d}"
     with atomic_directory(path) as temporary:
         save(model, temporary, options)
+        if not is_uniform(model):
+            save_arrays(temporary / OWN, own_arrays(model))
         save_arrays(temporary / OPTIMISER, {RANDOM: progress.key, **dict(tree_flatten(optimiser.state))})
         state = asdict(progress, filter=lambda a, _: "array" not in a.metadata)
-        state["sha256"] = {name: _digest(temporary / name) for name in (WEIGHTS, OPTIMISER)}
+        state["sha256"] = {name: _digest(temporary / name) for name in (WEIGHTS, OWN, OPTIMISER) if (temporary / name).exists()}
         (temporary / STATE).write_bytes(orjson.dumps(state, option=orjson.OPT_INDENT_2))
     for old in checkpoints(directory)[keep:] if keep else []:
         shutil.rmtree(old, ignore_errors=True)
@@ -74,29 +78,17 @@ def load_checkpoint(path: Path, model: nn.Module, optimiser: optim.Optimizer) ->
         InputError: the checkpoint is damaged, or does not fit the model and optimiser.
     """
     state = _read_state(path)
-    weights, arrays = read_arrays(path / WEIGHTS), read_arrays(path / OPTIMISER)
+    weights, arrays = read_arrays(path / (WEIGHTS if is_uniform(model) else OWN)), read_arrays(path / OPTIMISER)
     key = arrays.pop(RANDOM)
     parameters = model.trainable_parameters()
     optimiser.init(layout(optimiser, parameters).pack(parameters))
-    wanted = dict(tree_flatten(parameters))
+    wanted = own_arrays(model)
     if problems := mismatches(weights, wanted) or mismatches(arrays, dict(tree_flatten(optimiser.state))):
         raise InputError(f"{path} does not fit this run: {problems}")
     model.load_weights(list(weights.items()), strict=False)
     put_state(optimiser.state, tree_unflatten(list(arrays.items())))
     restore_random_key(key)
     return Progress(key=key, **state)
-
-
-def random_key() -> mx.array:
-    """The state of MLX's global random generator, [2] uint32."""
-    state: Any = mx.random.state
-    return state[0]
-
-
-def restore_random_key(key: mx.array) -> None:
-    """Puts a state back: the key of a seed is its two halves."""
-    high, low = (int(half) for half in np.array(key))
-    mx.random.seed((high << 32) | low)
 
 
 def newest(directory: Path) -> tuple[Path | None, list[str]]:

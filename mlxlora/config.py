@@ -5,6 +5,7 @@ validator. This module imports neither mlx nor transformers, so `mlxlora --help`
 """
 
 import math
+import re
 from typing import Any, Literal
 
 import attrs
@@ -93,12 +94,58 @@ class _Betas:
             raise ValueError
 
 
+class _Pattern:
+    """Numbers for some modules: `name=number`, where a name ends a module's path or is a regular expression for such an end."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+
+    def __repr__(self) -> str:
+        return f"a list of module=number, such as q_proj=16, each a {'whole ' if self.kind is int else ''}number above 0"
+
+    def __call__(self, group: Any, field: Any, value: tuple[str, ...]) -> None:
+        for name, _, number in (entry.rpartition("=") for entry in value):
+            if not name or not 0 < self.kind(number) < math.inf:
+                raise ValueError
+            _compiled(name)
+
+
+def _compiled(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(str(error)) from None
+
+
+class _Start:
+    """How adapters start."""
+
+    def __repr__(self) -> str:
+        return "default, pissa or pissa_niter_N, such as pissa_niter_8"
+
+    def __call__(self, group: Any, field: Any, value: str) -> None:
+        if not re.fullmatch(r"default|pissa(_niter_[1-9]\d*)?", value):
+            raise ValueError
+
+
+_FORMATS = ("4", "6", "8", "mxfp4")
+
+
 @frozen
-class ModelOptions:
+class BaseOptions:
     """Model"""
 
     model: str | None = option(None, "Model folder or hub name. Without --model and --data the bundled starter is trained.")
     trust_remote_code: bool = option(False, "Run Python code that comes with the model or its tokenizer.")
+
+
+@frozen
+class ModelOptions(BaseOptions):
+    """Model"""
+
+    quantize: Literal["4", "6", "8", "mxfp4"] | None = option(
+        None, "Quantise the weights as they are loaded, to 4, 6 or 8 bits or to mxfp4.", v.in_(_FORMATS)
+    )
 
 
 @frozen
@@ -115,9 +162,24 @@ class AdapterOptions:
     )
     rank: int = option(8, "Rank of each update.", v.ge(1))
     scale: float = option(20.0, "Multiplier of the update (alpha / rank elsewhere).", v.gt(0))
+    rslora: bool = option(False, "Rank-stabilised: multiply by alpha / sqrt(rank), alpha = scale x rank, so by scale x sqrt(rank).")
+    rank_pattern: tuple[str, ...] | None = option(
+        None, "Other ranks for some modules, q_proj=16,v_proj=4; alpha stays scale x rank, as in PEFT.", _Pattern(int)
+    )
+    alpha_pattern: tuple[str, ...] | None = option(None, "Other alphas for some modules, q_proj=32.", _Pattern(float))
+    init_lora_weights: str = option(
+        "default", "How adapters start: default (no update), pissa (principal components of the weights), "
+        "pissa_niter_N (these approximately, in N iterations).",
+        _Start(),
+    )  # fmt: skip
     dropout: float = option(0.0, "Dropout on the input of an update.", v.ge(0), v.lt(1))
     lora_keys: tuple[str, ...] | None = option(
-        None, "Modules to adapt: paths in a block (self_attn.q_proj), last names (q_proj), lm_head; default: all linear."
+        None,
+        "Modules to adapt: paths in a block (self_attn.q_proj), last names (q_proj, embed_tokens, lm_head), all-linear; "
+        "default: all-linear.",
+    )
+    qat: Literal["4", "6", "8", "mxfp4"] | None = option(
+        None, "Quantisation-aware: compute with weights rounded to this format, train the exact ones.", v.in_(_FORMATS)
     )
     resume_adapter_file: str | None = option(None, "Start from these weights (adapters.safetensors), optimiser and data anew.")
 
@@ -180,6 +242,9 @@ class Training:
         v.in_(("adam", "adamw", "sgd", "adafactor", "lion", "muon")),
     )  # fmt: skip
     weight_decay: float = option(0.0, "Weight decay, decoupled in adamw and lion; adam has none.", v.ge(0))
+    loraplus_lr_ratio: float | None = option(
+        None, "LoRA+: the learning rate of B (and of DoRA's magnitudes) is this many times that of A.", v.gt(0)
+    )
     betas: tuple[float, ...] | None = option(None, "Decay of the moments: adam, adamw (0.9, 0.999), lion (0.9, 0.99).", _Betas())
     eps: float | None = option(None, "Added to the denominator: adam, adamw (1e-8).", v.gt(0))
     momentum: float | None = option(None, "Momentum: sgd (0), muon (0.95).", v.ge(0), v.lt(1))

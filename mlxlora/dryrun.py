@@ -172,7 +172,7 @@ def _timed(run: Run, step: Step, rows: Sequence[int]) -> tuple[float, float, tup
             ends.append(perf_counter())
             last[:] = pieces
 
-    train(step, stream, Progress(), STEPS * repeats, (seen,), repeats=repeats, micro=run.micro)
+    train(step, stream, Progress(), STEPS * repeats, (seen,), repeats=repeats, micro=run.micro, ranks=run.ranks)
     seconds = [b - a for a, b in pairwise(ends)]
     each = median(seconds)
     return each / repeats, sum(max(s - each, 0.0) for s in seconds), tuple(last)

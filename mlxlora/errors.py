@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """A run that could not go on through no fault of its input (exit code 1), such as a non-finite loss."""
+
+
+class SharedError(RunError):
+    """A failure that every rank of a distributed run meets, so that only rank 0 says it."""

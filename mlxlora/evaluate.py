@@ -10,6 +10,7 @@ import numpy as np
 
 from .batching import Piece
 from .compose import Metrics, Objective
+from .distributed import ALONE, Ranks
 from .logprobs import Scorer
 from .modes import evaluating
 from .types import Batch
@@ -17,10 +18,11 @@ from .types import Batch
 Evaluate = Callable[[Iterable[Piece]], dict[str, float]]
 
 
-def make_evaluate(model: nn.Module, objective: Objective, score: Scorer) -> Evaluate:
+def make_evaluate(model: nn.Module, objective: Objective, score: Scorer, ranks: Ranks = ALONE) -> Evaluate:
     """Compiles `evaluate(pieces) -> {name: mean}`: Σ of every term over the pieces / Σ of its counts.
 
-    The loss is Σ coefficient·mean of the pooled means; `perplexity` = exp(nll) is added where `nll` is a term.
+    The loss is Σ coefficient·mean of the pooled means; `perplexity` = exp(nll) is added where `nll` is a term. Each of the
+    `ranks` sums up its own pieces, and all get the means of all.
     """
     state = [model.state]
 
@@ -32,27 +34,35 @@ def make_evaluate(model: nn.Module, objective: Objective, score: Scorer) -> Eval
         return {name: means[name] * mx.maximum(counts[name], 1) for name in counts}, counts
 
     def evaluate(pieces: Iterable[Piece]) -> dict[str, float]:
-        total: dict[str, float] = {}
-        count: dict[str, float] = {}
+        names = [t.name for _, t in objective.terms]
+        total: dict[str, float] = dict.fromkeys(names, 0.0)
+        count: dict[str, float] = dict.fromkeys(names, 0.0)
         with evaluating(model):
             for piece in pieces:
+                if piece.mute:
+                    continue
                 parts = sums(piece.batch)
                 mx.eval(parts)
                 for pooled, part in zip((total, count), parts, strict=True):
-                    pooled.update({name: pooled.get(name, 0.0) + float(np.array(value)) for name, value in part.items()})
-        return _with_loss(objective, {name: total[name] / max(count[name], 1) for name in total})
+                    pooled.update({name: pooled[name] + float(np.array(value)) for name, value in part.items()})
+        everyone = ranks.totals(*total.values(), *count.values())
+        halves = everyone[: len(names)], everyone[len(names) :]
+        means = {name: t / max(c, 1) for name, t, c in zip(names, *halves, strict=True)}
+        return _with_loss(objective, means)
 
     return evaluate
 
 
-def mean_measures(pieces: Iterable[Piece]) -> dict[str, float]:
-    """Means, over rows, of what the source measured; the loss is minus the reward."""
+def mean_measures(pieces: Iterable[Piece], ranks: Ranks = ALONE) -> dict[str, float]:
+    """Means, over rows of all ranks, of what the source measured; the loss is minus the reward."""
     total: dict[str, float] = {}
     count = 0
     for piece in pieces:
         count += len(piece.rows)
         total = {name: total.get(name, 0.0) + value * len(piece.rows) for name, value in piece.metrics.items()}
-    means = {name: value / max(count, 1) for name, value in total.items()}
+    names = ranks.told(list(total))
+    *sums, rows = ranks.totals(*(total[name] for name in names), count)
+    means = {name: value / max(rows, 1) for name, value in zip(names, sums, strict=True)}
     return {"loss": -means["reward"], **means}
 
 

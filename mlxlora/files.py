@@ -15,7 +15,7 @@ def cache_folder(name: str) -> Path:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary name to write to; renamed to `path` at the end, removed if anything went wrong."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # several ranks may keep the same result
     try:
         yield temporary
         _sync(temporary)

@@ -11,7 +11,7 @@ import mlx.nn as nn
 from attrs import frozen
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.gguf import convert_to_gguf
-from mlx_lm.utils import dequantize_model, hf_repo_to_path, quantize_model, save
+from mlx_lm.utils import dequantize_model, hf_repo_to_path, save
 
 from .adapters import attach
 from .card import CARD, fused_card
@@ -19,14 +19,10 @@ from .config import ModelOptions
 from .errors import InputError
 from .files import atomic_directory, atomic_file
 from .folders import check_vacant
+from .lora import base_of_adapter
+from .quantising import QUANTISATIONS, quantisation_of, quantise, weight_of
 from .recipes import load_with_config
 from .tables import choose
-
-QUANTISATIONS: dict[str, dict[str, Any]] = {
-    **{str(bits): {"group_size": None, "bits": bits} for bits in (2, 3, 4, 5, 6, 8)},
-    **{mode: {"group_size": None, "bits": None, "mode": mode} for mode in ("mxfp4", "mxfp8", "nvfp4")},
-}
-"""What `--quantize` may name, as mlx-lm's `quantize_model` takes it."""
 
 GGUF_TYPES = ("llama", "mistral", "mixtral")  # as mlx-lm's
 Adapted = Sequence[tuple[str, nn.Module]]
@@ -110,35 +106,18 @@ def merged(
         model = dequantize_model(model)
         changed = {name: value for name, value in config.items() if name not in ("quantization", "quantization_config")}
     if quantize:
-        with redirect_stdout(io.StringIO()):  # mlx-lm prints the bits per weight
-            model, changed = quantize_model(model, changed, **QUANTISATIONS[quantize])
+        model, changed = quantise(model, changed, quantize)
     return model, changed, rounding(model, adapted)
 
 
 def _merge(adapter: Any, keep: bool) -> nn.Module:
     """Base and adapter as one module; `keep` quantises it as the base was."""
-    base = _base(adapter)
+    base = base_of_adapter(adapter)
     dense = adapter.fuse(dequantize=True)
-    dense.weight = dense.weight.astype(_weight(base).dtype)  # mlx-lm's DoRA would leave float32
+    dense.weight = dense.weight.astype(weight_of(base).dtype)  # mlx-lm's DoRA would leave float32
     if not keep or "scales" not in base:
         return dense
-    return dense.to_quantized(**_quantisation(base))
-
-
-def _base(adapter: Any) -> nn.Module:
-    return adapter.linear if "linear" in adapter else adapter.embedding
-
-
-def _quantisation(module: Any) -> dict[str, Any]:
-    mode = getattr(module, "mode", "affine")
-    return {"group_size": module.group_size, "bits": module.bits, **({} if mode == "affine" else {"mode": mode})}
-
-
-def _weight(module: Any) -> mx.array:
-    """The weights of a module, quantised ones read back."""
-    if "scales" not in module:
-        return module.weight
-    return mx.dequantize(module.weight, module.scales, module.get("biases"), **_quantisation(module))
+    return dense.to_quantized(**quantisation_of(base))
 
 
 def rounding(model: nn.Module, adapted: Adapted) -> Rounding | None:
@@ -155,11 +134,11 @@ def rounding(model: nn.Module, adapted: Adapted) -> Rounding | None:
 
 def _rounded(adapter: Any, quantised: Any) -> tuple[float, ...]:
     """⟨Q(W + ΔW) - Q(W), ΔW⟩, ‖ΔW‖², ‖Q(W + ΔW) - (W + ΔW)‖², ‖W‖² of one module."""
-    how = _quantisation(quantised)
-    base = _weight(_base(adapter))
+    how = quantisation_of(quantised)
+    base = weight_of(base_of_adapter(adapter))
     before = mx.dequantize(*mx.quantize(base, **how), **how).astype(mx.float32)
     weight, wanted = base.astype(mx.float32), adapter.fuse(dequantize=True).weight.astype(mx.float32)
-    update, after = wanted - weight, _weight(quantised).astype(mx.float32)
+    update, after = wanted - weight, weight_of(quantised).astype(mx.float32)
     sums = (((after - before) * update).sum(), update.square().sum(), (after - wanted).square().sum(), weight.square().sum())
     mx.eval(sums)
     return tuple(float(value) for value in sums)

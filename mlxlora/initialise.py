@@ -82,6 +82,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _tokenizer(folder: Path) -> Any:
+    import mlx_lm  # noqa: F401 - first: it keeps transformers from saying that it misses PyTorch
     from transformers import AutoTokenizer
 
     if not folder.is_dir():

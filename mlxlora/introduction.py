@@ -17,7 +17,10 @@ def introduce(run: Run) -> None:
     if not run.splits["valid"].items:
         run.tell("note", "no validation split: --valid-fraction 0.1 would make one")
     if run.tokenizer.has_chat_template and not run.source.data.use_chat_template and _plain(run):
-        run.tell("note", "rows are plain text; the model has a chat template: --use-chat-template would wrap them")
+        run.tell(
+            "note",
+            "rows are plain text; the model has a chat template: --use-chat-template would wrap prompts and completions in it",
+        )
     first = run.source.examples(run.splits["train"].items[0])[0]
     for reporter in run.reporters:
         if isinstance(reporter, Terminal):

@@ -13,9 +13,10 @@ import mlx.nn as nn
 import numpy as np
 from attrs import evolve, frozen
 
-from .batching import Make, Piece, collate, completion_tokens, singles, token_count
+from .batching import Make, Piece, collate, completion_tokens, singles, spread, token_count
 from .config import RowOptions
 from .data import Example, preference_pair, supervised_example
+from .distributed import Ranks
 from .errors import InputError
 from .formats import KEYS, Row, labelled
 from .logprobs import scorer
@@ -49,8 +50,7 @@ def unpaired(data: str | RowOptions, *, reference_point: bool = True, **options:
     data = RowOptions(data=data, **options) if isinstance(data, str) else evolve(data, **options)
 
     def make(context: Context) -> Make:
-        measure = _measured(context.model) if reference_point else _unmeasured
-        return lambda items, _: measure(items, _piece(items))
+        return _measured(context.model, context.ranks) if reference_point else lambda items, _: _piece(items)
 
     def examples(item: Judged) -> tuple[Example, ...]:
         return (item.example,) if item.mismatched is None else (item.example, item.mismatched)
@@ -121,32 +121,33 @@ def _piece(items: Sequence[Judged]) -> Piece:
     return Piece(batch, token_count(examples), tuple(e.where for e in examples), units=singles(len(examples)))
 
 
-def _unmeasured(items: Sequence[Judged], piece: Piece) -> Piece:
-    return piece
-
-
-def _measured(model: nn.Module) -> Any:
-    """(items, piece) -> the piece with `reference_point`, measured with the model as it then is."""
-    score, state = scorer(model), [model.state]
+def _measured(model: nn.Module, ranks: Ranks) -> Make:
+    """Pieces with `reference_point`, which all ranks measure together, with the model as it then is."""
+    score, state, own = scorer(model), [model.state], spread(lambda items, _: _piece(items), ranks)
 
     @partial(mx.compile, inputs=state, outputs=state)
     def logps(batch: Batch) -> mx.array:
         return score(batch, gradient=False)[0]
 
-    def with_point(items: Sequence[Judged], piece: Piece) -> Piece:
-        examples = [item.mismatched for item in items if item.mismatched is not None]
-        batch = collate(examples)
+    def divergence(examples: Sequence[Example]) -> float:
+        if not examples:
+            return 0.0
         with evaluating(model):
-            policy = np.array(logps(batch))
-        point = mean_log_ratio(policy, examples)
-        column = mx.full((len(items),), max(point, 0.0), mx.float32)
+            policy = np.array(logps(collate(examples)))
+        return sum_log_ratio(policy, examples)
+
+    def with_point(items: Sequence[Judged], index: int) -> Piece:
+        piece = own(items, index)
+        examples = [item.mismatched for item in ranks.share(items) if item.mismatched is not None]
+        total, count = ranks.totals(divergence(examples), len(examples))
+        column = mx.full((piece.batch.sequences,), max(total / count, 0.0), mx.float32)
         return piece._replace(batch=piece.batch._replace(reference_point=column))
 
     return with_point
 
 
-def mean_log_ratio(logps: np.ndarray, examples: Sequence[Example]) -> float:
-    """The mean over the examples of log π(y|x) - log π_ref(y|x); logps [N] or longer, in the order of the examples, nats.
+def sum_log_ratio(logps: np.ndarray, examples: Sequence[Example]) -> float:
+    """The sum over the examples of log π(y|x) - log π_ref(y|x); logps [N] or longer, in the order of the examples, nats.
 
     Raises:
         ValueError: the examples have no `ref_logps`.
@@ -156,4 +157,4 @@ def mean_log_ratio(logps: np.ndarray, examples: Sequence[Example]) -> float:
         raise ValueError("the reference point needs the reference's log-probabilities, which with_reference(...) adds")
     reference = np.concatenate(known)
     assert len(reference) == sum(map(completion_tokens, examples))
-    return float((logps[: len(reference)] - reference).sum()) / len(examples)
+    return float((logps[: len(reference)] - reference).sum())

@@ -9,8 +9,10 @@ from types import FrameType
 from attrs import define
 
 from .batching import Piece
-from .checkpoint import Progress, random_key
-from .errors import RunError
+from .chance import random_key
+from .checkpoint import Progress
+from .distributed import ALONE, Ranks
+from .errors import RunError, SharedError
 from .memory import out_of_memory
 from .micro import MicroBatches
 from .step import Step
@@ -27,41 +29,48 @@ def train(
     *,
     repeats: int = 1,
     micro: MicroBatches | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Steps until `total`, or until a hook sets `progress.stop`; each hook sees every finished step, in order.
 
     Every group of batches is used for `repeats` steps (several updates on one rollout); a run only ever stops after
-    the last of them. `micro` divides batches that would not fit into memory.
+    the last of them. `micro` divides batches that would not fit into memory. `ranks` take the steps together, each with the
+    pieces of its stream.
 
     Ctrl-C while a batch is made ends the run at once, during a step or its hooks after them: `progress` is always the
-    state after a whole step. A second Ctrl-C does not wait.
+    state after a whole step. A second Ctrl-C does not wait. Several ranks end after the same step.
 
     Raises:
-        RunError: the loss or the gradient is not finite; weights and optimiser are those of the step before. Or memory ran out.
+        RunError: the loss or the gradient is not finite; weights and optimiser are those of the step before. Or memory ran out, or
+            another rank is gone.
         KeyboardInterrupt: Ctrl-C.
         Abandoned: a second one, before the step was over.
     """
-    with Interruptible() as interrupt:
+    with Interruptible(waits=ranks.size > 1) as interrupt:
         while progress.step < total and not progress.stop:
             start = time.perf_counter()
             pieces = next(stream)
             waited = time.perf_counter() - start
             with interrupt.held():
+                own, asked = sum(p.tokens for p in pieces), 0.0
                 for _ in range(min(repeats, total - progress.step)):
                     start = time.perf_counter()
+                    tokens, asked = ranks.totals(own, interrupt.asked)  # before the step: where others end, it has not begun
                     metrics = _stepped(step, pieces, micro)
-                    _check(metrics, progress, pieces)
+                    _check(metrics, progress, pieces, ranks)
                     seconds = {"seconds_waited": waited, "seconds_stepped": time.perf_counter() - start}
-                    _advance(progress, metrics | seconds, pieces)
+                    _advance(progress, metrics | seconds, pieces, round(tokens))
                     waited = 0.0
                     for hook in hooks:
                         hook(progress, pieces)
+                if ranks.size > 1 and asked:
+                    raise KeyboardInterrupt
 
 
 def _stepped(step: Step, pieces: Sequence[Piece], micro: MicroBatches | None) -> dict[str, float]:
     parts = micro(pieces) if micro else pieces
     try:
-        metrics = step.measured(*(p.batch for p in parts))
+        metrics = step.measured(*(p.batch for p in parts if not p.mute))
     except (RuntimeError, MemoryError) as error:
         if out_of_memory(error):
             raise RunError(_advice(parts, error)) from error
@@ -89,19 +98,18 @@ def every(steps: int, hook: Hook, total: int) -> Hook:
     return run
 
 
-def _check(metrics: dict[str, float], progress: Progress, pieces: Sequence[Piece]) -> None:
+def _check(metrics: dict[str, float], progress: Progress, pieces: Sequence[Piece], ranks: Ranks) -> None:
     for name in ("loss", "grad_norm"):
         if not math.isfinite(metrics[name]):
-            rows = [row for piece in pieces for row in piece.rows]
+            rows = ranks.listed([row for piece in pieces for row in piece.rows])
             more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
-            raise RunError(
+            raise SharedError(
                 f"step {progress.step + 1}: {name} is {metrics[name]} (rows {', '.join(rows[:8])}{more}); "
                 f"the weights are those of step {progress.step}. Try a lower --learning-rate or --max-grad-norm 1"
             )
 
 
-def _advance(progress: Progress, metrics: dict[str, float], pieces: Sequence[Piece]) -> None:
-    tokens = sum(p.tokens for p in pieces)
+def _advance(progress: Progress, metrics: dict[str, float], pieces: Sequence[Piece], tokens: int) -> None:
     sourced = {name: sum(p.metrics[name] for p in pieces) / len(pieces) for name in pieces[0].metrics}
     seen = {**metrics, **sourced, "window_tokens": tokens, "steps": 1}
     progress.window = {name: progress.window.get(name, 0.0) + value for name, value in seen.items()}
@@ -117,8 +125,13 @@ class Abandoned(KeyboardInterrupt):
 
 @define
 class Interruptible:
-    """Ctrl-C, but not in the middle of what is held; outside the main thread the default stays."""
+    """Ctrl-C, but not in the middle of what is held; outside the main thread the default stays.
 
+    Attributes:
+        waits: even outside of it: others have to be told first.
+    """
+
+    waits: bool = False
     _held: bool = False
     _asked: bool = False
     _before: object = None
@@ -135,11 +148,16 @@ class Interruptible:
             signal.signal(signal.SIGINT, self._before)  # type: ignore[arg-type]
 
     def _handle(self, _: int, __: FrameType | None) -> None:
-        if not self._held:
+        if not self._held and not self.waits:
             raise KeyboardInterrupt
         if self._asked:
             raise Abandoned
         self._asked = True
+
+    @property
+    def asked(self) -> bool:
+        """Whether there was one that is yet to have an effect."""
+        return self._asked
 
     def held(self) -> "_Held":
         return _Held(self)
@@ -154,5 +172,5 @@ class _Held:
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         self.interrupt._held = False
-        if self.interrupt._asked and kind is None:
+        if self.interrupt._asked and kind is None and not self.interrupt.waits:
             raise KeyboardInterrupt

@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 
 @contextmanager
@@ -16,14 +16,49 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     Dropout is off, so nothing is drawn from the global random state, and trained parameters are those that a training
     step computes with.
     """
-    training, masters = model.training, model.trainable_parameters()
+    training = model.training
     model.eval()
-    model.update(compute_cast(model)(masters))
+    try:
+        with computing(model, compute_cast(model)(model.trainable_parameters())) as parameters:
+            model.update(parameters)
+            yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def computing(model: nn.Module, parameters: Any) -> Iterator[Any]:
+    """The trainable parameters that a forward pass uses, given their values; afterwards the model has those of before.
+
+    Quantisation-aware training rounds weights here, frozen ones in the model (see `quantising.rounded`): a gradient at the
+    values that this yields is taken as that of the values given.
+    """
+    before, rounded = model.trainable_parameters(), getattr(model, "_rounded", None)
+    if rounded is None:
+        try:
+            yield parameters
+        finally:
+            model.update(before)
+        return
+    model.update(parameters)
+    weights, all_before = rounded(model), dict(tree_flatten(model.parameters()))
+    model.update(tree_unflatten(list(weights.items())))
+    try:
+        yield model.trainable_parameters()
+    finally:
+        model.update(tree_unflatten([(path, all_before[path]) for path in weights]))
+        model.update(before)
+
+
+@contextmanager
+def exact(model: nn.Module) -> Iterator[None]:
+    """Nothing is rounded in a `computing` that is entered within."""
+    rounded = getattr(model, "_rounded", None)
+    model._rounded = None  # type: ignore[assignment]
     try:
         yield
     finally:
-        model.train(training)
-        model.update(masters)
+        model._rounded = rounded
 
 
 def compute_cast(model: nn.Module) -> Callable[[Any], Any]:

@@ -12,13 +12,13 @@ from attrs import evolve, field, frozen
 
 from . import rewards as scoring
 from .advantages import Advantage, group_relative, no_signal
-from .batching import Make, Piece, collate, singles
+from .batching import Make, Piece, collate, muted, singles
 from .config import PromptData, RewardOptions
 from .data import Example, Prompt, prompt_example
 from .formats import KEYS
 from .kv import Route, find_route
 from .rewards import NamedReward
-from .rollouts import Completion, Sampling, rollout_stats, sample
+from .rollouts import Completion, Sampling, length_stats, sample
 from .sources import Context, Source
 from .types import Batch
 
@@ -66,7 +66,7 @@ class Group:
 
 
 Sampler = Callable[[Context, Rollouts, Sequence[Prompt], mx.array], list[list[Completion]]]
-"""(context, how, prompts, key) -> [prompts][G] completions."""
+"""(context, how, the batch's prompts, key) -> [own prompts][G] completions: of those that are this rank's share."""
 
 Laid = tuple[Batch, Sequence[Example], tuple[tuple[int, ...], ...]]
 Layout = Callable[[Context, Rollouts, Sequence[Group]], Laid]
@@ -127,21 +127,42 @@ def _greedy(how: Rollouts) -> Rollouts:
 def _piece(context: Context, how: Rollouts, items: Sequence[Prompt], index: int, layout: Layout) -> Piece:
     began = time.perf_counter()
     groups = _rolled(context, how, items, (index, 0))
-    silent = float(np.mean([_silent(group) for group in groups]))
+    silent = float(context.ranks.interleaved(np.array([_silent(group) for group in groups], bool)).mean())
     if how.options.dynamic_sampling and not context.validation:
         groups = _with_signal(context, how, groups, index)
-    stats = rollout_stats([g.completions for g in groups], time.perf_counter() - began)
-    rewarded = {"frac_reward_zero_std": silent, **_measures(how, groups)} if how.rewards else {}
-    batch, examples, units = layout(context, how, groups)
+    rewards, parts, lengths, finished = _pooled(context, how, groups)
+    stats = length_stats(lengths.tolist(), finished.astype(bool).tolist(), time.perf_counter() - began)
+    rewarded = {"frac_reward_zero_std": silent, **_measures(how, rewards, parts)} if how.rewards else {}
+    batch, examples, units = layout(context, how, groups or [_stand_in(how, items[0])])
     rows = tuple(group.prompt.where for group in groups)
-    return Piece(batch, sum(len(e.tokens) for e in examples), rows, rewarded | stats, _samples(how, groups), units)
+    piece = Piece(batch, sum(len(e.tokens) for e in examples), rows, rewarded | stats, _samples(how, groups), units)
+    return piece if groups else muted(piece)
+
+
+def _stand_in(how: Rollouts, prompt: Prompt) -> Group:
+    """Where a rank has no prompt of a batch: completions that nobody rewarded."""
+    one = Completion(np.zeros(1, np.int32), np.zeros(1, np.float32), finished=True)
+    nothing = np.full(how.group_size, np.nan)
+    return Group(prompt, [one] * how.group_size, [""] * how.group_size, np.tile(nothing, (len(how.rewards), 1)), nothing)
+
+
+def _pooled(context: Context, how: Rollouts, groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of the groups of all ranks: rewards [prompts, G], parts [functions, S], lengths [S] and which ones are finished [S]."""
+    columns = 3 + len(how.rewards)
+    own = [
+        np.stack([g.rewards, *g.parts, [len(c.tokens) for c in g.completions], [c.finished for c in g.completions]], axis=-1)
+        for g in groups
+    ]
+    everyone = np.concatenate(context.ranks.gathered(np.array(own, np.float64).reshape(-1, how.group_size, columns)))
+    rewards, *parts, lengths, finished = np.moveaxis(everyone, -1, 0)
+    return rewards, np.array(parts).reshape(len(parts), lengths.size), lengths.reshape(-1), finished.reshape(-1)
 
 
 def with_advantages(context: Context, how: Rollouts, groups: Sequence[Group]) -> Laid:
     """Every completion with its advantage."""
     flat = [completion for group in groups for completion in group.completions]
     examples = [sequence(group.prompt, c, how) for group in groups for c in group.completions]
-    advantages = how.advantage(mx.array(np.stack([g.rewards for g in groups]).astype(np.float32)))
+    advantages = _advantages(context, how, np.stack([g.rewards for g in groups]).astype(np.float32))
     numbers = np.arange(len(examples)).reshape(len(groups), -1).tolist() if context.share else ()
     batch = collate(examples, groups=numbers, advantages=advantages.reshape(-1))
     if how.keep_logps:
@@ -150,10 +171,20 @@ def with_advantages(context: Context, how: Rollouts, groups: Sequence[Group]) ->
     return batch, examples, tuple(map(tuple, numbers)) if batch.prefix is not None else singles(len(examples))
 
 
+def _advantages(context: Context, how: Rollouts, rewards: np.ndarray) -> mx.array:
+    """[own prompts, G]: an advantage may depend on the rewards of the whole batch."""
+    parts = context.ranks.gathered(rewards)
+    start = sum(map(len, parts[: context.ranks.rank]))
+    return how.advantage(mx.array(np.concatenate(parts)))[start : start + len(rewards)]
+
+
 def _rolled(context: Context, how: Rollouts, items: Sequence[Prompt], place: tuple[int, int]) -> list[Group]:
-    """Samples and rewards a group for each prompt; the same place of the same run gives the same completions."""
+    """Samples and rewards a group for each of this rank's prompts; the same place of the same run gives the same completions."""
     seed = np.random.SeedSequence((context.seed, int(context.validation), *place)).generate_state(1, np.uint64)[0]
     sampled = (how.sampler or by_policy)(context, how, items, mx.random.key(int(seed)))
+    items = context.ranks.share(items)
+    if not items:
+        return []
     texts = [[_text(context.tokenizer, c) for c in group] for group in sampled]
     parts = _rewarded(how, items, sampled, texts)
     weights = [reward.weight for reward in how.rewards]
@@ -165,31 +196,41 @@ def _rolled(context: Context, how: Rollouts, items: Sequence[Prompt], place: tup
 
 
 def by_policy(context: Context, how: Rollouts, items: Sequence[Prompt], key: mx.array) -> list[list[Completion]]:
-    """G completions of each prompt from the model as it is."""
+    """G completions of each of this rank's prompts from the model as it is; each has the key that it would have in one process."""
+    keys = mx.random.split(key, len(items) * how.group_size).reshape(len(items), how.group_size, 2)
+    own = list(context.ranks.share(range(len(items))))
     return sample(
         context.model,
-        [prompt.tokens.tolist() for prompt in items],
+        [items[i].tokens.tolist() for i in own],
         how.group_size,
         how.sampling,
         context.tokenizer.eos_token_ids,
-        key=key,
+        key=keys[mx.array(own)].reshape(-1, 2) if own else key,
         batch=how.batch,
         route=how.route,
     )
 
 
 def _with_signal(context: Context, how: Rollouts, groups: list[Group], index: int) -> list[Group]:
-    """Replaces groups without signal by groups of other prompts (DAPO, Yu et al., 2025, section 3.2)."""
+    """Replaces groups without signal by groups of other prompts (DAPO, Yu et al., 2025, section 3.2).
+
+    Over several ranks a place of the batch belongs to the rank that found a group for it.
+    """
+    ranks = context.ranks
+    placed = {ranks.rank + i * ranks.size: group for i, group in enumerate(groups)}
     for attempt in range(1, _ROUNDS + 1):
-        silent = [i for i, group in enumerate(groups) if _silent(group)]
+        silent = sorted(ranks.listed([place for place, group in placed.items() if _silent(group)]))
         if not silent:
             break
         rng = np.random.default_rng((context.seed, index, attempt))
         others = [context.items[i] for i in rng.integers(len(context.items), size=len(silent))]
-        found = iter([g for g in _rolled(context, how, others, (index, attempt)) if not _silent(g)])
-        for i, group in zip(silent, found, strict=False):
-            groups[i] = group
-    return groups
+        rolled = _rolled(context, how, others, (index, attempt))
+        signals = np.flatnonzero(~ranks.interleaved(np.array([_silent(group) for group in rolled], bool))).tolist()
+        for place, number in zip(silent, signals, strict=False):
+            placed.pop(place, None)
+            if number % ranks.size == ranks.rank:
+                placed[place] = rolled[number // ranks.size]
+    return [placed[place] for place in sorted(placed)]
 
 
 def _rewarded(
@@ -231,10 +272,8 @@ def _silent(group: Group) -> bool:
     return bool(no_signal(mx.array(group.rewards.astype(np.float32))[None])[0].item())
 
 
-def _measures(how: Rollouts, groups: Sequence[Group]) -> dict[str, float]:
-    """TRL's metrics of rewards; a completion that no function rewarded counts in none."""
-    rewards = np.stack([g.rewards for g in groups])
-    parts = np.concatenate([g.parts for g in groups], axis=1)
+def _measures(how: Rollouts, rewards: np.ndarray, parts: np.ndarray) -> dict[str, float]:
+    """TRL's metrics of rewards [prompts, G], parts [functions, S]; a completion that no function rewarded counts in none."""
     measures = {"reward": _mean(rewards), "reward_std": float(np.mean([_std(r) for r in rewards]))}
     for reward, values in zip(how.rewards, parts, strict=True):
         measures[f"rewards/{reward.name}/mean"] = _mean(values)

@@ -1,6 +1,7 @@
 """Optimisers and learning-rate schedules by name."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -25,12 +26,14 @@ _HYPERPARAMETERS = {
     "momentum": ("sgd", "muon"),
 }
 """Which optimisers have them; MLX's defaults stand where they are not given."""
+RAISED = "lora_b"
 
 
 def make_optimiser(training: Training, steps: int) -> optim.Optimizer:
     """The optimiser that `training` names, on its schedule over `steps`.
 
-    Adam and AdamW are the published ones (Kingma & Ba, 2015; Loshchilov & Hutter, 2019), with bias correction.
+    Adam and AdamW are the published ones (Kingma & Ba, 2015; Loshchilov & Hutter, 2019), with bias correction. LoRA+ (Hayou et
+    al., 2024, https://arxiv.org/abs/2402.12354) is two of them, the second on `raised` parameters with a multiple of the rate.
 
     Raises:
         InputError: weight decay for adam, which has none, or a hyper-parameter of other optimisers.
@@ -41,7 +44,24 @@ def make_optimiser(training: Training, steps: int) -> optim.Optimizer:
     for name in given:
         if training.optimizer not in _HYPERPARAMETERS[name]:
             raise InputError(f"--{name} has no effect on {training.optimizer}; it belongs to {', '.join(_HYPERPARAMETERS[name])}")
-    return _OPTIMISERS[training.optimizer](learning_rate(training, steps), weight_decay=training.weight_decay, **given)
+    make = partial(_OPTIMISERS[training.optimizer], weight_decay=training.weight_decay, **given)
+    rate, ratio = learning_rate(training, steps), training.loraplus_lr_ratio
+    if ratio is None:
+        return make(rate)
+    return optim.MultiOptimizer([make(rate), make(_times(rate, ratio))], [lambda path, _: not raised(path)])
+
+
+def raised(path: str) -> bool:
+    """Whether LoRA+ raises the learning rate of a parameter: B, and DoRA's magnitudes, as in PEFT.
+
+    >>> raised("layers.0.q_proj.lora_b"), raised("layers.0.q_proj.lora_a")
+    (True, False)
+    """
+    return path.rpartition(".")[2] in (RAISED, "m")
+
+
+def _times(rate: Rate, ratio: float) -> Rate:
+    return (lambda step: ratio * rate(step)) if callable(rate) else ratio * rate
 
 
 def learning_rate(training: Training, steps: int) -> Rate:

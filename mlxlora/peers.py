@@ -195,10 +195,11 @@ _MLX_LM = {
     "project_name": Key("set WANDB_PROJECT or SWANLAB_PROJECT in the environment instead", fate="told"),
 }
 
-_QUANTISE = (
-    "quantise the model once with `mlx_lm.convert --hf-path MODEL -q --mlx-path FOLDER` and name the folder as model; "
-    "until then it is loaded as it is"
-)
+
+def _loaded_in(form: str) -> Key:
+    return Key(f"`quantize: {form}`", turned=lambda v: {"quantize": form} if v else {}, switch=True)
+
+
 _LORA_MODE = "belongs to a `train_mode` that is not offered"
 
 _MLX_LM_LORA = {
@@ -221,7 +222,7 @@ _MLX_LM_LORA = {
     **_same("reward_weights"),
     "list_reward_functions": Key("the README lists them", switch=True),
     "reward_scaling": Key("does nothing there either"),
-    **_ignored(_QUANTISE, "load_in_4bits", "load_in_6bits", "load_in_8bits", "load_in_mxfp4", fate="told", switch=True),
+    **{f"load_in_{name}": _loaded_in(form) for name, form in (("4bits", "4"), ("6bits", "6"), ("8bits", "8"), ("mxfp4", "mxfp4"))},
     "fuse": Key("run `mlxlora fuse` afterwards", fate="told", switch=True),
     "lm_studio_name": Key("run `mlxlora fuse --save-path` into LM Studio's folder of models", fate="told"),
     "efficient_long_context": Key("memory is bounded without it: `micro_batch`, `memory_limit`, `grad_checkpoint`", switch=True),
@@ -231,8 +232,12 @@ _MLX_LM_LORA = {
     "wand": Key("does nothing there either; `report_to: [wandb]`"),
     "judge": Key("a model, not `human`", option="judge_model", modes=("online-dpo",), turned=_judge),
     "judge_config": Key("the judge has a fixed prompt; remove it", modes=("online-dpo",), fate="refused", idle=(None, {})),
-    "qat_enable": Key("there is no quantisation-aware training; remove it", fate="refused", switch=True),
-    **_ignored("belongs to `qat_enable`", "qat_bits", "qat_group_size", "qat_mode", "qat_start_step", "qat_interval"),
+    "qat_enable": Key("`qat: 8`, or as `qat_bits` says: what `mlx_lm.convert -q` quantises is rounded, and as it quantises",
+        turned=lambda v: {"qat": "8"} if v else {}, switch=True),
+    "qat_bits": Key("`qat` with `qat_enable`: 4, 6 or 8", turned=lambda v: {"qat": str(v)}),
+    "qat_group_size": Key("64, as `mlx_lm.convert -q` has it", fate="told", idle=(None, 64)),
+    "qat_mode": Key("`affine`", fate="told", idle=(None, "affine")),
+    **_ignored("weights are rounded in every step", "qat_start_step", "qat_interval", fate="told", idle=(None, 1)),
     **_ignored(_LORA_MODE, "dsla_loss", "latent_weight", "latent_margin", "latent_gamma", "latent_variant", "latent_pooling"),
     **_ignored(_LORA_MODE, "latent_layer", "lambda_mse_target", "tau_mse_target", "lambda_mse", "clip_epsilon_logits"),
     **_ignored(_LORA_MODE, "klpo_route", "klpo_kl_estimator", "klpo_mc_samples", "klpo_top_k", "klpo_tail_floor"),
@@ -270,7 +275,7 @@ PEERS = (MLX_LM_LORA, MLX_LM)
 FLAGS = (
     *("train_mode", "test_batches", "clear_cache_threshold", "project_name", "load_in_4bits", "load_in_6bits", "load_in_8bits"),
     *("load_in_mxfp4", "fuse", "lm_studio_name", "efficient_long_context", "recurrence_chunk_size", "micro_batch_size", "wandb"),
-    *("reward_functions", "reward_scaling", "sft_loss_type", "judge", "qat_enable"),
+    *("reward_functions", "reward_scaling", "sft_loss_type", "judge", "qat_enable", "qat_bits"),
 )
 """The peers' flags that are no option's name and are taken all the same."""
 
@@ -300,12 +305,18 @@ def of(key: Key, command: str | None) -> bool:
     return not key.modes or command in key.modes
 
 
-def settle(values: Mapping[str, Any], peer: Peer | None, mode: str | None = None) -> Options:
-    """The options of a peer's file without those that had no effect there, in its training mode."""
-    idle = {name for name, works in {"delta": values.get("loss_type") == "dpop", "xpo_alpha": mode == "xpo"}.items() if not works}
-    if "iters" in values:
-        idle.add("epochs")
-    return {name: value for name, value in values.items() if peer is not MLX_LM_LORA or name not in idle}
+def settle(values: Mapping[str, Any], peer: Peer | None, keys: Mapping[str, Any]) -> Options:
+    """The options of a peer's file, which has these keys, without those that had no effect there."""
+    if peer is not MLX_LM_LORA:
+        return dict(values)
+    works = {
+        "delta": values.get("loss_type") == "dpop",
+        "xpo_alpha": keys.get("train_mode") == "xpo",
+        "epochs": "iters" not in values,
+        "qat": keys.get("qat_enable") or "qat" in keys,
+    }
+    bits = {"qat": str(keys["qat_bits"])} if keys.get("qat_enable") and keys.get("qat_bits") else {}
+    return {name: value for name, value in {**values, **bits}.items() if works.get(name, True)}
 
 
 def check_mode(mode: Any, command: str, run: str) -> None:

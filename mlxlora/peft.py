@@ -17,18 +17,20 @@ import mlx.nn as nn
 import orjson
 from attrs import evolve, frozen
 from mlx.utils import tree_flatten
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.utils import hf_repo_to_path
 from safetensors import safe_open
 
-from .adapters import CONFIG, attach, layers_to_train, mismatches, prepare, read_arrays, read_config, save, save_arrays
+from .adapters import CONFIG, attach, mismatches, prepare, read_arrays, read_config, save, save_arrays
 from .card import CARD, front_matter, portable
 from .config import AdapterOptions, ModelOptions
+from .conversion import layers_to_train, linear_keys
 from .errors import InputError
 from .files import atomic_directory
 from .folders import check_vacant
+from .lora import rank_of
+from .ranks import IN_BLOCK, resized
 from .recipes import load_with_config
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -38,7 +40,6 @@ _KEY = re.compile(
     rf"{re.escape(_PREFIX)}(?P<path>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(?:\.(?!weight$)\w+)?(?:\.weight)?"
 )
 _NAMES = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m"}
-_IN_BLOCK = re.compile(r"(?:.*?\.)?(?P<block>\d+)\.(?P<path>.+)")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that subtract something from the base
 
 Arrays = dict[str, mx.array]
@@ -67,7 +68,7 @@ def to_peft(
     """
     folder = check_vacant(output, "--peft", overwrite=overwrite, marker=PEFT_WEIGHTS, apart_from=(adapter_path,))
     configuration = read_config(adapter_path)
-    network, *_ = load_with_config(model, lazy=True)
+    network, *_ = load_with_config(evolve(model, quantize=None), lazy=True)
     names = _checkpoint_names(str(model.model))
     attach(network, adapter_path)
     adapters = {path: m for path, m in network.named_modules() if "lora_a" in m}
@@ -154,7 +155,7 @@ def _near(value: float) -> tuple[float, float, float]:
 
 def _targets(paths: list[str]) -> tuple[list[str], list[int] | None]:
     """peft's target_modules and layers_to_transform: the same modules of some blocks, else every module by its whole path."""
-    found = [_IN_BLOCK.fullmatch(path) for path in paths]
+    found = [IN_BLOCK.fullmatch(path) for path in paths]
     inside = {(int(match["block"]), match["path"]) for match in found if match}
     blocks, names = sorted({block for block, _ in inside}), sorted({name for _, name in inside})
     if len(inside) == len(paths) == len(blocks) * len(names):
@@ -224,17 +225,11 @@ class Module:
     @property
     def rank(self) -> int:
         """Of the update."""
-        return self.arrays["lora_a"].shape[1]
+        return rank_of(self.arrays)
 
     def resized(self, rank: int, scale: float) -> Arrays:
         """The same update with another rank, not smaller, and another factor; unchanged arrays where both are the same."""
-        arrays, extra = dict(self.arrays), rank - self.rank
-        if scale != self.scale:
-            arrays["lora_b"] = arrays["lora_b"] * (self.scale / scale)
-        if extra:
-            arrays["lora_a"] = mx.pad(arrays["lora_a"], [(0, 0), (0, extra)])
-            arrays["lora_b"] = mx.pad(arrays["lora_b"], [(0, extra), (0, 0)])
-        return arrays
+        return resized(self.arrays, rank, self.scale / scale)
 
 
 def _modules(arrays: Arrays, config: Mapping[str, Any]) -> dict[str, Module]:
@@ -261,7 +256,7 @@ def _scale(path: str, rank: int, config: Mapping[str, Any]) -> float:
 
 def _options(network: nn.Module, modules: Mapping[str, Module], config: Mapping[str, Any]) -> AdapterOptions:
     """The options under which mlx-lm adapts all of the modules; perhaps more, which then change nothing."""
-    found = {path: _IN_BLOCK.fullmatch(path) for path in modules}
+    found = {path: IN_BLOCK.fullmatch(path) for path in modules}
     keys = {match["path"] if match else path for path, match in found.items()}
     blocks = [int(match["block"]) for match in found.values() if match]
     depth = layers_to_train(network, AdapterOptions(num_layers=-1))
@@ -272,15 +267,8 @@ def _options(network: nn.Module, modules: Mapping[str, Module], config: Mapping[
         rank=largest.rank,
         scale=largest.scale,
         dropout=config.get("lora_dropout", 0.0),
-        lora_keys=None if keys == _usual(network) else tuple(sorted(keys)),
+        lora_keys=None if keys == linear_keys(network) else tuple(sorted(keys)),
     )
-
-
-def _usual(network: nn.Module) -> set[str]:
-    """The modules of a block that mlx-lm adapts if it is not told which."""
-    kinds = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear, nn.Embedding, nn.QuantizedEmbedding)
-    layers: Any = network.layers
-    return {name for layer in layers for name, m in layer.named_modules() if isinstance(m, kinds) or hasattr(m, "to_lora")}
 
 
 def _fill(network: nn.Module, options: AdapterOptions, modules: Mapping[str, Module], folder: str | Path) -> None:

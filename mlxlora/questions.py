@@ -27,7 +27,7 @@ def answered(run: Run) -> Iterator[None]:
 
 def questions(run: Run) -> list[list[int]]:
     """The tokens of the first prompts of the validation rows, else of the training rows; rows that are scored whole have none."""
-    if not run.output.answers or not hasattr(run.tokenizer, "detokenizer"):
+    if not run.output.answers or not run.ranks.leads or not hasattr(run.tokenizer, "detokenizer"):
         return []
     items = run.splits["valid"].items or run.splits["train"].items
     firsts: list[Example] = [run.source.examples(item)[0] for item in items[: run.output.answers]]

@@ -8,11 +8,12 @@ import mlx.nn as nn
 from attrs import evolve
 
 from . import objectives, settings, sources
-from .adapters import attach, layers_to_train, read_config
+from .adapters import attach, read_config
 from .advantages import advantage
 from .compose import Objective
 from .config import (
     AdapterOptions,
+    BaseOptions,
     ContestSampling,
     CPOOptions,
     DataOptions,
@@ -34,7 +35,9 @@ from .config import (
     Training,
 )
 from .contests import contests
+from .conversion import layers_to_train
 from .distilling import DIVERGENCES, taught
+from .distributed import current_ranks
 from .dryrun import rehearse
 from .errors import InputError
 from .evaluate import make_evaluate
@@ -44,6 +47,7 @@ from .labels import unpaired
 from .logprobs import scorer
 from .online import Rollouts, own_answers, prompts
 from .preflight import claim
+from .quantising import quantise_loaded
 from .questions import answered
 from .reference import cache_file
 from .rewards import NamedReward, load_rewards
@@ -187,9 +191,9 @@ def _rewards(rewards: RewardOptions) -> tuple[NamedReward, ...]:
 
 
 def _load_other(path: str, model: ModelOptions, flag: str) -> tuple[nn.Module, Any]:
-    """Another model, loaded as --model is; what is wrong with it is said of the flag that names it."""
+    """Another model, as it is, whatever --quantize does to --model; what is wrong with it is said of the flag that names it."""
     try:
-        return load(evolve(model, model=path))
+        return load(evolve(model, model=path, quantize=None))
     except InputError as error:
         raise InputError(str(error).replace("--model", flag, 1)) from None
 
@@ -250,7 +254,7 @@ def _loader(model: ModelOptions, path: str, flag: str = "--reference-model-path"
 def _reference(model: ModelOptions, method: DPOOptions | KTOOptions) -> dict[str, Any]:
     """The fields of `Run` that say what the reference is."""
     path = method.reference_model_path
-    cache = cache_file(path or model.model or "", "") if method.reference_cache else None
+    cache = cache_file(path or model.model or "", "" if path else model.quantize or "") if method.reference_cache else None
     return {"reference": _loader(model, path) if path else None, "reference_cache": cache}
 
 
@@ -283,7 +287,8 @@ def run(
         RunError: a loss or gradient that is not finite; the last good state was saved.
     """
     files = Output(**output)
-    claim(files)
+    if current_ranks().leads:
+        claim(files)
     rows = sources.read(source.data, training.seed)
     groups = {type(group): group for group in (ModelOptions(), source.data, adapter, training, files)}
     return _run(model, tokenizer, objective, source, rows, groups)
@@ -304,10 +309,10 @@ def evaluate_split(
     splits = sources.tokenize(source, {split: rows[split]}, tokenizer)
     objective = objectives.sft()
     whole = Run(model, tokenizer, objective, source, splits, Training(batch_size=batch_size), AdapterOptions(), Output())
-    return make_evaluate(model, objective, scorer(model))(split_pieces(whole, split))
+    return make_evaluate(model, objective, scorer(model), whole.ranks)(split_pieces(whole, split))
 
 
-def load_tokenizer(options: ModelOptions) -> Any:
+def load_tokenizer(options: BaseOptions) -> Any:
     """The tokenizer of a folder or hub name; no weights are read or fetched.
 
     Raises:
@@ -328,16 +333,19 @@ def load(options: ModelOptions, adapter_path: str | None = None) -> tuple[nn.Mod
     return attach(model, adapter_path) if adapter_path else model, tokenizer
 
 
-def base_of(options: ModelOptions, adapter_path: str | Path) -> ModelOptions:
-    """`options`, with the model that the adapters were trained on where they name none.
+def base_of(options: BaseOptions, adapter_path: str | Path) -> ModelOptions:
+    """`options`; where they name no model, the one that the adapters were trained on, quantised as it was for them.
 
     Raises:
         InputError: there are no adapters, or they do not say.
     """
-    name = options.model or read_config(adapter_path).get("model")
-    if not name:
+    named = ModelOptions(options.model, options.trust_remote_code, getattr(options, "quantize", None))
+    if named.model:
+        return named
+    config = read_config(adapter_path)
+    if not config.get("model"):
         raise InputError(f"{adapter_path} does not say which model it was trained on; name it with --model")
-    return evolve(options, model=name)
+    return evolve(named, model=config["model"], quantize=named.quantize or config.get("quantize"))
 
 
 def load_with_config(options: ModelOptions, lazy: bool = False) -> tuple[nn.Module, Any, dict[str, Any]]:
@@ -352,12 +360,15 @@ def load_with_config(options: ModelOptions, lazy: bool = False) -> tuple[nn.Modu
     """
     from mlx_lm.utils import load as load_model
 
-    trust = options.trust_remote_code
+    trust, form = options.trust_remote_code, options.quantize
     how: dict[str, Any] = {"tokenizer_config": {"trust_remote_code": trust}, "trust_remote_code": trust}
-    return _loaded(options, lambda name: load_model(name, lazy=lazy, return_config=True, **how))
+    model, tokenizer, config = _loaded(options, lambda name: load_model(name, lazy=lazy or bool(form), return_config=True, **how))
+    if form:
+        model, config = quantise_loaded(model, config, form)
+    return model, tokenizer, config
 
 
-def _loaded(options: ModelOptions, read: Callable[[str], Any]) -> Any:
+def _loaded(options: BaseOptions, read: Callable[[str], Any]) -> Any:
     if options.model is None:
         raise InputError("--model is missing: a model folder or a hub name such as mlx-community/Qwen3-0.6B-4bit")
     _check_folder(options.model)
@@ -394,29 +405,39 @@ def user_objective(reference: str | None) -> Objective | None:
 
 
 def _load_and_run(source: Source, objective: Objective, groups: Groups, fields: dict[str, Any] | None = None) -> dict[str, Any]:
-    claim(groups[Output])
-    rows = sources.read(source.data, groups[Training].seed)
-    model, tokenizer = load(groups[ModelOptions])
-    layers_to_train(model, groups[AdapterOptions])  # before the rows are tokenised
+    ranks = current_ranks()
+    with ranks.together():
+        if ranks.leads:
+            claim(groups[Output])
+        rows = sources.read(source.data, groups[Training].seed)
+        model, tokenizer = load(groups[ModelOptions])
+        layers_to_train(model, groups[AdapterOptions])  # before the rows are tokenised
     return _run(model, tokenizer, objective, source, rows, groups, **fields or {})
 
 
 def _run(
     model: nn.Module, tokenizer: Any, objective: Objective, source: Source, rows: dict[str, list], groups: Groups, **fields: Any
 ) -> dict[str, Any]:
-    told = reporters(groups[Output])
+    adapter, ratio = groups[AdapterOptions], groups[Training].loraplus_lr_ratio
+    if ratio is not None and adapter.train_type == "full":
+        raise InputError(f"--loraplus-lr-ratio {ratio} is for adapters; use --train-type lora or dora")
+    ranks = current_ranks()
+    told = reporters(groups[Output]) if ranks.leads else ()
+    with ranks.together():
+        splits = sources.tokenize(source, rows, tokenizer, lambda text: [reporter.note(text) for reporter in told])
     whole = Run(
         model=model,
         tokenizer=tokenizer,
         objective=objective,
         source=source,
-        splits=sources.tokenize(source, rows, tokenizer, lambda text: [reporter.note(text) for reporter in told]),
+        splits=splits,
         training=groups[Training],
-        adapter=groups[AdapterOptions],
+        adapter=adapter,
         output=groups[Output],
         config=settings.dump(*groups.values()),
         name=groups[ModelOptions].model or "",
         reporters=told,
+        ranks=ranks,
         **fields,
     )
     introduce(whole)

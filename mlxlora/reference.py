@@ -18,6 +18,7 @@ from .adapters import disabled
 from .arrays import read_checked, write_arrays
 from .batching import Make, Piece, collate
 from .data import Example
+from .distributed import ALONE, Ranks
 from .files import cache_folder
 from .logprobs import Scorer, scorer
 from .modes import evaluating
@@ -35,6 +36,7 @@ def with_reference(
     together: int = 1,
     cache: Path | None = None,
     note: Note = lambda _: None,
+    ranks: Ranks = ALONE,
 ) -> list[Example]:
     """The examples with `ref_logps`, from the cache where it has them.
 
@@ -45,31 +47,56 @@ def with_reference(
         together: so many examples in a row share a prompt, which is then computed once; 1 = whole rows.
         cache: file of log-probabilities of this model; a damaged or stale one is noticed and rebuilt.
         note: is told what happens.
+        ranks: who has the same examples and scores them together; rank 0 has the cache.
     """
     digests = [_digest(e) for e in examples]
     wanted = dict(zip(digests, examples, strict=True))
-    known = _trusted(cache, wanted, score, note) if cache else {}
-    missing = {digest: e for digest, e in wanted.items() if digest not in known}
+    known = _trusted(cache, wanted, score, note) if cache and ranks.leads else {}
+    absent = set(ranks.told([i for i, digest in enumerate(wanted) if digest not in known]))
+    missing = {digest: e for i, (digest, e) in enumerate(wanted.items()) if i in absent}
+    known |= _heard(known, {digest: e for digest, e in wanted.items() if digest not in missing}, ranks)
     if missing:
         note(f"reference: scoring {len(missing)} sequences")
         whole = _whole_groups(digests, missing, together)
         alone = [digest for digest in missing if digest not in set(whole)]
         for some, size in filter(all, ((whole, together), (alone, 1))):
-            known |= dict(zip(some, log_probabilities([missing[d] for d in some], score, batch_size, size), strict=True))
-        if cache:
+            known |= dict(zip(some, _together([missing[d] for d in some], score, batch_size, size, ranks), strict=True))
+        if cache and ranks.leads:
             _keep(cache, known, note)
     return [evolve(e, ref_logps=known[digest]) for e, digest in zip(examples, digests, strict=True)]
 
 
+def _heard(known: Mapping[bytes, Logps], wanted: Mapping[bytes, Example], ranks: Ranks) -> dict[bytes, Logps]:
+    """What rank 0 knows of the wanted sequences."""
+    if ranks.size == 1 or not wanted:
+        return {}
+    ends = np.cumsum([int(e.scored.sum()) for e in wanted.values()])
+    own = np.concatenate([known[d] for d in wanted]) if ranks.leads else np.zeros(ends[-1], np.float32)
+    return dict(zip(wanted, np.split(np.array(ranks.from_first(mx.array(own))), ends[:-1]), strict=True))
+
+
+def _together(examples: Sequence[Example], score: Scorer, batch_size: int, size: int, ranks: Ranks) -> list[Logps]:
+    """`log_probabilities`, of which each rank computes its share."""
+    units = batched(range(len(examples)), size)
+    own = log_probabilities([examples[i] for unit in ranks.share(units) for i in unit], score, batch_size, size)
+    if ranks.size == 1:
+        return own
+    numbers = [i for rank in range(ranks.size) for unit in units[rank :: ranks.size] for i in unit]
+    flat = np.concatenate(ranks.gathered(np.concatenate([np.zeros(0, np.float32), *own])))
+    ends = np.cumsum([int(examples[i].scored.sum()) for i in numbers])
+    found = dict(zip(numbers, np.split(flat, ends[:-1]), strict=True))
+    return [found[i] for i in range(len(examples))]
+
+
 def referenced(make: Make, model: nn.Module, temperature: float) -> Make:
     """Pieces with `ref_logps`, computed when they are made: with `model` as it is without adapters."""
-    with evaluating(model), disabled(model):
+    with disabled(model), evaluating(model):
         score = scorer(model, temperature=temperature)
     run = mx.compile(partial(score, gradient=False))
 
     def with_column(items: Sequence[Any], index: int) -> Piece:
         piece = make(items, index)
-        with evaluating(model), disabled(model):
+        with disabled(model), evaluating(model):
             ref_logps = run(piece.batch)[0]
             mx.eval(ref_logps)
         return piece._replace(batch=piece.batch._replace(ref_logps=ref_logps))

@@ -20,7 +20,7 @@ from .machine import backend
 from .modes import evaluating
 from .sampling import Sampling, choose, uniforms
 
-__all__ = ["Completion", "Route", "Sampling", "find_route", "rollout_stats", "sample"]
+__all__ = ["Completion", "Route", "Sampling", "find_route", "length_stats", "rollout_stats", "sample"]
 
 _LOOK_EVERY = 8  # steps between looks at the sampled tokens
 _AHEAD = 2  # steps that are in flight meanwhile
@@ -61,7 +61,7 @@ def sample(
         model: maps [R, T] token ids to [R, T, V] logits and takes mlx-lm's caches.
         prompts: token ids, at least one each.
         stop: tokens that end a completion.
-        key: all randomness; the same key gives the same completions.
+        key: all randomness; the same key gives the same completions. Or [prompts·G, 2], a key for each completion.
         batch: rows generated together; 0 = all.
         route: what `find_route(model)` found; None looks again.
 
@@ -93,12 +93,17 @@ def rollout_stats(completions: Sequence[Sequence[Completion]], seconds: float) -
     3.0
     """
     flat = [completion for group in completions for completion in group]
-    lengths = [len(completion.tokens) for completion in flat] or [0]
+    return length_stats([len(completion.tokens) for completion in flat], [completion.finished for completion in flat], seconds)
+
+
+def length_stats(lengths: Sequence[float], finished: Sequence[bool], seconds: float) -> dict[str, float]:
+    """The same, from the lengths."""
+    lengths = lengths or [0]
     return {
         "completions/mean_length": float(np.mean(lengths)),
         "completions/min_length": float(min(lengths)),
         "completions/max_length": float(max(lengths)),
-        "completions/clipped_ratio": sum(not completion.finished for completion in flat) / max(len(flat), 1),
+        "completions/clipped_ratio": sum(not each for each in finished) / max(len(finished), 1),
         "rollout_tokens_per_second": sum(lengths) / max(seconds, 1e-9),
     }
 
@@ -137,7 +142,7 @@ def _start(
     tokens = np.full((len(rows), sampling.max_tokens), -1, np.int32)
     logps, done = np.zeros(tokens.shape, np.float32), np.zeros(len(rows), bool)
     vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1] if sampling.repetition_penalty != 1 else 0
-    keys = mx.random.split(key, len(rows))
+    keys = key if key.ndim == 2 else mx.random.split(key, len(rows))
     compiled = route.shared and _compiles()
     return _Run(
         *(model, rows, sampling, sorted(stop), route, keys, tokens, logps, done, vocabulary),

@@ -16,14 +16,16 @@ from attrs import evolve, field, frozen
 
 from . import attention
 from .adapters import CONFIG, WEIGHTS, freeze, load_weights, prepare, save
-from .batching import Make, Order, Piece, grouped, read_positions, stream
+from .batching import Make, Order, Piece, grouped, read_positions, spread, stream
 from .card import write_card
 from .checkpoint import Progress, load_checkpoint, newest, save_checkpoint
 from .compose import Objective
 from .config import AdapterOptions, Output, Training
+from .distributed import Ranks, current_ranks, nothing
 from .errors import InputError, RunError
 from .evaluate import Evaluate, make_evaluate, mean_measures
 from .files import atomic_file
+from .joining import check_ranks, follow_first, share_weights
 from .logprobs import Scorer, scorer
 from .loop import Abandoned, every, train
 from .memory import limit_memory
@@ -70,6 +72,7 @@ class Run:
         share: whether prompts are computed once for all of their completions.
         micro: divides batches that would not fit into memory.
         noise: NEFTune's α, of noise on the embeddings of training tokens.
+        ranks: the processes that train together.
         makers: how batches are made, for training and for validation, once that is known.
         extend: (scorer, tokenizer) -> a scorer that adds further columns to a batch, such as the divergence from a teacher.
     """
@@ -92,6 +95,7 @@ class Run:
     micro: MicroBatches | None = None
     noise: float = 0.0
     extend: Callable[[Scorer, Any], Scorer] | None = None
+    ranks: Ranks = field(factory=current_ranks)
     makers: dict[bool, Make] = field(factory=dict, eq=False, repr=False)
 
     @property
@@ -124,9 +128,10 @@ def execute(run: Run) -> dict[str, Any]:
 
 def _execute(run: Run) -> dict[str, Any]:
     run, optimiser, total = ready(run)
-    progress = _start(run, optimiser)
+    progress = _start(run, optimiser) if run.ranks.leads else Progress()
     run.tell("start", run.config)
     step, evaluate = compiled(run, optimiser)
+    follow_first(run.ranks, step, optimiser, progress)
     began = time.perf_counter()
     _train(run, step, evaluate, optimiser, progress, total)
     return _finish(run, step, evaluate, progress, time.perf_counter() - began)
@@ -140,6 +145,8 @@ def ready(run: Run, only: Mapping[str, Sequence[int]] | None = None) -> tuple[Ru
         only: rows of each split that get a reference; None: all that will be used.
     """
     _check_splits(run)
+    examples = (example for split in run.splits.values() for item in split.items for example in run.source.examples(item))
+    check_ranks(run.ranks, run.objective, examples)
     limit, saved = limit_memory(run.training.memory_limit), _saved_by_sharing(run)
     if "ref_logps" in run.objective.needs and not run.source.online:
         run = _with_reference(run, only, shared=saved is not None)
@@ -164,9 +171,11 @@ def ready(run: Run, only: Mapping[str, Sequence[int]] | None = None) -> tuple[Ru
 
 def compiled(run: Run, optimiser: Any) -> tuple[Step, Evaluate]:
     """The step and the validation of a run that is ready."""
-    step = make_step(run.model, optimiser, run.objective, score=run.score, max_grad_norm=run.training.max_grad_norm)
+    clip, ranks = run.training.max_grad_norm, run.ranks
+    step = make_step(run.model, optimiser, run.objective, score=run.score, max_grad_norm=clip, ranks=ranks)
     assert run.score is not None
-    return step, mean_measures if run.source.online else make_evaluate(run.model, run.objective, run.score)
+    measures = partial(mean_measures, ranks=ranks)
+    return step, measures if run.source.online else make_evaluate(run.model, run.objective, run.score, ranks)
 
 
 def _micro(run: Run, limit: int) -> MicroBatches:
@@ -288,10 +297,18 @@ def _train(run: Run, step: Step, evaluate: Evaluate, optimiser: Any, progress: P
         _validate(run, evaluate, progress, first=True)
 
     def checkpoint(progress: Progress, _: Sequence[Piece] = ()) -> None:
+        if not run.ranks.leads:
+            return
         save_checkpoint(run.directory, run.model, optimiser, progress, run.adapter, keep=run.output.save_total_limit)
         if not run.output.keep_best:
-            save(run.model, run.directory, run.adapter, run.name)
+            save(run.model, run.directory, run.adapter, run.name, run.config.get("quantize"))
 
+    def rescue() -> None:
+        checkpoint(progress)
+        run.tell("finish", {"stopped": f"after step {progress.step}", "to go on": "the same command with --resume"})
+
+    if run.ranks.watch:
+        run.ranks.watch.rescue = rescue
     hooks = (
         lambda progress, _: run.tell("progress", progress.step, total),
         every(run.output.steps_per_report, partial(_report, run), total),
@@ -299,17 +316,20 @@ def _train(run: Run, step: Step, evaluate: Evaluate, optimiser: Any, progress: P
         every(_up(run.output.save_every, run.source.repeats), checkpoint, total),
     )
     try:
-        train(step, _pieces(run, progress.step), progress, total, hooks, repeats=run.source.repeats, micro=run.micro)
+        pieces, repeats = _pieces(run, progress.step), run.source.repeats
+        train(step, pieces, progress, total, hooks, repeats=repeats, micro=run.micro, ranks=run.ranks)
     except Abandoned:
         raise
     except KeyboardInterrupt:
-        checkpoint(progress)
-        run.tell("finish", {"stopped": f"after step {progress.step}", "to go on": "the same command with --resume"})
+        rescue()
         raise
     except RunError:
         checkpoint(progress)
         run.tell("finish", {"stopped": f"after step {progress.step}", "last good state": str(run.directory)})
         raise
+    finally:
+        if run.ranks.watch:
+            run.ranks.watch.rescue = nothing
 
 
 def _pieces(run: Run, done: int) -> Iterator[tuple[Piece, ...]]:
@@ -331,8 +351,9 @@ def maker(run: Run, *, validation: bool) -> Make:
 
 def _maker(run: Run, validation: bool) -> Make:
     """What is sampled during the run gets its reference's log-probabilities with each batch."""
-    context = Context(run.model, run.tokenizer, run.training.seed, validation, run.splits["train"].items, run.share)
-    make = capped(run.source.make(context))
+    context = Context(run.model, run.tokenizer, run.training.seed, validation, run.splits["train"].items, run.share, run.ranks)
+    make = run.source.make(context)
+    make = capped(make if run.source.online or run.source.live else spread(make, run.ranks))
     if validation or not run.source.online or "ref_logps" not in run.objective.needs:
         return make
     if run.reference is None and run.adapter.train_type == "full":
@@ -389,6 +410,7 @@ def _scored(run: Run, name: str, used: Sequence[int], score: Scorer, together: i
         together=together,
         cache=run.reference_cache,
         note=lambda text: run.tell("note", text),
+        ranks=run.ranks,
     )
     scored, items = iter(flat), list(split.items)
     for row, group in zip(used, examples, strict=True):
@@ -433,8 +455,8 @@ def _validate(run: Run, evaluate: Evaluate, progress: Progress, *, first: bool =
         return
     if progress.best is None or metrics["loss"] < progress.best:
         progress.best, progress.waited = metrics["loss"], 0
-        if run.output.keep_best:
-            save(run.model, run.directory, run.adapter, run.name)
+        if run.output.keep_best and run.ranks.leads:
+            save(run.model, run.directory, run.adapter, run.name, run.config.get("quantize"))
     else:
         progress.waited += 1
     if run.output.patience and progress.waited >= run.output.patience:
@@ -459,12 +481,15 @@ def _finish(run: Run, step: Step, evaluate: Evaluate, progress: Progress, second
         results[f"best valid {name}"] = round(value, 4)
     if run.output.test:
         if run.output.keep_best:
-            load_weights(run.model, run.directory)
+            if run.ranks.leads:
+                load_weights(run.model, run.directory)
+            share_weights(run.ranks, run.model)
         metrics = evaluate(split_pieces(run, "test"))
         run.tell("record", {"step": progress.step, "split": "test", **metrics})
         results |= {f"test {name}": round(metrics[name], 4) for name in ("loss", "perplexity") if name in metrics}
-    rows = {name: split.counts.rows for name, split in run.splits.items()}
-    write_card(run.directory, run.config, read_lines(run.directory / METRICS), rows)
+    if run.ranks.leads:
+        rows = {name: split.counts.rows for name, split in run.splits.items()}
+        write_card(run.directory, run.config, read_lines(run.directory / METRICS), rows)
     results["adapters"] = str(run.directory)
     results["report"] = str(run.directory / PAGE)
     return results

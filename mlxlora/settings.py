@@ -70,8 +70,7 @@ def read(
         lines[name] = line
     placed = [(key, value, f"{path}:{line}") for key, value, line in entries]
     values = _options(placed, fields, strict, command, peer, given, tell)
-    mode = next((value for key, value, _ in entries if key == "train_mode"), None)
-    values = peers.settle(values, peer, mode)
+    values = peers.settle(values, peer, {key: value for key, value, _ in entries})
     if peer and strict:
         for note in peers.notes(peer, str(path), {**values, **(given or {})}, fields):
             tell(note)
@@ -229,6 +228,7 @@ def _choice(value: Any, choices: tuple[Any, ...]) -> Any:
 
 
 def _tuple(value: Any, kind: Any) -> tuple[Any, ...]:
+    value = [f"{name}={item}" for name, item in value.items()] if isinstance(value, Mapping) else value
     items = [part.strip() for part in value.strip("[] ").split(",") if part.strip()] if isinstance(value, str) else value
     if not isinstance(items, list | tuple):
         raise ValueError("a list")

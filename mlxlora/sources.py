@@ -10,6 +10,7 @@ from attrs import evolve, field, frozen
 from .batching import Make, Piece, example_piece, pair_piece
 from .config import DataOptions, PairData, RowOptions
 from .data import Counts, Example, Pair, preference_pair, supervised_example, tokenize_all
+from .distributed import ALONE, Ranks
 from .errors import InputError
 from .formats import KEYS, Row, read_splits, split_off
 from .tokencache import remembered
@@ -28,6 +29,7 @@ class Context:
         validation: whether the batches are for validation or test.
         items: the training items, where a source needs more than it was given.
         share: compute a prompt once for all of its completions.
+        ranks: who trains together.
     """
 
     model: nn.Module
@@ -36,6 +38,7 @@ class Context:
     validation: bool = False
     items: Sequence[Any] = ()
     share: bool = False
+    ranks: Ranks = ALONE
 
 
 @frozen
@@ -56,6 +59,9 @@ class Source:
         arrange: what is made of all items of a split together; None: nothing.
         packing: several examples are to share a row.
         live: batches are measured with the policy as it is when they are made, so none is made in advance.
+
+    What is online or live may have to be measured by all ranks together: its `make` gets the items of the whole batch, on every
+    rank, and takes its share of them. Others get their share.
     """
 
     data: RowOptions

@@ -12,8 +12,9 @@ from attrs import define
 from mlx.utils import tree_flatten, tree_map
 
 from .compose import Metrics, Objective
+from .distributed import ALONE, Ranks
 from .logprobs import Scorer, scorer
-from .modes import compute_cast
+from .modes import compute_cast, computing
 from .optimisers import put_state
 from .types import Batch
 from .vector import Trained
@@ -34,6 +35,7 @@ class Step:
         state: arrays that a step changes.
         trained: the trainable parameters, as the optimiser sees them.
         compilations: shapes traced so far.
+        ranks: the processes that take this step together, each with its share of the batches; it may be none.
     """
 
     whole: Callable[[Batch], Metrics]
@@ -43,10 +45,11 @@ class Step:
     state: list[Any]
     trained: Trained
     compilations: int = 0
+    ranks: Ranks = ALONE
 
     def __call__(self, *batches: Batch) -> Metrics:
         self.trained.follow()
-        metrics = self.whole(batches[0]) if len(batches) == 1 else self._pieces(batches)
+        metrics = self.whole(batches[0]) if len(batches) == 1 and self.ranks.size == 1 else self._pieces(batches)
         mx.async_eval(self.trained.masters, metrics)
         self.trained.show()  # while the device works
         mx.eval(self.state, metrics)
@@ -57,14 +60,22 @@ class Step:
         return {name: float(np.array(value)) for name, value in self(*batches).items()}
 
     def _pieces(self, batches: Sequence[Batch]) -> Metrics:
-        counts = reduce(_add, map(self.objective.counts, batches))
-        total = None
-        for batch in batches:
-            part = self.backward(batch, counts)
-            total = part if total is None else _add(total, part)
-            mx.eval(total)  # one piece's activations at a time
-        assert total is not None
+        with self.ranks.chance():
+            counts = self.ranks.summed(reduce(_add, map(self.objective.counts, batches)) if batches else self._zeros())
+            total = None
+            for batch in batches:
+                part = self.backward(batch, counts)
+                total = part if total is None else _add(total, part)
+                mx.eval(total)  # one piece's activations at a time
+            total = self.ranks.summed(total or self._nothing())
         return self.update(*total)
+
+    def _zeros(self) -> Metrics:
+        return {term.name: mx.array(0.0) for _, term in self.objective.terms}
+
+    def _nothing(self) -> tuple[Any, Metrics]:
+        """Gradient and metrics of a rank without batches."""
+        return tree_map(mx.zeros_like, self.trained.masters), {"loss": mx.array(0.0), **self._zeros()}
 
 
 def make_step(
@@ -74,6 +85,7 @@ def make_step(
     *,
     score: Scorer | None = None,
     max_grad_norm: float = 0.0,
+    ranks: Ranks = ALONE,
 ) -> Step:
     """Compiles `objective` into a step that trains the trainable parameters of `model`.
 
@@ -83,6 +95,7 @@ def make_step(
         objective: what is minimised.
         score: log-probabilities of a batch; made from the model and what the objective needs by default.
         max_grad_norm: clip the global norm of the gradient to this; 0 = off.
+        ranks: who takes the steps together.
 
     Returns:
         A step; its metrics are the mean of every term, `loss`, `grad_norm` (before clipping) and `learning_rate`.
@@ -100,9 +113,8 @@ def make_step(
             model.update(parameters)
             return objective(*score(batch), counts)
 
-        before = model.trainable_parameters()
-        (_, metrics), grads = mx.value_and_grad(loss)(trained.unpack(cast(trained.masters)))
-        model.update(before)
+        with computing(model, trained.unpack(cast(trained.masters))) as parameters:
+            (_, metrics), grads = mx.value_and_grad(loss)(parameters)
         return tree_map(lambda g, p: g.astype(p.dtype), trained.pack(grads), trained.masters), metrics
 
     def apply(grads: Any, metrics: Metrics) -> Metrics:
@@ -118,7 +130,7 @@ def make_step(
     def whole(batch: Batch) -> Metrics:
         return apply(*gradient(batch, objective.counts(batch)))
 
-    step = Step(whole, compiled(gradient), compiled(apply), objective, state, trained)
+    step = Step(whole, compiled(gradient), compiled(apply), objective, state, trained, ranks=ranks)
     return step
 
 

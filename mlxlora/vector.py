@@ -4,7 +4,7 @@ A model has hundreds of adapters. As one vector they are cast, clipped, updated 
 of thousands of small ones; the model's own parameters are views of it.
 """
 
-from itertools import accumulate
+from collections import defaultdict
 from math import prod
 from typing import Any
 
@@ -14,7 +14,7 @@ import mlx.optimizers as optim
 from attrs import define, field, frozen
 from mlx.utils import tree_flatten, tree_unflatten
 
-from .optimisers import put_state
+from .optimisers import RAISED, put_state, raised
 
 Tree = Any
 
@@ -26,30 +26,33 @@ _LARGEST = 1 << 30
 
 @frozen
 class Vector:
-    """Parameters as one vector.
+    """Parameters as one vector, or as one for each learning rate.
 
     Attributes:
-        names: paths of the parameters.
-        shapes: their shapes, in the same order.
+        places: vector and shape of each parameter, by path.
     """
 
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
+    places: dict[str, tuple[str, tuple[int, ...]]]
 
     def pack(self, tree: Tree) -> Tree:
         """Arrays to {"trained": [n]}."""
-        flat = dict(tree_flatten(tree))
-        return {_NAME: mx.concatenate([flat[name].reshape(-1) for name in self.names])}
+        flat, parts = dict(tree_flatten(tree)), defaultdict(list)
+        for name, (key, _) in self.places.items():
+            parts[key].append(flat[name].reshape(-1))
+        return {key: mx.concatenate(arrays) for key, arrays in parts.items()}
 
     def unpack(self, packed: Tree) -> Tree:
-        """The inverse: views, not copies."""
-        starts = accumulate(map(prod, self.shapes), initial=0)
-        views = [_view(packed[_NAME], shape, start) for shape, start in zip(self.shapes, starts, strict=False)]
-        return tree_unflatten(list(zip(self.names, views, strict=True)))
+        """The inverse."""
+        return tree_unflatten(list(zip(self.places, self.views(packed), strict=True)))
 
-
-def _view(vector: mx.array, shape: tuple[int, ...], start: int) -> mx.array:
-    return mx.as_strided(vector, shape, [prod(shape[axis + 1 :]) for axis in range(len(shape))], start)
+    def views(self, packed: Tree) -> list[mx.array]:
+        """The parameters in their order, not copied."""
+        found, starts = [], dict.fromkeys(packed, 0)
+        for key, shape in self.places.values():
+            strides = [prod(shape[axis + 1 :]) for axis in range(len(shape))]
+            found.append(mx.as_strided(packed[key], shape, strides, starts[key]))
+            starts[key] += prod(shape)
+        return found
 
 
 @frozen
@@ -64,14 +67,20 @@ class Separate:
         """The tree itself."""
         return packed
 
+    def views(self, packed: Tree) -> list[mx.array]:
+        """Its arrays."""
+        return _leaves(packed)
+
 
 def layout(optimizer: optim.Optimizer, parameters: Tree) -> Vector | Separate:
     """A vector for optimisers that treat every number alike, if all parameters have one dtype and are not large."""
     flat: list[tuple[str, mx.array]] = tree_flatten(parameters)  # type: ignore[assignment]
     small = sum(array.nbytes for _, array in flat) <= _LARGEST
-    if type(optimizer) in _ELEMENTWISE and len({array.dtype for _, array in flat}) == 1 and small:
-        return Vector(tuple(name for name, _ in flat), tuple(array.shape for _, array in flat))
-    return Separate()
+    several = isinstance(optimizer, optim.MultiOptimizer)
+    kinds = {type(each) for each in (optimizer.optimizers if several else (optimizer,))}  # type: ignore[attr-defined]
+    if not kinds <= set(_ELEMENTWISE) or len({array.dtype for _, array in flat}) > 1 or not small:
+        return Separate()
+    return Vector({name: (RAISED if several and raised(name) else _NAME, array.shape) for name, array in flat})
 
 
 @define(eq=False)
@@ -109,7 +118,7 @@ class Trained:
 
     def show(self) -> None:
         """Puts the masters into the model."""
-        self._shown = _leaves(self.unpack(self.masters))
+        self._shown = self._layout.views(self.masters)
         for (container, key), array in zip(self._places, self._shown, strict=True):
             container[key] = array
 

@@ -12,16 +12,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
     "machine",
-    "errors types files peers split shim prefetch modes attention lora memory",
+    "errors types files chance launched peers split shim prefetch modes attention lora memory",
     "blas arrays config settings folders tables losses advantages "
-    "templates userfile sharing decode report records reward_functions initialise",
+    "distributed templates userfile sharing decode report records reward_functions initialise quantising principal",
+    "ranks",
+    "conversion",
     "charts trackers plotting doctor compose card logprobs scores "
     "kv adapters optimisers formats rewards sampling recompute neftune",
-    "terms surrogates vector data rollouts judges distilling page preflight",
+    "merging terms surrogates vector coupling data rollouts judges distilling page preflight",
     "step checkpoint tokencache",
     "policy batching",
     "micro objectives evaluate reference sources signatures watchers",
-    "loop",
+    "loop joining",
     "online packing labels",
     "runs contests preview",
     "dryrun introduction questions",

@@ -4,6 +4,8 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+import subprocess
+import sys
 
 import pytest
 
@@ -32,6 +34,15 @@ def test_no_name_is_also_a_module():
     """Importing a module binds its name in the package, over a function of that name."""
     names = set(mlxlora._HOME) & set(MODULES)
     assert not names, f"public names that importing a module takes away: {', '.join(sorted(names))}"
+
+
+def test_using_the_package_loads_the_fast_blas_and_importing_it_does_not():
+    code = (
+        "import mlxlora, sys\nassert 'mlxlora.blas' not in sys.modules\nmlxlora.Training\n"
+        "from mlxlora.blas import load_fast_blas\nprint(load_fast_blas.cache_info().currsize)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stderr
 
 
 def test_unknown_name():

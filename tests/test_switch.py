@@ -134,6 +134,11 @@ def test_all_that_the_file_of_mlx_lm_shows(tmp_path):
         ("sft_loss_type: chunked_nll", {"loss_type": "nll"}),
         ("train: true\nreport_to: none", {}),
         ("load_in_4bits: false\nepochs: 2\niters: 5", {"iters": 5}),
+        ("load_in_6bits: true\nload_in_8bits: false", {"quantize": "6"}),
+        ("qat_enable: true", {"qat": "8"}),
+        ("qat_bits: 4\nqat_enable: true\nqat_group_size: 64\nqat_start_step: 1", {"qat": "4"}),
+        ("qat_bits: 4\nqat_enable: false\nqat_interval: 1", {}),
+        ("rank_pattern: {q_proj: 16, v_proj: 4}", {"rank_pattern": ("q_proj=16", "v_proj=4")}),
         ("optimizer_config: {adam: {betas: [0.8, 0.9]}, sgd: {momentum: 0.5}}", {"betas": (0.8, 0.9)}),
         ("optimizer: sgd\noptimizer_config: {sgd: {momentum: 0.5}}", {"optimizer": "sgd", "momentum": 0.5}),
         ("lr_schedule: {name: linear_schedule, arguments: [1e-4, 1e-5, 50]}",
@@ -183,8 +188,7 @@ def test_keys_of_the_other_methods(tmp_path, command, text, options):
          "peer.yaml:1: hf_dataset takes one data set here, {path: org/name, ...}; join several into one train.jsonl"),
         ("hf_dataset: {path: a, chosen_feature: good}",
          "peer.yaml:1: hf_dataset.chosen_feature is not offered; write such rows to train.jsonl and name its folder with data"),
-        ("qat_enable: true",
-         "peer.yaml:1: qat_enable: True has no counterpart here: there is no quantisation-aware training; remove it"),
+        ("qat_enable: true\nqat_bits: 5", "peer.yaml:2: qat_bits: qat must be one of 4, 6, 8, mxfp4, got '5'"),
         ("train_mode: sft\ngradient_accumulation_step: 2",
          "peer.yaml:2: unknown key gradient_accumulation_step; did you mean gradient_accumulation_steps?"),
         ("group_size: 4", "peer.yaml:1: unknown key group_size; see --help for the options of this command"),
@@ -204,11 +208,11 @@ def test_a_judge_is_a_model(tmp_path):
 def test_notes(tmp_path):
     text = "train_mode: sft\nload_in_8bits: true\nfuse: true\ngradient_accumulation_steps: 2\niters: 9\nuse_chat_template: true"
     _, notes = read(text, tmp_path, max_grad_norm=0.0)
-    assert [note.split(":")[2].strip() for note in notes[:2]] == ["load_in_8bits", "fuse"]
+    assert notes[0].split(":")[2].strip() == "fuse"
     assert (
-        "iters are optimiser steps, not batches" in notes[2] and "clipped" not in notes[2] and "use_chat_template" not in notes[2]
+        "iters are optimiser steps, not batches" in notes[1] and "clipped" not in notes[1] and "use_chat_template" not in notes[1]
     )
-    assert notes[3].endswith("not mlx-lm-lora's: num_layers (-1), batch_size (1), scale (10.0)")
+    assert notes[2].endswith("not mlx-lm-lora's: num_layers (-1), batch_size (1), scale (10.0)")
     assert read("iters: 3\nrank: 4", tmp_path)[1] == []
 
 

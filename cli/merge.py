@@ -1,0 +1,30 @@
+"""`mlxlora merge`."""
+
+from typing import Annotated
+
+import typer
+
+from mlxlora.blas import load_fast_blas
+from mlxlora.errors import InputError
+
+
+def merge(
+    adapters: Annotated[list[str], typer.Argument(metavar="DIR...", help="Folders of LoRA adapters of one model.")],
+    save_path: Annotated[str, typer.Option("--save-path", help="Folder of adapters to write.")] = "merged",
+    weights: Annotated[str | None, typer.Option("--weights", help="Weight of each, such as 0.5,0.5; default: 1.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="The model of all of them, where they name it differently.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder of adapters in --save-path.")] = False,
+) -> None:
+    """Add up adapters: one folder whose update is the exact weighted sum of theirs, its rank the sum of their ranks."""
+    load_fast_blas()
+    from mlxlora import merging
+
+    rank = merging.merge(adapters, save_path, weights=_numbers(weights), model=model, overwrite=overwrite)
+    typer.echo(f"merged  {save_path} (rank {rank})")
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--weights must be numbers such as 0.5,0.5, got {text!r}") from None

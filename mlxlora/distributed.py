@@ -1,0 +1,296 @@
+"""Several processes that train one model, and what they add up.
+
+Every rank holds the model and takes its share of each batch; counts, gradients and metrics are summed, so that all ranks
+make the update that one process would have made. Whatever `mx.distributed` has carries the sums: ring, MPI, NCCL or JACCL.
+
+A rank that fails or is killed ends the others: their connections break, or whoever launched them stops them, or they have
+waited for too long. What they have then is the state after the last step that all of them finished.
+"""
+
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import numpy as np
+import orjson
+from attrs import define, field
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+
+from .chance import random_key, restore_random_key
+from .errors import InputError, RunError, SharedError
+from .launched import is_launched, launched_rank
+
+Item = TypeVar("Item")
+Tree = Any
+
+PATIENCE = "MLXLORA_RANK_TIMEOUT"
+"""Variable: the most seconds that a rank waits for the others."""
+
+_LONGEST = 1800.0  # seconds; others may be sampling, rewarding or writing meanwhile
+_GRACE = 60.0  # seconds in which a step that does not wait for others may end
+_GRACE_OF_NOTHING = 5.0  # where there is nothing to save, but perhaps a message to end
+_BUNCH = 32 * 1024**2  # bytes that are summed at once
+
+
+@define(eq=False)
+class Ranks:
+    """The processes of a run, and which one this is. Alone, nothing is computed or copied.
+
+    Attributes:
+        rank: this process, from 0.
+        size: how many there are.
+        group: MLX's, None if alone.
+        watch: ends this process when the others are gone.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: mx.distributed.Group | None = None
+    watch: "Watch | None" = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank writes and prints."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """This rank's items of a batch: every size-th.
+
+        >>> Ranks(rank=1, size=2).share("abcde")
+        'bd'
+        """
+        return items[self.rank :: self.size]
+
+    # --- numbers and words ------------------------------------------------------------------
+
+    def totals(self, *numbers: float) -> list[float]:
+        """The sums over all ranks, in double precision: every rank gets the same ones."""
+        if self.size == 1:
+            return list(numbers)
+        halves = mx.array(np.array(numbers, np.float64).view(np.uint32))
+        return np.array(self._gather(halves)).view(np.float64).sum(axis=0).tolist()
+
+    def gathered(self, rows: np.ndarray) -> list[np.ndarray]:
+        """[own rows, ...] to the rows of each rank; all ranks have the same dtype and the same further dimensions."""
+        if self.size == 1:
+            return [rows]
+        flat = np.ascontiguousarray(rows)
+        return [np.frombuffer(part, rows.dtype).reshape(-1, *rows.shape[1:]) for part in self._everyone(flat.tobytes())]
+
+    def listed(self, items: Sequence[Any]) -> list[Any]:
+        """The items of all ranks, as JSON, those of rank 0 first."""
+        return [item for said in self._said(list(items)) for item in said]
+
+    def told(self, value: Any) -> Any:
+        """What rank 0 says, as JSON; what the others say is not heard."""
+        return self._said(value if self.leads else None)[0]
+
+    def interleaved(self, rows: np.ndarray) -> np.ndarray:
+        """The rows of all ranks, where each one has those of its `share`, in the order of the batch."""
+        parts = self.gathered(rows)
+        whole = np.empty((sum(map(len, parts)), *rows.shape[1:]), rows.dtype)
+        for rank, part in enumerate(parts):
+            whole[rank :: self.size] = part
+        return whole
+
+    def _said(self, value: Any) -> list[Any]:
+        """What each rank says, as JSON."""
+        return [value] if self.size == 1 else [orjson.loads(said) for said in self._everyone(orjson.dumps(value))]
+
+    def _everyone(self, data: bytes) -> list[bytes]:
+        lengths = np.array(self._gather(mx.array([len(data)], mx.int32)))[:, 0]
+        padded = np.zeros(max(int(lengths.max()), 1), np.uint8)
+        padded[: len(data)] = np.frombuffer(data, np.uint8)
+        rows = np.array(self._gather(mx.array(padded)))
+        return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
+
+    def _gather(self, own: mx.array) -> mx.array:
+        """[n] to [size, n]."""
+        return self._awaited(mx.distributed.all_gather(own[None], group=self.group))
+
+    # --- arrays -----------------------------------------------------------------------------
+
+    def summed(self, tree: Tree) -> Tree:
+        """The sum over all ranks of each array of a tree; rank by rank the arrays have the same shapes and dtypes."""
+        if self.size == 1:
+            return tree
+        named: dict[str, mx.array] = dict(sorted(tree_flatten(tree)))  # type: ignore[arg-type]
+        found: list[mx.array] = []
+        for bunch in _bunches(list(named.values())):
+            total = self._awaited(mx.distributed.all_sum(mx.concatenate([a.reshape(-1) for a in bunch]), group=self.group))
+            ends = np.cumsum([a.size for a in bunch]).tolist()
+            found += [total[end - a.size : end].reshape(a.shape) for a, end in zip(bunch, ends, strict=True)]
+        sums = dict(zip(named, found, strict=True))
+        return tree_map_with_path(lambda path, _: sums[path or ""], tree)
+
+    def from_first(self, tree: Tree) -> Tree:
+        """The arrays of rank 0."""
+        return tree if self.size == 1 else self.summed(tree if self.leads else tree_map(mx.zeros_like, tree))
+
+    def _awaited(self, array: mx.array) -> mx.array:
+        """One at a time: ranks that have different work to do could otherwise ask for sums in different orders."""
+        with self.watch.waiting() if self.watch else nullcontext():
+            try:
+                mx.eval(array)
+            except RuntimeError as error:
+                raise SharedError(f"another rank ended or cannot be reached ({error})") from error
+        return array
+
+    # --- what ranks do together ---------------------------------------------------------------
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What every rank prepares by itself: where one of them fails, all end, and rank 0 says why. No sums are allowed within.
+
+        Raises:
+            InputError, RunError: of the first rank that failed, at rank 0; SharedError at the others.
+        """
+        failed: Exception | None = None
+        try:
+            yield
+        except (InputError, RunError) as error:
+            if self.size == 1:
+                raise
+            failed = error
+        texts = self._said(failed and str(failed))
+        said = [f"rank {rank}: {text}" if rank else text for rank, text in enumerate(texts) if text]
+        if said:
+            raise (type(failed) if failed and self.leads else SharedError)(said[0]) from failed
+
+    @contextmanager
+    def chance(self) -> Iterator[None]:
+        """Random numbers of this rank's own; afterwards all ranks have one state again, whatever each of them drew."""
+        if self.size == 1:
+            yield
+            return
+        after, *own = mx.random.split(random_key(), self.size + 1)
+        restore_random_key(own[self.rank])
+        yield
+        restore_random_key(after)
+
+    def check_same(self, what: str, own: bytes) -> None:
+        """Checks that every rank has the same: other rows or weights on one machine would train without a word.
+
+        Raises:
+            SharedError: a rank differs from rank 0.
+        """
+        seen = self._everyone(own) if self.size > 1 else []
+        if others := [rank for rank, theirs in enumerate(seen) if theirs != seen[0]]:
+            ranks = ", ".join(map(str, others))
+            raise SharedError(f"rank {ranks} has other {what} than rank 0; give all machines the same files, packages and options")
+
+
+ALONE = Ranks()
+"""One process."""
+
+
+@cache
+def current_ranks() -> Ranks:
+    """The ranks that this process was launched with, watched from now on; `ALONE` if nothing launched it.
+
+    Raises:
+        RunError: the others cannot be reached.
+    """
+    if not is_launched():
+        return ALONE
+    try:
+        group = mx.distributed.init()
+    except RuntimeError as error:
+        raise RunError(f"rank {launched_rank()} cannot reach the others ({error})") from error
+    if group.size() == 1:
+        if os.environ.get("MLX_RANK", "0") != "0":
+            raise RunError(
+                "launched as one of several, but this MLX finds no others: is the backend of mlx.launch one that it has?"
+            )
+        return ALONE
+    watch = Watch(group.rank(), float(os.environ.get(PATIENCE) or _LONGEST))
+    watch.start()
+    return Ranks(group.rank(), group.size(), group, watch)
+
+
+def _bunches(arrays: Sequence[mx.array]) -> Iterator[list[mx.array]]:
+    """Arrays in order, neighbours of one dtype together up to a size."""
+    bunch: list[mx.array] = []
+    for array in arrays:
+        if bunch and (array.dtype != bunch[0].dtype or sum(a.nbytes for a in bunch) + array.nbytes > _BUNCH):
+            yield bunch
+            bunch = []
+        bunch.append(array)
+    if bunch:
+        yield bunch
+
+
+# --- when others are gone -------------------------------------------------------------------------
+
+
+def nothing() -> None:
+    """What there is to rescue before the first step, and after the last."""
+
+
+@define(eq=False)
+class Watch:
+    """Ends this process when it is told to (SIGTERM), or when it has waited for the others for too long.
+
+    A process that waits for others in MLX cannot be interrupted, so a thread looks. It saves what there is only while the
+    process waits: what is in memory is then the state after a whole step.
+
+    Attributes:
+        rank: this process.
+        limit: seconds that a wait may take.
+        rescue: saves the state after the last step, and tells where it is; does nothing at first.
+    """
+
+    rank: int
+    limit: float
+    rescue: Callable[[], None] = nothing
+    _busy: threading.Lock = field(factory=threading.Lock, init=False)
+    _since: float | None = field(default=None, init=False)
+
+    def start(self) -> None:
+        """To be called by the main thread, which is the one that is watched."""
+        listen, wake = socket.socketpair()
+        wake.setblocking(False)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda *_: None)  # what follows is up to the thread
+            signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+        self._busy.acquire()
+        threading.Thread(target=self._look, args=(listen, wake), name="watch", daemon=True).start()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around a wait for others."""
+        self._since = time.monotonic()
+        self._busy.release()
+        try:
+            yield
+        finally:
+            self._busy.acquire()
+            self._since = None
+
+    def _look(self, listen: socket.socket, _: socket.socket) -> None:
+        while True:
+            heard, *_rest = select.select([listen], [], [], 1.0)
+            if heard and signal.SIGTERM in listen.recv(64):
+                self._end("stopped by its launcher, because another rank ended")
+            since = self._since
+            if since is not None and time.monotonic() - since > self.limit:
+                self._end(f"the other ranks were not heard of for {self.limit:.0f} s ({PATIENCE} sets how long to wait)")
+
+    def _end(self, why: str) -> None:
+        """Does not return."""
+        try:
+            if self._busy.acquire(timeout=_GRACE if self.rescue is not nothing else _GRACE_OF_NOTHING):
+                self.rescue()
+        finally:
+            if self.rank == 0:
+                print(f"mlxlora: error: {why}", file=sys.stderr, flush=True)
+            os._exit(1)
