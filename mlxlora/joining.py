@@ -7,6 +7,7 @@ from typing import Any
 import mlx.nn as nn
 from attrs import asdict
 
+from .adapters import own_arrays
 from .chance import random_key, restore_random_key
 from .checkpoint import Progress
 from .compose import Objective
@@ -41,7 +42,8 @@ def follow_first(ranks: Ranks, step: Step, optimiser: Any, progress: Progress) -
     """Every rank gets the weights, the optimiser and the progress of rank 0, which may have read a checkpoint."""
     if ranks.size == 1:
         return
-    state = [step.trained.masters, optimiser.state]
+    model, state = step.trained.model, [step.trained.masters, optimiser.state]
+    model.load_weights(list(ranks.from_first(own_arrays(model)).items()), strict=False)  # what PiSSA started from, too
     put_state(state, ranks.from_first(state))
     step.trained.show()
     for name, value in ranks.told(asdict(progress, filter=lambda a, _: "array" not in a.metadata)).items():
