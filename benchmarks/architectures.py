@@ -6,7 +6,9 @@ lora, dora: the losses of some compiled steps are finite and fall; the saved ada
 base model, gives the same logits, bit for bit (mlx-lm has no DoRA for experts: there, the other layers get it). split:
 the boundary at which the model was cut into backbone and head, loss and gradient being those of the whole model.
 disabled: without its adapters the trained model is the base again, bit for bit. checkpoint: the gradient with
-recomputed blocks is that without.
+recomputed blocks is that without. faster: what applies to it, each tried out on it: the loss keeps one row of its gradient
+for each scored token, not its logits (rows); a prompt is computed once for its completions (prompts); several examples share
+a row (packing); attention goes in chunks of queries where that pays, with the same gradient (chunks).
 """
 
 import argparse
@@ -14,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from mlxlora.blas import load_fast_blas
 
@@ -30,11 +33,12 @@ from mlx_lm.tuner.utils import load_adapters  # noqa: E402
 
 from benchmarks.common import markdown, setting, write_json  # noqa: E402
 from benchmarks.small import UNADAPTED, VOCABULARY, architectures, build  # noqa: E402
-from mlxlora import AdapterOptions, Batch, disabled, make_step, objectives, prepare, save  # noqa: E402
+from mlxlora import AdapterOptions, Batch, attention, disabled, make_step, objectives, prepare, save  # noqa: E402
 from mlxlora.batching import collate  # noqa: E402
 from mlxlora.data import Example  # noqa: E402
 from mlxlora.logprobs import Scorer, scorer  # noqa: E402
 from mlxlora.recompute import checkpointed  # noqa: E402
+from mlxlora.sharing import obstacle, packed_layout  # noqa: E402
 
 STEPS = 4
 COLUMNS = {
@@ -44,6 +48,7 @@ COLUMNS = {
     "split": "split",
     "disabled": "disabled",
     "checkpoint": "checkpoint",
+    "faster": "faster",
 }
 
 
@@ -57,6 +62,7 @@ class Result:
     split: str = ""
     disabled: str = ""
     checkpoint: str = ""
+    faster: str = ""
     remark: str = ""
 
     @property
@@ -76,6 +82,7 @@ def examine(name: str) -> Result:
     if result.works:
         _attempt(result, "split", lambda: _split(state["model"]))
         _attempt(result, "disabled", lambda: _disabled(name, state["model"]))
+        _attempt(result, "faster", lambda: _faster(state["model"]))
         _attempt(result, "checkpoint", lambda: _checkpoint(state["model"]))
         _attempt(result, "dora", lambda: _trains(name, "dora", {}))
     return result
@@ -151,6 +158,26 @@ def _disabled(name: str, model: nn.Module) -> str:
         inside = _logits(model, sample())
     assert _same(inside, _logits(build(name), sample())), "the logits are not those of the base"
     return "yes"
+
+
+def _faster(model: nn.Module) -> str:
+    """Which of the faster ways are open to it."""
+    score = scorer(model)
+    found = {
+        "rows": score.split is not None and not score.trainable,
+        "prompts": obstacle(score.forward, model) is None,
+        "packing": obstacle(score.forward, model, packed_layout) is None,
+        "chunks": attention.hook(model) > 0 and _chunks(model, score),
+    }
+    return ", ".join(name for name, holds in found.items() if holds) or "none"
+
+
+def _chunks(model: nn.Module, score: Scorer) -> bool:
+    """Whether attention in chunks was in use, and changed no gradient."""
+    with patch.object(attention, "blockwise", wraps=attention.blockwise) as used, attention.using("chunked"):
+        chunked = _gradient(model, score)
+    with attention.using("fused"):
+        return used.called and _difference(chunked, _gradient(model, score)) < 1e-4
 
 
 def _checkpoint(model: nn.Module) -> str:

@@ -8,7 +8,7 @@ the speed of the fastest matmul in the table.
 import time
 from collections.abc import Callable
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,7 +16,22 @@ from attrs import frozen
 
 from benchmarks.common import flags, parsed, tell
 
-D, M, H, KV, HEAD, LAYERS, V, RANK = 1024, 3072, 16, 8, 128, 28, 151936, 8
+RANK = 8
+
+
+class Shape(NamedTuple):
+    """Widths, heads and blocks of a model; Qwen3-0.6B's."""
+
+    hidden: int = 1024
+    inner: int = 3072
+    heads: int = 16
+    kv_heads: int = 8
+    head: int = 128
+    layers: int = 28
+    vocabulary: int = 151936
+
+
+QUICK = Shape(64, 96, 4, 2, 16, 2, 512)
 
 
 @frozen
@@ -64,8 +79,8 @@ def swiglu_back(g: mx.array, gate: mx.array, up: mx.array) -> Any:
     return mx.vjp(lambda a, b: nn.silu(a) * b, [gate, up], [g])[1]
 
 
-def block(rows: int, length: int) -> list[Kernel]:
-    n = rows * length
+def block(shape: Shape, rows: int, length: int) -> list[Kernel]:
+    (D, M, H, KV, HEAD, LAYERS, _), n = shape, rows * length
     x, w, wide, heads, w_head = noise(n, D), noise(D), noise(n, M), noise(rows, H, length, HEAD), noise(HEAD)
     kv = noise(rows, KV, length, HEAD)
 
@@ -101,9 +116,10 @@ def block(rows: int, length: int) -> list[Kernel]:
     ]
 
 
-def head(n: int, chunk: int) -> list[Kernel]:
+def head(shape: Shape, n: int, chunk: int) -> list[Kernel]:
     from mlxlora.logprobs import _dlogps_again
 
+    D, V = shape.hidden, shape.vocabulary
     h, w, logits, y = noise(chunk, D), noise(V, D), noise(chunk, V), mx.random.randint(0, V, (chunk,))
     one, times = mx.ones((chunk,)), n // chunk
     return [
@@ -114,20 +130,20 @@ def head(n: int, chunk: int) -> list[Kernel]:
     ]
 
 
-def seconds(kernel: Kernel, repeat: int = 20) -> float:
-    """Of one run, the median of 5 rows of `repeat`."""
+def seconds(kernel: Kernel, rows: int, repeat: int = 20) -> float:
+    """Of one run, the median of so many rows of `repeat`."""
     times = []
-    for _ in range(6):
+    for _ in range(rows + 1):
         start = time.perf_counter()
         mx.eval([kernel.run(*kernel.args) for _ in range(repeat)])
         times.append((time.perf_counter() - start) / repeat)
     return median(times[1:])
 
 
-def table(rows: int, length: int, chunk: int) -> list[dict[str, Any]]:
-    kernels = block(rows, length) + head(rows * length, chunk)
+def table(shape: Shape, repetitions: int, rows: int, length: int, chunk: int) -> list[dict[str, Any]]:
+    kernels = block(shape, rows, length) + head(shape, rows * length, chunk)
     mx.eval([k.args for k in kernels])
-    found = [(k, seconds(k)) for k in kernels]
+    found = [(k, seconds(k, repetitions)) for k in kernels]
     best = max(k.flops / s for k, s in found)
     return [
         {
@@ -157,7 +173,8 @@ COLUMNS = {
 def main() -> None:
     options = parsed(flags(__doc__, repetitions=5))
     sizes = ((1, 64, 32),) if options.quick else ((4, 1024, 2048), (8, 2048, 2048))
-    tell([row for size in sizes for row in table(*size)], COLUMNS, options.json)
+    how = (QUICK, 1) if options.quick else (Shape(), options.repetitions)
+    tell([row for size in sizes for row in table(*how, *size)], COLUMNS, options.json)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from .fuse import fuse
 from .generate import generate
 from .gkd import gkd
 from .grpo import grpo
+from .helping import Command
 from .importing import import_adapters
 from .init import init
 from .kto import kto
@@ -74,7 +75,7 @@ _COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
 }
 for _panel, _commands in _COMMANDS.items():
     for _name, (_command, _example) in _commands.items():
-        app.command(_name, rich_help_panel=_panel, epilog=f"Example: mlxlora {_name} {_example}".rstrip())(_command)
+        app.command(_name, cls=Command, rich_help_panel=_panel, epilog=f"Example: mlxlora {_name} {_example}".rstrip())(_command)
 
 
 def _version(asked: bool) -> None:

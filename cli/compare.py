@@ -47,8 +47,8 @@ def compare(model: ModelOptions, comparison: CompareOptions) -> None:
 
 
 def _questions(comparison: CompareOptions, tokenizer: Any) -> list[Any]:
-    from mlxlora.comparison import question, read_questions
     from mlxlora.formats import Row
+    from mlxlora.questions import question, read_questions
 
     how: dict[str, Any] = {"use_chat_template": comparison.use_chat_template, "system": comparison.system}
     if comparison.data is not None:

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import typer
 from attrs import evolve, frozen
@@ -60,27 +59,15 @@ def _stream(model: ModelOptions, generation: Generation) -> Iterator[str]:
     from mlx_lm import stream_generate
     from mlx_lm.sample_utils import make_sampler
 
+    from mlxlora.formats import Row
+    from mlxlora.questions import question
     from mlxlora.recipes import load
 
     network, tokenizer = load(model, generation.adapter_path)
     mx.random.seed(generation.seed)
     sampler = make_sampler(generation.temperature, generation.top_p)
-    prompt = _prompt(tokenizer, generation)
+    text = sys.stdin.read() if generation.prompt == "-" else generation.prompt
+    row = Row({"prompt": text}, "--prompt", 1)
+    prompt = question(row, tokenizer, use_chat_template=generation.use_chat_template, system=generation.system).tokens
     for response in stream_generate(network, tokenizer, prompt, generation.max_tokens, sampler=sampler):
         yield response.text
-
-
-def _prompt(tokenizer: Any, generation: Generation) -> list[int]:
-    """Token ids, with the beginning-of-sequence token once: a chat template writes its own."""
-    text = sys.stdin.read() if generation.prompt == "-" else generation.prompt
-    wrapped = generation.use_chat_template if generation.use_chat_template is not None else tokenizer.has_chat_template
-    if wrapped and not tokenizer.has_chat_template:
-        raise InputError("--use-chat-template: this tokenizer has no chat template; leave the flag out")
-    if not wrapped and generation.system is not None:
-        raise InputError("--system needs a chat template; put the text into --prompt instead")
-    if not wrapped:
-        return tokenizer.encode(text)
-    system = [{"role": "system", "content": generation.system}] if generation.system is not None else []
-    messages = [*system, {"role": "user", "content": text}]
-    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer.encode(rendered, add_special_tokens=False)

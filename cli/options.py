@@ -186,8 +186,9 @@ def _split(field: attrs.Attribute, parts: list[str]) -> tuple[Any, ...]:
 def _of_run(fields: settings.Fields, values: Mapping[str, Any]) -> dict[str, Any]:
     """The options of the run in --adapter-path, which saved them, so that `--resume` needs no others."""
     file = Path(values.get("adapter_path", fields["adapter_path"].default)) / "config.yaml"
-    saved = settings.read(file, fields, strict=False) if file.is_file() else {}
-    return {name: value for name, value in saved.items() if name != "overwrite"}
+    named = {**values, "adapter_path": str(file.parent)}  # where the run is, not where it was
+    saved = settings.read(file, fields, strict=False, given=named, stored=True) if file.is_file() else {}
+    return {name: value for name, value in saved.items() if name != "overwrite"} | {"adapter_path": named["adapter_path"]}
 
 
 def _with_starter(mode: str, fields: settings.Fields, values: dict[str, Any]) -> dict[str, Any]:

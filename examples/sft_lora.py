@@ -8,7 +8,7 @@ from common import answers, arguments, measured, read_rows, share, validations
 import mlxlora as ml
 from mlxlora import starter
 
-iters, output = arguments(__file__, 200)
+iters, output = arguments(__file__, 400)
 ml.sft(
     model=str(starter.model_path()),
     data=str(starter.data_path("sft")),  # a folder with train.jsonl, valid.jsonl and test.jsonl
@@ -18,7 +18,9 @@ ml.sft(
     scale=2.0,  # alpha / rank
     iters=iters,
     batch_size=16,
-    learning_rate=3e-3,  # 1e-4 to 1e-5 suits real models; this one has 443k weights
+    learning_rate=4e-3,  # 1e-4 to 1e-5 suits real models; this one has 443k weights
+    optimizer="adamw",
+    weight_decay=0.3,
     lr_schedule="cosine",
     max_seq_length=64,
     steps_per_report=50,

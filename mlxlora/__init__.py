@@ -29,7 +29,7 @@ _NAMES = {
     "rewards": ("NamedReward", "load_rewards"),
     "online": ("Rollouts", "prompts"),
     "labels": ("unpaired",),
-    "recipes": ("run", "load", "sft", "dpo", "orpo", "cpo", "kto", "grpo", "online_dpo", "distill", "gkd"),
+    "recipes": ("run", "load", "evaluate_split", "sft", "dpo", "orpo", "cpo", "kto", "grpo", "online_dpo", "distill", "gkd"),
     "fusing": ("fuse",),
     "merging": ("merge",),
     "peft": ("to_peft", "from_peft"),

@@ -3,20 +3,20 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import mlx.core as mx
 import mlx.nn as nn
 import orjson
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from mlx_lm.tuner.utils import load_adapters
-from safetensors import SafetensorError, safe_open
 
+from .arrays import check_header
 from .config import AdapterOptions
 from .conversion import convert, layers_to_train, lora_parameters, with_paths
-from .errors import InputError
+from .errors import InputError, quoted
 from .files import atomic_file
 from .lora import LeanLoRALinear, adapted
 from .modes import exact
@@ -44,6 +44,7 @@ def prepare(model: nn.Module, options: AdapterOptions) -> nn.Module:
         _unfreeze(model, layers, everything=options.num_layers == -1)
     else:
         convert(model, layers, options)
+        model.update(tree_map(lambda p: p.astype(getattr(mx, options.adapter_dtype)), model.trainable_parameters()))
     if not tree_flatten(model.trainable_parameters()):
         raise InputError(f"--train-type {options.train_type} leaves nothing to train in this model; try --num-layers -1")
     if options.qat:
@@ -61,7 +62,7 @@ def freeze(model: nn.Module) -> nn.Module:
 def _check_full(options: AdapterOptions) -> None:
     """Whole weights have no ranks."""
     plain = AdapterOptions()
-    for name in ("rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"):
+    for name in ("rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "adapter_dtype"):
         if getattr(options, name) != getattr(plain, name):
             raise InputError(f"--{name.replace('_', '-')} is for adapters; use --train-type lora")
 
@@ -134,11 +135,56 @@ def attach(model: nn.Module, directory: str | Path) -> nn.Module:
     Raises:
         InputError: there are none, or they do not fit; the first mismatches are in the message.
     """
+    file = Path(directory) / WEIGHTS
     try:
+        if file.is_file():
+            check_settings(read_config(directory), Path(directory) / CONFIG)
+            check_header(file)
         load_adapters(model, str(directory))
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
-        raise InputError(f"--adapter-path {directory}: {_some([line.strip() for line in str(error).splitlines()])}") from None
+    except InputError:
+        raise
+    except Exception as error:  # mlx-lm builds modules and reads weights as two files say that came from anywhere
+        lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+        raise InputError(f"--adapter-path {directory}: {_some(lines)}") from None
     return model.eval()
+
+
+def check_settings(config: dict[str, Any], path: Path) -> None:
+    """Checks the types of what adapters are built from.
+
+    Raises:
+        InputError: the configuration at `path` has something of another type, or lacks it.
+    """
+    rules: list[tuple[str, Any, bool, str]] = [
+        (name, value, value is None or isinstance(value, str), "text")
+        for name, value in ((name, config.get(name)) for name in ("model", "quantize"))
+    ]
+    kind, parameters = config.get("fine_tune_type", "lora"), config.get("lora_parameters")
+    rules.append(("fine_tune_type", kind, kind in ("lora", "dora", "full"), "lora, dora or full"))
+    if kind != "full":
+        rules.append(("num_layers", config.get("num_layers"), type(config.get("num_layers")) is int, "a whole number"))
+        rules.append(("lora_parameters", parameters, isinstance(parameters, dict), "an object with rank, scale and dropout"))
+    if kind != "full" and isinstance(parameters, dict):
+        rank, scale, dropout, keys = (parameters.get(name) for name in ("rank", "scale", "dropout", "keys"))
+        named = keys is None or (isinstance(keys, list) and all(isinstance(key, str) for key in keys))
+        rules += [
+            ("rank", rank, type(rank) is int and 0 < rank < 2**16, "a whole number above 0"),
+            ("scale", scale, is_number(scale) and scale != 0, "a number other than 0"),
+            ("dropout", dropout, is_number(dropout) and 0 <= dropout < 1, "a number from 0 to below 1"),
+            ("keys", keys, named, "a list of module names"),
+        ]
+    for name, value, holds, expected in rules:
+        if not holds:
+            raise InputError(f"{path}: {name} must be {expected}, got {quoted(value)}")
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value of JSON is a number within what MLX computes with.
+
+    >>> is_number(1), is_number(True), is_number(10**400), is_number("1")
+    (True, False, False, False)
+    """
+    return type(value) in (int, float) and abs(value) < 1e30
 
 
 @contextmanager
@@ -169,7 +215,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     except (OSError, orjson.JSONDecodeError) as error:
         raise InputError(f"{directory}: no adapters there ({path.name}: {getattr(error, 'strerror', None) or error})") from None
     if not isinstance(config, dict):
-        raise InputError(f"{path}: expected an object with lora_parameters, got {config!r}")
+        raise InputError(f"{path}: expected an object with lora_parameters, got {quoted(config)}")
     return config
 
 
@@ -177,20 +223,25 @@ def load_weights(model: nn.Module, file: str | Path) -> None:
     """Loads trainable weights that an earlier run saved.
 
     Raises:
-        InputError: the file is missing or damaged, or does not fit; all mismatches are in one message.
+        InputError: the file is missing or damaged, does not fit (all mismatches are in one message), or holds NaN or infinity.
     """
     arrays = native(model, read_arrays(file), _scale_of(file))
     wanted = dict(tree_flatten(model.trainable_parameters()))
     if problems := mismatches(arrays, wanted):
         raise InputError(f"{file} does not fit the model as configured: {problems}")
-    model.load_weights(list(arrays.items()), strict=False)
+    if broken := [name for name, array in arrays.items() if not mx.isfinite(array).all().item()]:
+        raise InputError(f"{file} holds numbers that are not finite: {_some(broken, 3)}; take an earlier checkpoint")
+    model.load_weights([(name, array.astype(wanted[name].dtype)) for name, array in arrays.items()], strict=False)
 
 
 def _scale_of(file: str | Path) -> float | None:
     """The multiplier of the adapters in a file, if the configuration beside it says."""
     folder = Path(file) if Path(file).is_dir() else Path(file).parent
     parameters = read_config(folder).get("lora_parameters") if (folder / CONFIG).is_file() else None
-    return (parameters or {}).get("scale")
+    scale = parameters.get("scale") if isinstance(parameters, dict) else None
+    if scale is not None and not is_number(scale):
+        raise InputError(f"{folder / CONFIG}: scale must be a number, got {quoted(scale)}")
+    return scale
 
 
 def read_arrays(file: str | Path) -> dict[str, mx.array]:
@@ -202,14 +253,13 @@ def read_arrays(file: str | Path) -> dict[str, mx.array]:
     path = Path(file) / WEIGHTS if Path(file).is_dir() else Path(file)
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a safetensors file such as adapters/{WEIGHTS}")
+    check_header(path)
     try:
-        with safe_open(path, framework="np"):  # checks the header before MLX trusts it
-            pass
         with path.open("rb") as handle:
             arrays: Any = mx.load(handle, format="safetensors")
             mx.eval(arrays)
-    except (SafetensorError, RuntimeError, ValueError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({str(error).splitlines()[0]})") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({' '.join(str(error).split())})") from None
     return arrays
 
 

@@ -8,9 +8,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from .errors import InputError
 from .files import atomic_file
 
 Arrays = dict[str, np.ndarray]
+_LARGEST = 2**31 - 1  # MLX keeps dimensions in 32 bits
 
 
 def write_arrays(path: Path, arrays: Arrays) -> None:
@@ -38,11 +40,26 @@ def read_checked(path: Path) -> Arrays:
         with safe_open(path, framework="np") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             known = (file.metadata() or {}).get("sha256")
-    except SafetensorError as error:
+    except (SafetensorError, TypeError, AttributeError) as error:  # numpy has no bfloat16, no 4 bits
         raise ValueError(str(error)) from None
     if known != _checksum(arrays):
         raise ValueError("its checksum does not match")
     return arrays
+
+
+def check_header(path: Path) -> None:
+    """Checks a safetensors file before MLX's reader, which trusts the header, sees it: lengths, types, shapes and places.
+
+    Raises:
+        InputError: it is damaged or cannot be read.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            wide = [name for name in file.keys() if max(file.get_slice(name).get_shape(), default=0) > _LARGEST]  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({' '.join(str(error).split())[:200]})") from None
+    if wide:
+        raise InputError(f"{path}: {wide[0][:200]!r} has a dimension beyond {_LARGEST}, which MLX cannot hold")
 
 
 def _checksum(arrays: Mapping[str, np.ndarray]) -> str:

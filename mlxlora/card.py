@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +216,7 @@ def _columns(metrics: Sequence[Row]) -> dict[str, Row]:
     columns = {}
     if valid := of["valid"]:
         later = [row for row in valid if row.get("step")] or valid
-        best = min(later, key=lambda row: row.get("loss", float("inf")))
+        best = min(later, key=lambda row: inf if row.get("loss") is None else row["loss"])  # null: not a finite number
         columns = {"before": valid[0], "best": best, "last": valid[-1]}
     return columns | ({"test": of["test"][-1]} if of["test"] else {})
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class Progress:
         window: sums of the metrics since the last report, with their number of steps.
         best: lowest validation loss so far.
         waited: validations since then.
+        skipped: steps in a row, up to the last one, that were not finite and changed nothing.
         stop: why the run ends early, or empty.
         key: the random state after the last step.
     """
@@ -44,6 +46,7 @@ class Progress:
     window: dict[str, float] = field(factory=dict)
     best: float | None = None
     waited: int = 0
+    skipped: int = 0
     stop: str = ""
     key: mx.array = field(factory=lambda: random_key(), metadata={"array": True})
 
@@ -108,6 +111,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = orjson.loads((path / STATE).read_bytes())
         digests = state.pop("sha256")
+        state["window"] = {name: nan if value is None else value for name, value in state["window"].items()}  # JSON has no NaN
         damaged = [name for name, digest in digests.items() if _digest(path / name) != digest]
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: damaged checkpoint ({error})") from None

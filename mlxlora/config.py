@@ -12,7 +12,7 @@ import attrs
 from attrs import frozen
 from attrs import validators as v
 
-from .errors import InputError
+from .errors import InputError, quoted
 
 
 def option(default: Any, help: str, *checks: Any) -> Any:
@@ -23,7 +23,7 @@ def option(default: Any, help: str, *checks: Any) -> Any:
 def _finite(group: Any, field: Any, value: Any) -> None:
     """No option takes an infinity."""
     if isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"--{field.name.replace('_', '-')} must be a finite number, got {value!r}")
+        raise InputError(f"--{field.name.replace('_', '-')} must be a finite number, got {quoted(value)}")
 
 
 def _named(check: Any) -> Any:
@@ -36,7 +36,7 @@ def _named(check: Any) -> Any:
             check(group, field, value)
         except (ValueError, TypeError):
             flag = "--" + field.name.replace("_", "-")
-            raise InputError(f"{flag} must be {_rule(check)}, got {value!r}") from None
+            raise InputError(f"{flag} must be {_rule(check)}, got {quoted(value)}") from None
 
     return run
 
@@ -181,6 +181,10 @@ class AdapterOptions:
     qat: Literal["4", "6", "8", "mxfp4"] | None = option(
         None, "Quantisation-aware: compute with weights rounded to this format, train the exact ones.", v.in_(_FORMATS)
     )
+    adapter_dtype: Literal["float32", "bfloat16"] = option(
+        "float32", "What adapters and their optimiser are kept in; they compute in the model's type, sums and losses in float32.",
+        v.in_(("float32", "bfloat16")),
+    )  # fmt: skip
     resume_adapter_file: str | None = option(None, "Start from these weights (adapters.safetensors), optimiser and data anew.")
 
 
@@ -385,7 +389,7 @@ class SamplingOptions:
 
     group_size: int = option(4, "Completions of each prompt; a batch has --batch-size prompts.", v.ge(1))
     max_completion_length: int = option(512, "Most tokens of a completion.", v.ge(1))
-    temperature: float = option(1.0, "Logits are divided by it, when sampling and in the loss.", v.gt(0))
+    temperature: float = option(1.0, "Logits are divided by it, when sampling and in the loss.", v.ge(1e-6))
     top_p: float = option(1.0, "Sample among the likeliest tokens that together have this probability.", v.gt(0), v.le(1))
     top_k: int = option(0, "Sample among this many likeliest tokens; 0 = all.", v.ge(0))
     min_p: float = option(0.0, "Sample among tokens at least this likely, relative to the likeliest.", v.ge(0), v.le(1))

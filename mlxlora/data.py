@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from attrs import frozen
 
-from .errors import InputError
+from .errors import InputError, quoted
 from .formats import KEYS, Chat, Completion, Row, Text, preference, prompt_row, supervised
 from .templates import Message, assistant_turns, common_prefix, render, with_system
 
@@ -153,7 +153,7 @@ def prompt_example(
     record = prompt_row(row, keys)
     ids = _prompt(tokenizer, record, use_chat_template, system)
     if not ids:
-        raise InputError(f"{row.where}: the prompt has no tokens: {record.prompt!r}")
+        raise InputError(f"{row.where}: the prompt has no tokens: {quoted(record.prompt)}")
     if max_prompt_length is not None and len(ids) > max_prompt_length:
         return None
     return Prompt(np.asarray(ids, np.int32), record.columns, row.where, record.prompt)

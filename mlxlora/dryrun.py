@@ -17,7 +17,7 @@ from .card import changed_options
 from .checkpoint import Progress
 from .evaluate import Evaluate
 from .loop import train
-from .memory import memory_limit
+from .memory import memory_limit, smaller
 from .report import duration
 from .runs import Run, compiled, maker, order, ready, total_steps
 from .step import Step
@@ -172,7 +172,7 @@ def _timed(run: Run, step: Step, rows: Sequence[int]) -> tuple[float, float, tup
             ends.append(perf_counter())
             last[:] = pieces
 
-    train(step, stream, Progress(), STEPS * repeats, (seen,), repeats=repeats, micro=run.micro, ranks=run.ranks)
+    train(step, stream, Progress(), STEPS * repeats, (seen,), repeats=repeats, micro=run.micro, ranks=run.ranks, skips=1)
     seconds = [b - a for a, b in pairwise(ends)]
     each = median(seconds)
     return each / repeats, sum(max(s - each, 0.0) for s in seconds), tuple(last)
@@ -217,15 +217,13 @@ def _sampled(length: float | None) -> dict[str, str]:
 
 
 def advice(run: Run) -> list[str]:
-    """What makes a run smaller and is not in use yet, the cheapest first."""
-    training, quantised = run.training, any(hasattr(m, "bits") for m in run.model.modules())
-    found = {
-        "--micro-batch 1": training.micro_batch not in ("1", "auto"),
-        "--grad-checkpoint": not training.grad_checkpoint,
-        f"--max-seq-length below {run.source.data.max_seq_length:,}": True,
-        "a quantised model": not quantised,
-        "--train-type lora": run.adapter.train_type == "full",
-        "fewer --num-layers": True,
-        "a higher --memory-limit": training.memory_limit is not None,
+    """What makes the run smaller and is not in use yet, the cheapest first."""
+    training, full = run.training, run.adapter.train_type == "full"
+    no_use = {
+        "--micro-batch 1": training.micro_batch in ("1", "auto"),
+        "--grad-checkpoint": training.grad_checkpoint,
+        "--quantize 4": full or any(hasattr(m, "bits") for m in run.model.modules()),
+        "--train-type lora in place of full": not full,
     }
-    return [text for text, helps in found.items() if helps]
+    more = ["a higher --memory-limit"] if training.memory_limit is not None else []
+    return [*smaller(name for name, idle in no_use.items() if idle), *more]

@@ -1,5 +1,13 @@
 """What a user sees instead of a traceback: one line that says what is wrong, where, the value and the remedy."""
 
+import reprlib
+from collections.abc import Iterable
+from typing import Any
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxlist, _BRIEF.maxtuple, _BRIEF.maxdict = 3, 20, 20, 20
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 100
+
 
 class InputError(ValueError):
     """Bad usage or bad data (exit code 2): the message names the file and line, the value and the remedy."""
@@ -11,3 +19,33 @@ class RunError(RuntimeError):
 
 class SharedError(RunError):
     """A failure that every rank of a distributed run meets, so that only rank 0 says it."""
+
+
+def quoted(value: Any) -> str:
+    """A value for a message: on one line, and brief however long it is or how often it contains itself.
+
+    >>> quoted("a\\nb"), len(quoted("x" * 10**6)), len(quoted([[[["x"] * 10**3] * 10**3] * 10**3] * 10**3)) < 300
+    ("'a\\\\nb'", 100, True)
+    """
+    text = _BRIEF.repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def listed(names: Iterable[str], shown: int = 12) -> str:
+    """Names that came with data, for a message: on one line, each brief, those past `shown` as a number.
+
+    >>> listed(["prompt", "a\\nb"]), listed(map(str, range(99)), shown=2)
+    ('prompt, a b', '0, 1 and 97 more')
+    """
+    every = list(names)
+    return ", ".join(map(plain, every[:shown])) + (f" and {len(every) - shown} more" if len(every) > shown else "")
+
+
+def plain(value: Any) -> str:
+    """A value for a message as `quoted` has it, but text without quotes.
+
+    >>> plain("a\\nb"), plain(["a"])
+    ('a b', "['a']")
+    """
+    text = " ".join(value.split()) if isinstance(value, str) else quoted(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."

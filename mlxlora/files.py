@@ -34,11 +34,20 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         yield temporary
         for file in filter(Path.is_file, temporary.rglob("*")):
             _sync(file)
+        before = path.with_name(f".{path.name}.before.tmp")
+        shutil.rmtree(before, ignore_errors=True)
         if path.exists():
-            shutil.rmtree(path)
+            path.replace(before)  # deleting takes time in which there would be neither
         temporary.replace(path)
+        shutil.rmtree(before, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what writers that were killed left under temporary names; nobody else may be writing there."""
+    for path in folder.glob(".*.tmp"):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

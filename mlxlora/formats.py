@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 from attrs import frozen
 
-from .errors import InputError
+from .errors import InputError, listed
 from .templates import Message, as_messages, as_tools, common_prefix, short, with_system
 
 KEYS: Mapping[str, str] = {"text": "text", "messages": "messages", "prompt": "prompt", "completion": "completion"}
@@ -395,7 +395,7 @@ def _as_turn(value: str | list[Message], role: str) -> list[Message]:
 
 def _check_answers(row: Row, messages: list[Message], field: str) -> None:
     if not any(message["role"] == "assistant" for message in messages):
-        raise InputError(f"{row.where}: '{field}' has no assistant message; roles found: {', '.join(m['role'] for m in messages)}")
+        raise InputError(f"{row.where}: '{field}' has no assistant message; roles found: {listed(m['role'] for m in messages)}")
 
 
 def _has(row: Row, *names: str) -> bool:
@@ -438,7 +438,7 @@ def _score(row: Row) -> float | None:
 
 
 def _unrecognised(row: Row, accepted: str) -> InputError:
-    found = ", ".join(sorted(row.fields)) or "none"
+    found = listed(sorted(row.fields), 50) or "none"
     return InputError(f"{row.where}: fields not recognised: found {found}; accepted are {accepted}")
 
 

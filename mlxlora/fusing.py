@@ -21,7 +21,7 @@ from .files import atomic_directory, atomic_file
 from .folders import check_vacant
 from .lora import base_of_adapter
 from .quantising import QUANTISATIONS, quantisation_of, quantise, weight_of
-from .recipes import load_with_config
+from .recipes import load_with_config, model_options
 from .tables import choose
 
 GGUF_TYPES = ("llama", "mistral", "mixtral")  # as mlx-lm's
@@ -45,7 +45,7 @@ class Rounding:
 
 
 def fuse(
-    model: ModelOptions,
+    model: str | ModelOptions,
     adapter_path: str,
     save_path: str | Path,
     *,
@@ -59,7 +59,7 @@ def fuse(
     A quantised model is quantised again as it was, unless it is told otherwise.
 
     Args:
-        model: the base.
+        model: the base, a folder or hub name, or its options.
         adapter_path: folder of the adapters.
         save_path: the folder to write; it appears whole or not at all.
         dequantize: write full-precision weights.
@@ -73,6 +73,7 @@ def fuse(
     Raises:
         InputError: no such model or adapters, options that exclude each other, a folder in use.
     """
+    model = model_options(model)
     if dequantize and quantize:
         raise InputError("--dequantize and --quantize exclude each other")
     if quantize:

@@ -15,7 +15,7 @@ from .adapters import CONFIG, WEIGHTS
 from .card import CARD, portable, write_card
 from .errors import InputError, RunError
 from .peft import PEFT_WEIGHTS
-from .records import METRICS, SETTINGS, read_lines
+from .records import METRICS, SETTINGS, read_lines, read_settings
 
 _KINDS = {
     WEIGHTS: (WEIGHTS, CONFIG, SETTINGS, METRICS, CARD),
@@ -88,14 +88,12 @@ def stage(folder: Path, target: Path, patterns: tuple[str, ...]) -> None:
         if file.is_file() and any(fnmatch(file.name, pattern) for pattern in patterns):
             _stage_file(file, target / file.name)
     if SETTINGS in patterns and not (target / CARD).exists():
-        settings = target / SETTINGS
-        config = yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.exists() else {}
-        write_card(target, config, read_lines(target / METRICS))
+        write_card(target, read_settings(target / SETTINGS), read_lines(target / METRICS))
 
 
 def _stage_file(file: Path, target: Path) -> None:
     if file.name == SETTINGS:
-        target.write_text(yaml.safe_dump(portable(yaml.safe_load(file.read_text(encoding="utf-8"))), sort_keys=False))
+        target.write_text(yaml.safe_dump(portable(read_settings(file)), sort_keys=False))
     elif file.name in ("config.json", CONFIG):
         target.write_bytes(orjson.dumps(portable(orjson.loads(file.read_bytes())), option=orjson.OPT_INDENT_2))
     elif file.suffix in (".safetensors", ".gguf"):

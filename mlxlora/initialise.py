@@ -88,7 +88,7 @@ def _tokenizer(folder: Path) -> Any:
     if not folder.is_dir():
         raise InputError(f"--tokenizer {folder} is not a folder")
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"--tokenizer {folder}: {' '.join(str(error).split())}") from None
 

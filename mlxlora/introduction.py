@@ -12,6 +12,9 @@ def introduce(run: Run) -> None:
     """What will be trained on: counts, what was cut, the first example with its scored part marked."""
     if run.output.show_config:
         run.tell("note", yaml.safe_dump(dict(run.config), sort_keys=False).rstrip())
+    for name in ("reward_file", "objective"):
+        if file := run.config.get(name):
+            run.tell("note", f"runs your Python code: {file} (--{name.replace('_', '-')})")
     for name, split in run.splits.items():
         _count(run, name, split)
     if not run.splits["valid"].items:

@@ -8,10 +8,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .arrays import check_header
 from .errors import InputError
 from .rewards import NamedReward
+from .templates import rendering
+from .trust import check_model_code
 
 Prompt = str | list[dict[str, Any]]
+_TOGETHER = 8  # texts that a reward model reads at once, of about one length, padded on the right
 
 QUESTION = """Which answer is better? Reply with the letter A or B alone.
 
@@ -39,10 +43,11 @@ def reward_model(folder: str) -> NamedReward:
     from mlx_lm.utils import load_tokenizer as tokenizer_of
 
     path = Path(folder)
+    check_model_code(path, f"--reward-model {folder}", trusted=None)
     head = _score_weight(path)
     try:
         model: Any = load_model(path, strict=False)[0]
-        tokenizer = tokenizer_of(path)
+        tokenizer = tokenizer_of(path, {"trust_remote_code": False})
     except Exception as error:  # any file of the model: the user can act on each of their messages
         raise InputError(f"--reward-model {folder}: cannot be loaded: {' '.join(str(error).split())}") from error
     model.freeze().eval()
@@ -90,7 +95,9 @@ def _judged(chance: Callable[[str, str, str], float], prompts: Sequence[Prompt],
 
 def _first_preferred(model: Any, tokenizer: Any, letters: list[int], prompt: str, first: str, second: str) -> float:
     question = QUESTION.format(prompt=prompt, first=first, second=second)
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False)
+    asked = [{"role": "user", "content": question}]
+    with rendering(tokenizer, "--judge-model"):
+        ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
     logits = model(mx.array([ids]))[0, -1].astype(mx.float32)
     return mx.sigmoid(logits[letters[0]] - logits[letters[1]]).item()  # type: ignore[return-value]
 
@@ -98,10 +105,16 @@ def _first_preferred(model: Any, tokenizer: Any, letters: list[int], prompt: str
 def _scored(
     backbone: Any, head: mx.array, tokenizer: Any, prompts: Sequence[Prompt], completions: Sequence[Any]
 ) -> list[float | None]:
-    scores: list[float | None] = []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        hidden = backbone(mx.array([_conversation(tokenizer, prompt, completion)]))[0, -1]
-        scores.append((hidden.astype(mx.float32) @ head).item())
+    texts = [_conversation(tokenizer, *pair) for pair in zip(prompts, completions, strict=True)]
+    scores: list[float | None] = [None] * len(texts)
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    for rows in (order[k : k + _TOGETHER] for k in range(0, len(order), _TOGETHER)):
+        longest = len(texts[rows[-1]])
+        padded = mx.array([texts[i] + [0] * (longest - len(texts[i])) for i in rows])
+        last = mx.array([len(texts[i]) - 1 for i in rows])
+        hidden = backbone(padded)[mx.arange(len(rows)), last]
+        for i, score in zip(rows, (hidden.astype(mx.float32) @ head).tolist(), strict=True):  # type: ignore[arg-type]
+            scores[i] = score
     return scores
 
 
@@ -109,7 +122,8 @@ def _conversation(tokenizer: Any, prompt: Prompt, completion: Any) -> list[int]:
     """Token ids: by the chat template where there is one, which a row of strings does without."""
     if isinstance(prompt, str) or not tokenizer.has_chat_template:
         return list(tokenizer.encode(text_of_turns(prompt) + text_of_turns(completion)))
-    return list(tokenizer.apply_chat_template([*prompt, *completion], return_dict=False))
+    with rendering(tokenizer, "--reward-model"):
+        return list(tokenizer.apply_chat_template([*prompt, *completion], return_dict=False))
 
 
 def _score_weight(path: Path) -> mx.array:
@@ -126,5 +140,6 @@ def _score_weight(path: Path) -> mx.array:
 
 
 def _arrays(file: Path) -> dict[str, mx.array]:
+    check_header(file)
     loaded: Any = mx.load(str(file))
     return loaded

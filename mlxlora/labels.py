@@ -21,6 +21,7 @@ from .errors import InputError
 from .formats import KEYS, Row, labelled
 from .logprobs import scorer
 from .modes import evaluating
+from .signatures import Signatures
 from .sources import Context, Source, Tokenizer
 from .types import Batch
 
@@ -123,7 +124,7 @@ def _piece(items: Sequence[Judged]) -> Piece:
 
 def _measured(model: nn.Module, ranks: Ranks) -> Make:
     """Pieces with `reference_point`, which all ranks measure together, with the model as it then is."""
-    score, state, own = scorer(model), [model.state], spread(lambda items, _: _piece(items), ranks)
+    score, state, own, shapes = scorer(model), [model.state], spread(lambda items, _: _piece(items), ranks), Signatures()
 
     @partial(mx.compile, inputs=state, outputs=state)
     def logps(batch: Batch) -> mx.array:
@@ -133,7 +134,7 @@ def _measured(model: nn.Module, ranks: Ranks) -> Make:
         if not examples:
             return 0.0
         with evaluating(model):
-            policy = np.array(logps(collate(examples)))
+            policy = np.array(logps(shapes.fit(collate(examples))))
         return sum_log_ratio(policy, examples)
 
     def with_point(items: Sequence[Judged], index: int) -> Piece:

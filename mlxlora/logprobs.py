@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from .machine import backend
 from .memory import memory_limit
-from .modes import evaluating
+from .modes import evaluating, vocabulary
 from .sharing import read
 from .split import Split, find_split
 from .types import Batch
@@ -82,10 +82,10 @@ def scorer(model: nn.Module, *, temperature: float = 1.0, entropy: bool | None =
     with evaluating(model):
         split = find_split(model)
         trainable = _head_parameters(split) if split else ()
-        vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1]
+        size = vocabulary(model)
     if split is None:
         return Scorer(model, None, temperature=temperature, entropy=entropy)
-    return Scorer(model, split, trainable, temperature, entropy, chunk or affordable_chunk(vocabulary))
+    return Scorer(model, split, trainable, temperature, entropy, chunk or affordable_chunk(size))
 
 
 def affordable_chunk(vocabulary: int) -> int:

@@ -13,11 +13,12 @@ from .chance import random_key
 from .checkpoint import Progress
 from .distributed import ALONE, Ranks
 from .errors import RunError, SharedError
-from .memory import out_of_memory
+from .memory import out_of_memory, smaller
 from .micro import MicroBatches
 from .step import Step
 
 Hook = Callable[[Progress, Sequence[Piece]], None]
+SKIPS = 5  # batches in a row whose steps are not finite: a run that skips as many does not recover
 
 
 def train(
@@ -30,19 +31,22 @@ def train(
     repeats: int = 1,
     micro: MicroBatches | None = None,
     ranks: Ranks = ALONE,
+    skips: int = SKIPS,
+    warn: Callable[[str], object] = lambda _: None,
 ) -> None:
     """Steps until `total`, or until a hook sets `progress.stop`; each hook sees every finished step, in order.
 
     Every group of batches is used for `repeats` steps (several updates on one rollout); a run only ever stops after
     the last of them. `micro` divides batches that would not fit into memory. `ranks` take the steps together, each with the
-    pieces of its stream.
+    pieces of its stream. A step that is not finite changes nothing and is counted; `warn` is told its rows, and `skips` batches of
+    them in a row end the run.
 
     Ctrl-C while a batch is made ends the run at once, during a step or its hooks after them: `progress` is always the
     state after a whole step. A second Ctrl-C does not wait. Several ranks end after the same step.
 
     Raises:
-        RunError: the loss or the gradient is not finite; weights and optimiser are those of the step before. Or memory ran out, or
-            another rank is gone.
+        RunError: the loss or the gradient was not finite `skips` times in a row; weights and optimiser are those of before. Or
+            memory ran out, or another rank is gone.
         KeyboardInterrupt: Ctrl-C.
         Abandoned: a second one, before the step was over.
     """
@@ -57,10 +61,12 @@ def train(
                     start = time.perf_counter()
                     tokens, asked = ranks.totals(own, interrupt.asked)  # before the step: where others end, it has not begun
                     metrics = _stepped(step, pieces, micro)
-                    _check(metrics, progress, pieces, ranks)
                     seconds = {"seconds_waited": waited, "seconds_stepped": time.perf_counter() - start}
-                    _advance(progress, metrics | seconds, pieces, round(tokens))
+                    _advance(progress, metrics, seconds, pieces, round(tokens))
                     waited = 0.0
+                    if progress.skipped:
+                        rows = ranks.listed([row for piece in pieces for row in piece.rows])
+                        _tell_skipped(metrics, progress, rows, skips * repeats, warn)
                     for hook in hooks:
                         hook(progress, pieces)
                 if ranks.size > 1 and asked:
@@ -84,7 +90,7 @@ def _advice(parts: Sequence[Piece], error: BaseException) -> str:
     rows, length = max((p.batch.tokens.shape for p in parts), key=lambda shape: shape[0] * shape[1])
     return (
         f"out of memory with {rows} rows of {length} tokens at once ({' '.join(str(error).split())[:120]}). Try, in this order: "
-        "--micro-batch 1, --grad-checkpoint, a smaller --max-seq-length, a quantised model, fewer --num-layers"
+        f"{', '.join(smaller())}"
     )
 
 
@@ -98,25 +104,54 @@ def every(steps: int, hook: Hook, total: int) -> Hook:
     return run
 
 
-def _check(metrics: dict[str, float], progress: Progress, pieces: Sequence[Piece], ranks: Ranks) -> None:
-    for name in ("loss", "grad_norm"):
-        if not math.isfinite(metrics[name]):
-            rows = ranks.listed([row for piece in pieces for row in piece.rows])
-            more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
-            raise SharedError(
-                f"step {progress.step + 1}: {name} is {metrics[name]} (rows {', '.join(rows[:8])}{more}); "
-                f"the weights are those of step {progress.step}. Try a lower --learning-rate or --max-grad-norm 1"
-            )
+def _tell_skipped(
+    metrics: dict[str, float], progress: Progress, rows: Sequence[str], limit: int, warn: Callable[[str], object]
+) -> None:
+    """Raises where as many steps as `limit` were skipped in a row."""
+    found = [f"{name} is {metrics[name]}" for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
+    more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+    problem = f"step {progress.step}: {(found or ['the updated weights are not finite'])[0]} (rows {', '.join(rows[:8])}{more})"
+    if progress.skipped % limit:
+        warn(f"{problem}: skipped, the weights stay as they were")
+        return
+    good = progress.step - progress.skipped
+    remedy = "a lower --learning-rate or --max-grad-norm 1" if good else "other rows, a smaller --scale or another model"
+    times = f", the {progress.skipped}th in a row" if progress.skipped > 1 else ""
+    raise SharedError(f"{problem}{times}; the weights are those of step {good}. Try {remedy}")
 
 
-def _advance(progress: Progress, metrics: dict[str, float], pieces: Sequence[Piece], tokens: int) -> None:
+def _advance(
+    progress: Progress, metrics: dict[str, float], seconds: dict[str, float], pieces: Sequence[Piece], tokens: int
+) -> None:
+    """What a skipped step measured does not count among the means."""
+    skipped = metrics["skipped"]
     sourced = {name: sum(p.metrics[name] for p in pieces) / len(pieces) for name in pieces[0].metrics}
-    seen = {**metrics, **sourced, "window_tokens": tokens, "steps": 1}
-    progress.window = {name: progress.window.get(name, 0.0) + value for name, value in seen.items()}
+    measured = {"skipped": skipped} if skipped else {**metrics, **sourced}
+    seen = {**measured, **seconds, "window_tokens": tokens, "steps": 1 - skipped}
+    progress.window = {name: progress.window.get(name, 0.0) + seen.get(name, 0.0) for name in {**progress.window, **seen}}
     progress.window["learning_rate"] = metrics["learning_rate"]
+    progress.skipped = progress.skipped + 1 if skipped else 0
     progress.step += 1
     progress.tokens += tokens
     progress.key = random_key()
+
+
+def reported(progress: Progress) -> dict[str, float]:
+    """The means of the steps since the last report, skipped ones counted; the window is empty after it."""
+    window, progress.window = dict(progress.window), {}
+    steps, tokens, rate, skipped = (window.pop(name, 0) for name in ("steps", "window_tokens", "learning_rate", "skipped"))
+    waited, stepped = window.pop("seconds_waited"), window.pop("seconds_stepped")
+    means = {"loss": math.nan, "grad_norm": math.nan} if not steps else {name: value / steps for name, value in window.items()}
+    return {
+        "loss": means.pop("loss"),
+        "grad_norm": means.pop("grad_norm"),
+        "learning_rate": rate,
+        "tokens": progress.tokens,
+        "tokens_per_second": tokens / (waited + stepped),
+        "training_tokens_per_second": tokens / stepped,
+        **({"skipped": int(skipped)} if skipped else {}),
+        **means,
+    }
 
 
 class Abandoned(KeyboardInterrupt):

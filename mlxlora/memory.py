@@ -1,6 +1,7 @@
 """How much memory a run may use."""
 
 import re
+from collections.abc import Iterable
 
 import mlx.core as mx
 
@@ -40,3 +41,19 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 _ALLOCATION = re.compile(r"out of memory|unable to allocate|attempting to allocate|insufficient memory|malloc", re.IGNORECASE)
+
+
+_SMALLER = (
+    *("--micro-batch 1", "--grad-checkpoint", "a smaller --max-seq-length"),
+    *("--quantize 4", "--train-type lora in place of full", "fewer --num-layers"),
+)
+
+
+def smaller(no_use: Iterable[str] = ()) -> list[str]:
+    """What makes a run need less memory, the cheapest first, without what is of `no_use` to it.
+
+    >>> smaller(["--micro-batch 1", "--grad-checkpoint"])[:2]
+    ['a smaller --max-seq-length', '--quantize 4']
+    """
+    unwanted = set(no_use)
+    return [remedy for remedy in _SMALLER if remedy not in unwanted]

@@ -13,7 +13,7 @@ import mlx.core as mx
 import orjson
 from attrs import frozen
 
-from .adapters import CONFIG, WEIGHTS, read_arrays, read_config, save_arrays
+from .adapters import CONFIG, WEIGHTS, check_settings, read_arrays, read_config, save_arrays
 from .errors import InputError
 from .files import atomic_directory
 from .folders import check_vacant
@@ -87,6 +87,7 @@ def _part(folder: str, weight: float) -> Part:
     if kind != "lora":
         reason = "DoRA's magnitudes do not add up" if kind == "dora" else "these are whole weights"
         raise InputError(f"{folder}: merge adds LoRA adapters, and {reason}; fuse one into the model and train on that")
+    check_settings(config, Path(folder) / CONFIG)
     updates: dict[str, Both] = {}
     for name, array in read_arrays(folder).items():
         path, _, last = name.rpartition(".")

@@ -13,6 +13,7 @@ from attrs import define, field
 
 from .batching import Piece, scored_size
 from .modes import usual_dtype
+from .signatures import Signatures
 from .types import Batch
 
 _KEPT = 3.0  # what a block keeps for its backward pass, in units of what goes into and out of its matrices; an H200 showed 2.1
@@ -107,6 +108,7 @@ class MicroBatches:
         rows: units in a micro-batch, fixed; 0 = as many as fit.
         largest: positions that passed within the limit.
         peak: bytes, the most that was held at any time.
+        shapes: those of the parts, which are as few as those of whole batches.
     """
 
     limit: int
@@ -114,11 +116,12 @@ class MicroBatches:
     rows: int = 0
     largest: int = 0
     peak: int = 0
+    shapes: Signatures = field(factory=Signatures)
     _measuring: int = field(default=0, init=False)
 
     def __call__(self, pieces: Sequence[Piece]) -> list[Piece]:
         """The pieces, those that would not fit divided."""
-        found = [part for piece in pieces for part in divided(piece, self._parts(piece))]
+        found = [part for piece in pieces for part in self._divided(piece)]
         size = max(positions(piece.batch) for piece in found)
         self._measuring = size if size > self.largest else 0
         if self._measuring:
@@ -137,6 +140,10 @@ class MicroBatches:
             self.largest, self.cost = self._measuring, min(self.cost, taken)
         else:
             self.cost = max(self.cost, taken)
+
+    def _divided(self, piece: Piece) -> list[Piece]:
+        parts = divided(piece, self._parts(piece))
+        return parts if len(parts) == 1 else [part._replace(batch=self.shapes.fit(part.batch)) for part in parts]
 
     def _parts(self, piece: Piece) -> int:
         units = len(piece.units)

@@ -75,6 +75,11 @@ def compute_cast(model: nn.Module) -> Callable[[Any], Any]:
     return lambda parameters: tree_map(lambda p: p.astype(dtype), parameters)
 
 
+def vocabulary(model: nn.Module) -> int:
+    """V, from a forward pass that is never computed."""
+    return int(model(mx.zeros((1, 1), mx.int32)).shape[-1])
+
+
 def usual_dtype(parameters: Any) -> mx.Dtype | None:
     """The floating-point type that most arrays of a tree have; None if there is no such array."""
     flat: list[tuple[str, mx.array]] = tree_flatten(parameters)  # type: ignore[assignment]

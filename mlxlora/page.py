@@ -181,7 +181,7 @@ def _columns(names: Sequence[str], rows: Mapping[str, Sequence[Any]]) -> str:
 
 
 def _answers(rows: Sequence[Row]) -> str:
-    columns = ("prompt", "before", "after")
+    columns = ("prompt", *(["expected"] if any(row.get("expected") for row in rows) else []), "before", "after")
     return _table(columns, [[row.get(name, "") for name in columns] for row in rows], "text") if rows else ""
 
 

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from attrs import frozen
 
+from .errors import listed, plain
+
 Options = dict[str, Any]
 COMMANDS = {mode: mode for mode in ("sft", "dpo", "orpo", "cpo", "grpo")} | dict.fromkeys(("online_dpo", "xpo"), "online-dpo")
 """mlx-lm-lora's training modes that are offered, and the command of each."""
@@ -69,10 +71,10 @@ def _decay(value: Any) -> Options:
         "linear_schedule": ("learning_rate", "lr_end", "lr_decay_steps"),
     }
     name, arguments = value.get("name"), value.get("arguments") or []
-    if name not in takes or not isinstance(arguments, list) or len(arguments) > 3:
-        raise ValueError(f"lr_schedule {name} is not offered; give cosine_decay or linear_schedule with its arguments")
+    if not isinstance(name, str) or name not in takes or not isinstance(arguments, list) or len(arguments) > 3:
+        raise ValueError(f"lr_schedule {plain(name)} is not offered; give cosine_decay or linear_schedule with its arguments")
     if unknown := value.keys() - {"name", "arguments", "warmup", "warmup_init"}:
-        raise ValueError(f"lr_schedule has no {', '.join(sorted(unknown))}; it has name, arguments, warmup and warmup_init")
+        raise ValueError(f"lr_schedule has no {listed(sorted(map(str, unknown)))}; it has name, arguments, warmup and warmup_init")
     rest = {key: value[key] for key in ("warmup", "warmup_init") if value.get(key) is not None}
     return {"lr_schedule": name.split("_")[0], **dict(zip(takes[name], arguments, strict=False)), **rest}
 
@@ -105,7 +107,7 @@ def optimiser_options(config: Any, optimizer: str) -> Options:
             continue
         if name not in fixed or value != fixed[name]:
             always = f"; it is always {str(fixed[name]).lower()} here" if name in fixed else ""
-            raise ValueError(f"optimizer_config.{optimizer}.{name}: {value} is not offered{always}; remove it")
+            raise ValueError(f"optimizer_config.{optimizer}.{plain(name)}: {plain(value)} is not offered{always}; remove it")
     return {name: value for name, value in given.items() if name not in fixed}
 
 
@@ -128,10 +130,13 @@ def _hub_data(value: Any) -> Options:
     if not isinstance(value, Mapping) or not (value.get("path") or value.get("name")):
         raise ValueError("hf_dataset takes one data set here, {path: org/name, ...}; join several into one train.jsonl")
     config = value.get("config") or {}
+    if not isinstance(config, Mapping):
+        raise ValueError("hf_dataset.config is a mapping such as {name: main}")
     known = {"path", "name", "config", "train_split", "valid_split", "test_split", "mask_prompt", *_FEATURES}
     fixed = {f"{name}_feature" for name in _FIXED_FEATURES if value.get(f"{name}_feature") in (None, name)}
-    if unknown := [*sorted(value.keys() - known - fixed), *(f"config.{name}" for name in sorted(config.keys() - {"name"}))]:
-        raise ValueError(f"hf_dataset.{unknown[0]} is not offered; write such rows to train.jsonl and name its folder with data")
+    if unknown := [*(value.keys() - known - fixed), *(f"config.{name}" for name in config.keys() - {"name"})]:
+        told = plain(min(map(str, unknown)))
+        raise ValueError(f"hf_dataset.{told} is not offered; write such rows to train.jsonl and name its folder with data")
     path = str(value.get("path") or value.get("name")) + (f":{config['name']}" if config.get("name") else "")
     splits = {key: value[key] for key in ("train_split", "valid_split", "test_split") if value.get(key) is not None}
     return {"data": path, **splits, **{ours: value[key] for key, ours in _FEATURES.items() if value.get(key) is not None}}
@@ -154,7 +159,13 @@ _REWARDS = {
 
 def _reward_names(value: Any) -> Options:
     names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
-    return {"rewards": [_REWARDS.get(name, name) for name in names]} if names else {}
+    return {"rewards": [_REWARDS.get(name, name) for name in _texts(names, "reward_functions")]} if names else {}
+
+
+def _texts(value: Any, key: str) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"{key} takes names, got {plain(value)}")
+    return value
 
 
 def _judge(value: Any) -> Options:
@@ -315,14 +326,14 @@ def settle(values: Mapping[str, Any], peer: Peer | None, keys: Mapping[str, Any]
         "epochs": "iters" not in values,
         "qat": keys.get("qat_enable") or "qat" in keys,
     }
-    bits = {"qat": str(keys["qat_bits"])} if keys.get("qat_enable") and keys.get("qat_bits") else {}
+    bits = {"qat": plain(keys["qat_bits"])} if keys.get("qat_enable") and keys.get("qat_bits") else {}
     return {name: value for name, value in {**values, **bits}.items() if works.get(name, True)}
 
 
 def check_mode(mode: Any, command: str, run: str) -> None:
     """Raises ValueError where the training mode of a file is not that of the command. `run` is what follows the right one."""
-    if mode not in COMMANDS:
-        raise ValueError(f"train_mode {mode} is not offered; there are {', '.join(COMMANDS)}")
+    if not isinstance(mode, str) or mode not in COMMANDS:
+        raise ValueError(f"train_mode {plain(mode)} is not offered; there are {', '.join(COMMANDS)}")
     if COMMANDS[mode] != command:
         raise ValueError(f"train_mode is {mode}; run `mlxlora {COMMANDS[mode]}{run}`")
 

@@ -22,16 +22,16 @@ from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.utils import hf_repo_to_path
 from safetensors import safe_open
 
-from .adapters import CONFIG, attach, mismatches, prepare, read_arrays, read_config, save, save_arrays
+from .adapters import CONFIG, attach, is_number, mismatches, prepare, read_arrays, read_config, save, save_arrays
 from .card import CARD, front_matter, portable
 from .config import AdapterOptions, ModelOptions
 from .conversion import layers_to_train, linear_keys
-from .errors import InputError
+from .errors import InputError, listed, quoted
 from .files import atomic_directory
 from .folders import check_vacant
 from .lora import rank_of
 from .ranks import IN_BLOCK, resized
-from .recipes import load_with_config
+from .recipes import load_with_config, model_options
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -49,7 +49,12 @@ Arrays = dict[str, mx.array]
 
 
 def to_peft(
-    model: ModelOptions, adapter_path: str | Path, output: str | Path, *, base_model: str | None = None, overwrite: bool = False
+    model: str | ModelOptions,
+    adapter_path: str | Path,
+    output: str | Path,
+    *,
+    base_model: str | None = None,
+    overwrite: bool = False,
 ) -> int:
     """Writes adapters as a folder that `peft.PeftModel.from_pretrained` reads, `mlxlora export` in Python.
 
@@ -66,6 +71,7 @@ def to_peft(
     Raises:
         InputError: an adapter that peft does not have, or a module that transformers calls otherwise; the message names it.
     """
+    model = model_options(model)
     folder = check_vacant(output, "--peft", overwrite=overwrite, marker=PEFT_WEIGHTS, apart_from=(adapter_path,))
     configuration = read_config(adapter_path)
     network, *_ = load_with_config(evolve(model, quantize=None), lazy=True)
@@ -177,7 +183,7 @@ def _card(base: str, config: Mapping[str, Any]) -> str:
 # --- from peft --------------------------------------------------------------------------------
 
 
-def from_peft(folder: str | Path, model: ModelOptions, output: str | Path, *, overwrite: bool = False) -> int:
+def from_peft(folder: str | Path, model: str | ModelOptions, output: str | Path, *, overwrite: bool = False) -> int:
     """Writes adapters of the peft library as an adapter folder of mlx-lm, `mlxlora import` in Python.
 
     Ranks and scales that differ between modules become one: smaller ranks are filled up with zeros and scales go into B.
@@ -194,10 +200,11 @@ def from_peft(folder: str | Path, model: ModelOptions, output: str | Path, *, ov
     Raises:
         InputError: adapters that mlx-lm does not have, or that do not fit the model; the message names them.
     """
+    model = model_options(model)
     target = check_vacant(output, "--adapter-path", overwrite=overwrite, marker=CONFIG, apart_from=(folder,))
     config = read_config(folder)
     _check_importable(config, folder)
-    modules = _modules(read_arrays(Path(folder) / PEFT_WEIGHTS), config)
+    modules = _modules(read_arrays(Path(folder) / PEFT_WEIGHTS), config, Path(folder) / PEFT_WEIGHTS)
     model = evolve(model, model=model.model or config.get("base_model_name_or_path"))
     network, *_ = load_with_config(model)
     options = _options(network, modules, config)
@@ -209,10 +216,28 @@ def from_peft(folder: str | Path, model: ModelOptions, output: str | Path, *, ov
 
 def _check_importable(config: Mapping[str, Any], folder: str | Path) -> None:
     if config.get("peft_type") != "LORA":
-        raise InputError(f"{folder}: peft_type is {config.get('peft_type')}; mlx-lm has LORA, with or without use_dora")
+        raise InputError(f"{folder}: peft_type is {quoted(config.get('peft_type'))}; mlx-lm has LORA, with or without use_dora")
+    if not isinstance(config.get("base_model_name_or_path"), str | None):
+        raise InputError(f"{folder}: base_model_name_or_path in its {CONFIG} must be text")
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict) or not all(map(is_number, (config.get("lora_alpha"), *patterns.values()))):
+        raise InputError(f"{folder}: lora_alpha and every alpha_pattern in its {CONFIG} must be numbers")
+    if hard := [pattern for pattern in patterns if not _is_easy(pattern)]:
+        raise InputError(f"{folder}: alpha_pattern {hard[0][:60]!r} is no expression that this import can match; name the modules")
+    if not is_number(config.get("lora_dropout", 0.0)) or not 0 <= config.get("lora_dropout", 0.0) < 1:
+        raise InputError(f"{folder}: lora_dropout in its {CONFIG} must be a number from 0 to below 1")
     initial = str(config.get("init_lora_weights")).lower()
     if initial.startswith(_CHANGES_BASE):
-        raise InputError(f"{folder}: init_lora_weights {initial} changed the base; let peft convert them to plain LoRA first")
+        raise InputError(f"{folder}: init_lora_weights {initial[:60]} changed the base; let peft convert them to plain LoRA first")
+
+
+def _is_easy(pattern: str) -> bool:
+    """Whether a regular expression from elsewhere is one, and cannot take forever: few repetitions, none of a group."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return len(pattern) <= 200 and not re.search(r"\)\s*[*+{]", pattern) and len(re.findall(r"[*+{]", pattern)) <= 3
 
 
 @frozen
@@ -232,17 +257,17 @@ class Module:
         return resized(self.arrays, rank, self.scale / scale)
 
 
-def _modules(arrays: Arrays, config: Mapping[str, Any]) -> dict[str, Module]:
+def _modules(arrays: Arrays, config: Mapping[str, Any], file: Path) -> dict[str, Module]:
     """The adapted modules by path, in the file's order."""
     parts: dict[str, Arrays] = {}
     for key, array in arrays.items():
         match = _KEY.fullmatch(key)
         if match is None:
-            raise InputError(f"{PEFT_WEIGHTS}: {key} is no weight of LoRA or DoRA on a linear module, which is all that mlx-lm has")
+            raise InputError(f"{file}: {listed([key])} is no weight of LoRA or DoRA on a linear module, all that mlx-lm has")
         parts.setdefault(match["path"], {})[_NAMES[match["part"]]] = array.T if array.ndim == 2 else array
     for path, found in parts.items():
         if not {"lora_a", "lora_b"} <= found.keys() or any(found[part].ndim != 2 for part in ("lora_a", "lora_b")):
-            raise InputError(f"{PEFT_WEIGHTS}: {path} needs two matrices, lora_A and lora_B")
+            raise InputError(f"{file}: {listed([path])} needs two matrices, lora_A and lora_B")
     return {path: Module(found, _scale(path, found["lora_a"].shape[1], config)) for path, found in parts.items()}
 
 

@@ -1,45 +1,90 @@
-"""What the model answers before and after training: a few prompts of the validation rows."""
+"""The prompt of a row of any training method, and the answer that it expects."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
+from typing import Any
 
-from mlx_lm import generate
+from attrs import frozen
 
-from .data import Example
-from .modes import evaluating
-from .runs import Run
-
-TOKENS = 40  # of an answer
+from .data import prompt_example
+from .errors import InputError
+from .formats import KEYS, Chat, Row, Text, last_text, preference, prompt_row, read_splits, supervised
 
 
-@contextmanager
-def answered(run: Run) -> Iterator[None]:
-    """Answers before and after what is done within, unless that fails; both are told at the end."""
-    prompts = questions(run)
-    before = answers(run, prompts)
-    yield
-    if not prompts:
-        return
-    texts = (" ".join(run.tokenizer.decode(prompt, skip_special_tokens=True).split()) for prompt in prompts)
-    rows = zip(texts, before, answers(run, prompts), strict=True)
-    run.tell("answers", [{"prompt": text, "before": a, "after": b} for text, a, b in rows])
+@frozen
+class Question:
+    """A prompt's tokens, its text, and the answer that its row expects; empty where there is none."""
+
+    tokens: list[int]
+    text: str
+    expected: str
 
 
-def questions(run: Run) -> list[list[int]]:
-    """The tokens of the first prompts of the validation rows, else of the training rows; rows that are scored whole have none."""
-    if not run.output.answers or not run.ranks.leads or not hasattr(run.tokenizer, "detokenizer"):
-        return []
-    items = run.splits["valid"].items or run.splits["train"].items
-    firsts: list[Example] = [run.source.examples(item)[0] for item in items[: run.output.answers]]
-    prompts = [e.tokens[: int(e.scored.argmax()) if e.scored.any() else len(e.tokens)].tolist() for e in firsts]
-    return [prompt for prompt in prompts if len(prompt) > 1]
+def read_questions(
+    data: str,
+    tokenizer: Any,
+    count: int,
+    *,
+    use_chat_template: bool | None = None,
+    system: str | None = None,
+    keys: Mapping[str, str] = KEYS,
+) -> list[Question]:
+    """The first prompts of a data set, of its test split, else of its validation split, else of its training split.
+
+    Args:
+        data: folder, file or hub data set, of rows of any training method.
+        tokenizer: the model's.
+        count: how many.
+        use_chat_template: whether to wrap plain text in the chat template; None: if the tokenizer has one.
+        system: the system message of rows that bring none.
+        keys: what fields are called.
+
+    Raises:
+        InputError: there are no such rows, or they have no prompt.
+    """
+    splits = read_splits(data)
+    rows = next(splits[name] for name in ("test", "valid", "train") if splits.get(name))
+    return [question(row, tokenizer, use_chat_template=use_chat_template, system=system, keys=keys) for row in rows[:count]]
 
 
-def answers(run: Run, prompts: Sequence[list[int]]) -> list[str]:
-    """The likeliest answers; a model that cannot generate is trained all the same."""
+def question(
+    row: Row,
+    tokenizer: Any,
+    *,
+    use_chat_template: bool | None = None,
+    system: str | None = None,
+    keys: Mapping[str, str] = KEYS,
+) -> Question:
+    """The prompt of a row of any training method; see `read_questions` for the arguments."""
+    fields, expected = _prompt_of(row, keys)
+    wrapped = tokenizer.has_chat_template if use_chat_template is None else use_chat_template
+    if wrapped and not tokenizer.has_chat_template:
+        raise InputError("--use-chat-template: this tokenizer has no chat template; leave the flag out")
+    example = prompt_example(Row(fields, row.file, row.line), tokenizer, use_chat_template=wrapped, system=system)
+    return Question(example.tokens.tolist() if example else [], last_text(fields["prompt"]), last_text(expected))
+
+
+def _prompt_of(row: Row, keys: Mapping[str, str]) -> tuple[dict[str, Any], Any]:
+    """The fields that make up the prompt, and the answer that is expected."""
+    if "chosen" in row.fields:
+        record: Any = preference(row, keys)
+        expected = record.chosen
+    else:
+        record, expected = _supervised(row, keys)
+    fields = {"prompt": record.prompt, "system": record.system, "tools": record.tools}
+    return {name: value for name, value in fields.items() if value is not None}, expected
+
+
+def _supervised(row: Row, keys: Mapping[str, str]) -> tuple[Any, Any]:
     try:
-        with evaluating(run.model):
-            return [generate(run.model, run.tokenizer, prompt, max_tokens=TOKENS).strip() for prompt in prompts]
-    except (TypeError, ValueError, AttributeError) as error:
-        run.tell("note", f"--answers: this model does not generate ({error})", warning=True)
-        return ["" for _ in prompts]
+        record = supervised(row, keys)
+    except InputError:
+        record = prompt_row(row, keys)
+        return record, record.columns.get("answer", "")
+    if isinstance(record, Text):
+        raise InputError(f"{row.where}: plain text has no prompt; compare on rows with prompts, or with --prompt")
+    if not isinstance(record, Chat):
+        return record, record.completion
+    messages = record.messages
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
+    fields = {"prompt": messages[:last], **({"tools": record.tools} if record.tools else {})}
+    return prompt_row(Row(fields, row.file, row.line)), messages[last:][:1]

@@ -8,8 +8,10 @@ import mlx.nn as nn
 from attrs import evolve
 
 from . import objectives, settings, sources
-from .adapters import attach, read_config
+from .adapters import CONFIG, attach, check_settings, read_config
 from .advantages import advantage
+from .answering import answered
+from .arrays import check_header
 from .compose import Objective
 from .config import (
     AdapterOptions,
@@ -45,15 +47,16 @@ from .introduction import introduce
 from .judges import judge, reward_model
 from .labels import unpaired
 from .logprobs import scorer
+from .modes import vocabulary
 from .online import Rollouts, own_answers, prompts
 from .preflight import claim
 from .quantising import quantise_loaded
-from .questions import answered
 from .reference import cache_file
 from .rewards import NamedReward, load_rewards
 from .rollouts import Sampling
 from .runs import Run, execute, split_pieces
 from .sources import Source
+from .trust import check_model_code
 from .userfile import load_object
 from .watchers import reporters
 
@@ -72,7 +75,7 @@ def sft(*groups: Any, **options: Any) -> dict[str, Any]:
 
     Raises:
         InputError: bad options or data.
-        RunError: a loss or gradient that is not finite; the last good state was saved.
+        RunError: losses or gradients that are not finite, of five batches in a row; the last good state was saved.
     """
     chosen = settings.gather((ModelOptions, DataOptions, AdapterOptions, Training, Output, SFTOptions), groups, options)
     method = chosen[SFTOptions]
@@ -190,10 +193,10 @@ def _rewards(rewards: RewardOptions) -> tuple[NamedReward, ...]:
     return load_rewards(rewards.rewards, rewards.reward_file, rewards.reward_weights)
 
 
-def _load_other(path: str, model: ModelOptions, flag: str) -> tuple[nn.Module, Any]:
+def _load_other(path: str, model: ModelOptions, flag: str, read: Callable[[ModelOptions], Any] | None = None) -> Any:
     """Another model, as it is, whatever --quantize does to --model; what is wrong with it is said of the flag that names it."""
     try:
-        return load(evolve(model, model=path, quantize=None))
+        return (read or load)(evolve(model, model=path, quantize=None))
     except InputError as error:
         raise InputError(str(error).replace("--model", flag, 1)) from None
 
@@ -234,7 +237,12 @@ def _check_contests(method: OnlineDPOOptions, adapter: AdapterOptions, data: Pro
 
 
 def _online_reference(chosen: Groups, path: str | None) -> dict[str, Any]:
-    """The fields of `Run` for a reference whose log-probabilities are computed with each batch."""
+    """The fields of `Run` for a reference whose log-probabilities are computed with each batch.
+
+    It is loaded once the run has begun; whether it may be is known before.
+    """
+    if path:
+        _load_other(path, chosen[ModelOptions], "--reference-model-path", load_tokenizer)
     other = path or (chosen[ModelOptions].model if chosen[AdapterOptions].train_type == "full" else None)
     return {"reference": _loader(chosen[ModelOptions], other) if other else None}
 
@@ -284,7 +292,7 @@ def run(
 
     Raises:
         InputError: bad options or data.
-        RunError: a loss or gradient that is not finite; the last good state was saved.
+        RunError: losses or gradients that are not finite, of five batches in a row; the last good state was saved.
     """
     files = Output(**output)
     if current_ranks().leads:
@@ -307,6 +315,7 @@ def evaluate_split(
         raise InputError(f"{data_options.data}: no {split} split; found {', '.join(k for k in rows if rows[k])}")
     model, tokenizer = load(model_options, adapter_path)
     splits = sources.tokenize(source, {split: rows[split]}, tokenizer)
+    sources.check_tokens(source, splits, vocabulary(model), tokenizer)
     objective = objectives.sft()
     whole = Run(model, tokenizer, objective, source, splits, Training(batch_size=batch_size), AdapterOptions(), Output())
     return make_evaluate(model, objective, scorer(model), whole.ranks)(split_pieces(whole, split))
@@ -320,16 +329,22 @@ def load_tokenizer(options: BaseOptions) -> Any:
     """
     from mlx_lm.utils import load_tokenizer as read
 
-    return _loaded(options, lambda name: read(name, {"trust_remote_code": options.trust_remote_code}))
+    few = ["*.json", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]  # mlx-lm's, of a tokenizer
+    return _loaded(options, lambda name: read(name, {"trust_remote_code": options.trust_remote_code}), few)
 
 
-def load(options: ModelOptions, adapter_path: str | None = None) -> tuple[nn.Module, Any]:
+def model_options(model: str | ModelOptions) -> ModelOptions:
+    """The options of a model that may be given by its folder or hub name alone."""
+    return ModelOptions(model) if isinstance(model, str) else model
+
+
+def load(options: str | ModelOptions, adapter_path: str | None = None) -> tuple[nn.Module, Any]:
     """The model and tokenizer of a folder or hub name, through mlx-lm.
 
     Raises:
         InputError: there is no such model, it is damaged, or the adapters do not fit.
     """
-    model, tokenizer, _ = load_with_config(options)
+    model, tokenizer, _ = load_with_config(model_options(options))
     return attach(model, adapter_path) if adapter_path else model, tokenizer
 
 
@@ -345,6 +360,7 @@ def base_of(options: BaseOptions, adapter_path: str | Path) -> ModelOptions:
     config = read_config(adapter_path)
     if not config.get("model"):
         raise InputError(f"{adapter_path} does not say which model it was trained on; name it with --model")
+    check_settings(config, Path(adapter_path) / CONFIG)
     return evolve(named, model=config["model"], quantize=named.quantize or config.get("quantize"))
 
 
@@ -368,14 +384,28 @@ def load_with_config(options: ModelOptions, lazy: bool = False) -> tuple[nn.Modu
     return model, tokenizer, config
 
 
-def _loaded(options: BaseOptions, read: Callable[[str], Any]) -> Any:
+def _loaded(options: BaseOptions, read: Callable[[str], Any], patterns: list[str] | None = None) -> Any:
+    """What `read` makes of the model's folder, once it is known that no code of it runs without leave and no header lies."""
+    from mlx_lm.utils import _download
+
     if options.model is None:
         raise InputError("--model is missing: a model folder or a hub name such as mlx-community/Qwen3-0.6B-4bit")
     _check_folder(options.model)
+    flag = f"--model {options.model}"
     try:
-        return read(options.model)
+        folder = _download(options.model, allow_patterns=patterns)
+        check_model_code(folder, flag, options.trust_remote_code)
+        for file in () if patterns else folder.glob("model*.safetensors"):
+            check_header(file)
+        return read(str(folder))
     except Exception as error:  # the hub, the network, any file of the model: the user can act on each of their messages
-        raise InputError(f"--model {options.model}: cannot be loaded: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if reason.startswith(flag):
+            raise
+        if "trust_remote_code" in reason:
+            remedy = "read it, then allow it with --trust-remote-code"
+            raise InputError(f"{flag}: its tokenizer runs Python code of the model; {remedy}") from error
+        raise InputError(f"{flag}: cannot be loaded: {reason}") from error
 
 
 def _check_folder(model: str) -> None:
@@ -425,6 +455,7 @@ def _run(
     told = reporters(groups[Output]) if ranks.leads else ()
     with ranks.together():
         splits = sources.tokenize(source, rows, tokenizer, lambda text: [reporter.note(text) for reporter in told])
+        sources.check_tokens(source, splits, vocabulary(model), tokenizer)
     whole = Run(
         model=model,
         tokenizer=tokenizer,
@@ -443,7 +474,7 @@ def _run(
     introduce(whole)
     if whole.output.dry_run:
         return rehearse(whole)
-    with answered(whole):
+    with answered(whole, rows):
         results = execute(whole)
     whole.tell("finish", results)
     return results

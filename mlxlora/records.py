@@ -8,7 +8,7 @@ import orjson
 import yaml
 from attrs import field, frozen
 
-from .errors import InputError
+from .errors import InputError, plain, quoted
 
 METRICS, SAMPLES, SETTINGS, PAGE, PICTURE = "metrics.jsonl", "samples.jsonl", "config.yaml", "report.html", "metrics.png"
 SPLITS = ("train", "valid", "test")
@@ -35,7 +35,9 @@ class Record:
     samples: Sequence[Row] = ()
 
     def curves(self) -> dict[str, dict[str, Points]]:
-        """{metric: {split: [(step, value), ...]}}, in the order of the reports; what is not a number is left out.
+        """{metric: {split: [(step, value), ...]}}, in the order of the reports.
+
+        What is not a number is left out, and `nll` where it is the loss.
 
         >>> Record("run", metrics=[{"step": 5, "split": "train", "loss": 2.5, "kl": None}]).curves()
         {'loss': {'train': [(5, 2.5)]}}
@@ -45,7 +47,7 @@ class Record:
             for name, value in row.items():
                 if name not in _PLACE and isinstance(value, int | float):
                     found.setdefault(name, {}).setdefault(str(row.get("split")), []).append((row.get("step", 0), value))
-        return found
+        return {name: curve for name, curve in found.items() if name != "nll" or curve != found.get("loss")}
 
 
 def past_run(directory: str | Path) -> Record:
@@ -62,9 +64,22 @@ def past_run(directory: str | Path) -> Record:
 def read_record(directory: str | Path) -> Record:
     """The files of a run, as far as there are any."""
     folder = Path(directory)
-    settings = folder / SETTINGS
-    config = yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-    return Record(str(directory), config or {}, read_lines(folder / METRICS), read_lines(folder / SAMPLES))
+    return Record(str(directory), read_settings(folder / SETTINGS), read_lines(folder / METRICS), read_lines(folder / SAMPLES))
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """The options that a run stored; none where there is no file.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    try:
+        config = (yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None) or {}
+    except Exception as error:  # PyYAML raises a KeyError for `!!bool x`, and more of that kind
+        raise InputError(f"{file}: damaged, not the options of a run ({plain(str(error))})") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{file}: damaged, not the options of a run: {quoted(config)}")
+    return config
 
 
 def read_lines(file: Path) -> list[Row]:
@@ -75,7 +90,7 @@ def read_lines(file: Path) -> list[Row]:
             rows.append(orjson.loads(line))
         except orjson.JSONDecodeError:
             continue
-    return rows
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def outcome(record: Record) -> dict[str, str]:

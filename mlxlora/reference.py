@@ -22,6 +22,7 @@ from .distributed import ALONE, Ranks
 from .files import cache_folder
 from .logprobs import Scorer, scorer
 from .modes import evaluating
+from .signatures import Signatures
 
 T = TypeVar("T")
 Logps = np.ndarray
@@ -109,13 +110,13 @@ def log_probabilities(examples: Sequence[Example], score: Scorer, batch_size: in
 
     So many examples in a row as `together` says share a prompt.
     """
-    run = mx.compile(partial(score, gradient=False))
+    run, shapes = mx.compile(partial(score, gradient=False)), Signatures()
     units = sorted(batched(range(len(examples)), together), key=lambda unit: max(len(examples[i].tokens) for i in unit))
     found: dict[int, Logps] = {}
     for batch in batched(units, max(batch_size // together, 1)):
         some = [i for unit in batch for i in unit]
         groups = list(batched(range(len(some)), together)) if together > 1 else ()
-        logps = np.array(run(collate([examples[i] for i in some], groups=groups))[0])
+        logps = np.array(run(shapes.fit(collate([examples[i] for i in some], groups=groups)))[0])
         ends = np.cumsum([int(examples[i].scored.sum()) for i in some])
         found |= dict(zip(some, np.split(logps[: ends[-1]], ends[:-1]), strict=True))
     return [found[i] for i in range(len(examples))]

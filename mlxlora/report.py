@@ -42,7 +42,7 @@ class Reporter(Protocol):
         """Something that a user wants to know, or has to (warning)."""
 
     def answers(self, rows: Sequence[Row]) -> None:
-        """After the last step: prompts with the model's answer before and after training."""
+        """After the last step: prompts, the answers that are expected, and the model's before and after training."""
 
     def finish(self, summary: Row) -> None:
         """After the last step, with the results; also where the run was interrupted."""
@@ -102,10 +102,12 @@ class Terminal(Reporter):
             self._print(text)
 
     def answers(self, rows: Sequence[Row]) -> None:
-        """Prints each prompt with both answers."""
+        """Prints each prompt with the answer of its row, if it has one, and both of the model."""
         self._stop()
         for row in rows:
-            self._table({name: shorten(printable(str(row[name])), 320) for name in ("prompt", "before", "after")})
+            names = [name for name in ("prompt", "expected", "before", "after") if name != "expected" or row.get(name)]
+            self._print("")
+            self._table({name: shorten(printable(" ".join(str(row[name]).split())), 320) for name in names})
 
     def finish(self, summary: Row) -> None:
         self._stop()

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from attrs import frozen
 
-from .errors import InputError, RunError
+from .errors import InputError, RunError, listed, plain, quoted
 from .reward_functions import BUILT_IN, Reward, text_of
 from .userfile import execute, line_in, one_line
 
@@ -67,7 +67,7 @@ def _parsed(text: str) -> list[ast.Call | ast.Name]:
 
 
 def _no_request(text: str) -> InputError:
-    return InputError(f"--rewards {text!r} is not understood; write name,name or name(option=value, option=value)")
+    return InputError(f"--rewards {quoted(text)} is not understood; write name,name or name(option=value, option=value)")
 
 
 def _with_raw_strings(request: ast.Call | ast.Name, source: str) -> ast.Call | ast.Name:
@@ -88,7 +88,7 @@ def _labels(requests: list[ast.Call | ast.Name]) -> list[str]:
     labels = [_base(request) if often[_base(request)] == 1 else ast.unparse(request) for request in requests]
     for label, times in Counter(labels).items():
         if times > 1:
-            raise InputError(f"--rewards names {label} {times} times; name it once and give it a weight with --reward-weights")
+            raise InputError(f"--rewards names {plain(label)} {times} times; name it once and weigh it with --reward-weights")
     return labels
 
 
@@ -101,14 +101,15 @@ def _resolved(request: ast.Call | ast.Name, module: ModuleType | None) -> Reward
     own = [key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_"] if module else []
     known = sorted({*BUILT_IN, *own})
     near = "".join(f" Did you mean {match}?" for match in difflib.get_close_matches(name, known, 1))
-    raise InputError(f"no reward function {name!r}{f' in {module.__file__}' if module else ''}.{near} There are {', '.join(known)}")
+    place = f" in {module.__file__}" if module else ""
+    raise InputError(f"no reward function {quoted(name)}{place}.{near} There are {', '.join(known)}")
 
 
 def _made(request: ast.Call | ast.Name, name: str) -> Reward:
     try:
         return BUILT_IN[name](**_options(request, name))
     except InputError as error:
-        raise InputError(f"--rewards {ast.unparse(request)}: {error}") from None
+        raise InputError(f"--rewards {plain(ast.unparse(request))}: {error}") from None
 
 
 def _from_file(request: ast.Call | ast.Name, name: str, module: ModuleType) -> Reward:
@@ -127,7 +128,7 @@ def _options(request: ast.Call | ast.Name, name: str) -> dict[str, Any]:
     for keyword in request.keywords if isinstance(request, ast.Call) else ():
         key, value = keyword.arg or "", _literal(keyword.value)
         if key not in parameters or not _is_a(value, parameters[key].annotation):
-            raise InputError(f"{ast.unparse(keyword)} is not an option; it takes {takes}")
+            raise InputError(f"{plain(ast.unparse(keyword))} is not an option; it takes {takes}")
         options[key] = value
     missing = [key for key, parameter in parameters.items() if parameter.default is parameter.empty and key not in options]
     if missing:
@@ -194,10 +195,14 @@ def score(
 def combine(matrix: np.ndarray, weights: Sequence[float]) -> np.ndarray:
     """[functions, S] -> [S]: Σ_k w_k r_k over the rewards that are there; NaN where none is.
 
+    Raises InputError for a sum that float32 could not square.
+
     >>> combine(np.array([[1.0, np.nan, np.nan], [1.0, 1.0, np.nan]]), [1.0, 0.5])
     array([1.5, 0.5, nan])
     """
     total = np.nansum(np.asarray(weights, dtype=np.float64)[:, None] * matrix, axis=0)
+    if (largest := np.abs(total).max(initial=0)) > _LARGEST:
+        raise InputError(f"--reward-weights make a reward of {largest:g}; choose smaller ones: the sum may be at most {_LARGEST:g}")
     return np.where(np.isnan(matrix).all(axis=0), np.nan, total)
 
 
@@ -220,7 +225,7 @@ def _arguments(reward: NamedReward, available: Mapping[str, list[Any]], wheres: 
 def _absent(reward: NamedReward, name: str, available: Mapping[str, Any], wheres: Sequence[str]) -> dict[str, None]:
     if name == "types":  # mlx-lm-lora's functions take None
         return {"types": None}
-    columns = ", ".join(sorted(available.keys() - {"prompts", "completions", "completion_ids"})) or "none"
+    columns = listed(sorted(available.keys() - {"prompts", "completions", "completion_ids"}), 50) or "none"
     raise InputError(f"{_span(wheres)}: reward {reward.name} needs the column {name!r}; the rows have {columns}")
 
 
@@ -239,7 +244,8 @@ def _in_thread(function: Callable[..., Any], arguments: dict[str, Any]) -> Futur
             own = {key: value if value is None else list(value) for key, value in arguments.items()}
             answer = function(**own)
             answer = asyncio.run(_awaited(answer)) if inspect.isawaitable(answer) else answer
-            future.set_result(answer.tolist() if hasattr(answer, "tolist") else answer)  # arrays of numpy, mlx, torch
+            answer = answer.tolist() if hasattr(answer, "tolist") else answer  # arrays of numpy, mlx, torch
+            future.set_result(list(answer) if isinstance(answer, list | tuple) else answer)  # as it is now, whatever its class
         except BaseException as error:  # sys.exit() in a reward must not end its thread in silence
             future.set_exception(error)
 
@@ -292,7 +298,7 @@ def _checked_value(name: str, value: Any, where: str) -> float:
         return math.nan
     try:
         number = math.nan if isinstance(value, str | bytes) else float(value)
-    except (TypeError, ValueError, OverflowError):
+    except Exception:  # its class may raise anything
         number = math.nan
     if not abs(number) <= _LARGEST:
         raise InputError(
@@ -302,5 +308,8 @@ def _checked_value(name: str, value: Any, where: str) -> float:
 
 
 def _shown(value: Any) -> str:
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # its class may raise anything
+        text = type(value).__name__
     return text if len(text) <= 60 else f"{type(value).__name__} {text[:60]}..."

@@ -17,7 +17,7 @@ from attrs import define, frozen
 from .errors import InputError, RunError
 from .kv import Route, Rows, enter, find_route, reader
 from .machine import backend
-from .modes import evaluating
+from .modes import evaluating, vocabulary
 from .sampling import Sampling, choose, uniforms
 
 __all__ = ["Completion", "Route", "Sampling", "find_route", "length_stats", "rollout_stats", "sample"]
@@ -141,11 +141,11 @@ def _start(
     rows = [tuple(prompt) for prompt in prompts for _ in range(group_size)]
     tokens = np.full((len(rows), sampling.max_tokens), -1, np.int32)
     logps, done = np.zeros(tokens.shape, np.float32), np.zeros(len(rows), bool)
-    vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1] if sampling.repetition_penalty != 1 else 0
+    size = vocabulary(model) if sampling.repetition_penalty != 1 else 0
     keys = key if key.ndim == 2 else mx.random.split(key, len(rows))
     compiled = route.shared and _compiles()
     return _Run(
-        *(model, rows, sampling, sorted(stop), route, keys, tokens, logps, done, vocabulary),
+        *(model, rows, sampling, sorted(stop), route, keys, tokens, logps, done, size),
         (_compiled if compiled else _plain)(model, route, sampling),
         _DEAD_SHARE_COMPILED if compiled else _DEAD_SHARE,
     )

@@ -27,7 +27,7 @@ from .evaluate import Evaluate, make_evaluate, mean_measures
 from .files import atomic_file
 from .joining import check_ranks, follow_first, share_weights
 from .logprobs import Scorer, scorer
-from .loop import Abandoned, every, train
+from .loop import Abandoned, every, reported, train
 from .memory import limit_memory
 from .micro import MicroBatches, cost_of_position
 from .neftune import noisy
@@ -35,7 +35,7 @@ from .optimisers import make_optimiser
 from .packing import packed
 from .prefetch import prefetched
 from .recompute import checkpointed
-from .records import METRICS, PAGE, PICTURE, SAMPLES, SETTINGS, read_lines
+from .records import METRICS, PAGE, PICTURE, SAMPLES, SETTINGS, read_lines, read_settings
 from .reference import referenced, with_reference
 from .report import Reporter, truncate_after
 from .sharing import know_windows, obstacle, packed_layout, pays
@@ -120,7 +120,7 @@ def execute(run: Run) -> dict[str, Any]:
 
     Raises:
         InputError: options that do not fit the data, the model or the run to be resumed.
-        RunError: a loss or gradient that is not finite; the last good state was saved.
+        RunError: losses or gradients that are not finite, of five batches in a row; the last good state was saved.
     """
     with attention.using(run.training.attention):
         return _execute(run)
@@ -277,7 +277,7 @@ def _start(run: Run, optimiser: Any) -> Progress:
 def _check_same(run: Run) -> None:
     """A resumed run has to be the run that was stopped."""
     file = run.directory / SETTINGS
-    before = yaml.safe_load(file.read_text()) if file.exists() else {}
+    before = read_settings(file)
     changed = [k for k, v in run.config.items() if k not in _MAY_DIFFER and k in before and before[k] != v]
     if changed:
         told = "; ".join(f"{k} was {before[k]!r} and is {run.config[k]!r}" for k in changed)
@@ -299,8 +299,9 @@ def _train(run: Run, step: Step, evaluate: Evaluate, optimiser: Any, progress: P
     def checkpoint(progress: Progress, _: Sequence[Piece] = ()) -> None:
         if not run.ranks.leads:
             return
-        save_checkpoint(run.directory, run.model, optimiser, progress, run.adapter, keep=run.output.save_total_limit)
-        if not run.output.keep_best:
+        keep = 0 if progress.skipped else run.output.save_total_limit  # no good one makes room for one that nothing proved
+        save_checkpoint(run.directory, run.model, optimiser, progress, run.adapter, keep=keep)
+        if not run.output.keep_best or progress.best is None:
             save(run.model, run.directory, run.adapter, run.name, run.config.get("quantize"))
 
     def rescue() -> None:
@@ -317,7 +318,8 @@ def _train(run: Run, step: Step, evaluate: Evaluate, optimiser: Any, progress: P
     )
     try:
         pieces, repeats = _pieces(run, progress.step), run.source.repeats
-        train(step, pieces, progress, total, hooks, repeats=repeats, micro=run.micro, ranks=run.ranks)
+        warn = partial(run.tell, "note", warning=True)
+        train(step, pieces, progress, total, hooks, repeats=repeats, micro=run.micro, ranks=run.ranks, warn=warn)
     except Abandoned:
         raise
     except KeyboardInterrupt:
@@ -423,23 +425,17 @@ def _scored(run: Run, name: str, used: Sequence[int], score: Scorer, together: i
 
 def _report(run: Run, progress: Progress, pieces: Sequence[Piece] = ()) -> None:
     """The means since the last report, and what the last batches have for a person to read."""
-    window, progress.window = dict(progress.window), {}
-    steps, tokens, rate = window.pop("steps"), window.pop("window_tokens"), window.pop("learning_rate")
-    waited, stepped = window.pop("seconds_waited"), window.pop("seconds_stepped")
-    means = {name: value / steps for name, value in window.items()}
+    seen = reported(progress)
+    alone = seen.pop("training_tokens_per_second")
     run.tell(
         "record",
         {
             "step": progress.step,
             "split": "train",
-            "loss": means.pop("loss"),
-            "grad_norm": means.pop("grad_norm"),
-            "learning_rate": rate,
-            "tokens": progress.tokens,
-            "tokens_per_second": tokens / (waited + stepped),
+            **{name: seen.pop(name) for name in ("loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second")},
             "peak_memory_gb": max(mx.get_peak_memory(), run.micro.peak if run.micro else 0) / 1e9,
-            **({"training_tokens_per_second": tokens / stepped} if run.source.online else {}),
-            **means,
+            **({"training_tokens_per_second": alone} if run.source.online else {}),
+            **seen,
         },
     )
     run.tell("samples", progress.step, [sample for piece in pieces for sample in piece.samples])
@@ -453,7 +449,7 @@ def _validate(run: Run, evaluate: Evaluate, progress: Progress, *, first: bool =
     run.tell("record", {"step": progress.step, "split": "valid", **metrics})
     if first:
         return
-    if progress.best is None or metrics["loss"] < progress.best:
+    if math.isfinite(metrics["loss"]) and (progress.best is None or metrics["loss"] < progress.best):
         progress.best, progress.waited = metrics["loss"], 0
         if run.output.keep_best and run.ranks.leads:
             save(run.model, run.directory, run.adapter, run.name, run.config.get("quantize"))

@@ -13,8 +13,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 import attrs
 import yaml
 
-from . import peers
-from .errors import InputError
+from . import peers, trust
+from .errors import InputError, listed, plain, quoted
 
 ALIASES = {
     "num_epochs": "epochs",
@@ -46,6 +46,7 @@ def read(
     command: str | None = None,
     given: Mapping[str, Any] | None = None,
     tell: Tell = lambda _: None,
+    stored: bool = False,
 ) -> dict[str, Any]:
     """The options that a YAML file sets, also one written for mlx-lm or mlx-lm-lora; `null` leaves an option at its default.
 
@@ -56,9 +57,11 @@ def read(
         command: the training method, which a peer's `train_mode` has to be.
         given: options from elsewhere, which win.
         tell: is told what a peer's user should know.
+        stored: whether a run wrote the file.
 
     Raises:
-        InputError: unreadable file, unknown or repeated key, or a value that the option does not take.
+        InputError: unreadable file, unknown or repeated key, a value that the option does not take, or code that a file which
+            came with a model wants to run.
     """
     entries = list(_entries(Path(path)))
     peer = peers.peer_of({key.split(".")[0] for key, _, _ in entries})
@@ -71,6 +74,7 @@ def read(
     placed = [(key, value, f"{path}:{line}") for key, value, line in entries]
     values = _options(placed, fields, strict, command, peer, given, tell)
     values = peers.settle(values, peer, {key: value for key, value, _ in entries})
+    trust.check_config(path, values, given or (), lines, stored=stored)
     if peer and strict:
         for note in peers.notes(peer, str(path), {**values, **(given or {})}, fields):
             tell(note)
@@ -144,7 +148,7 @@ def _turned(key: str, known: peers.Key, value: Any, fields: Fields, command: str
     ):
         place = where if where.startswith("--") else f"{where}: {key}"
         if known.fate == "refused":
-            raise InputError(f"{place}: {value} has no counterpart here: {known.text}")
+            raise InputError(f"{place}: {plain(value)} has no counterpart here: {known.text}")
         tell(f"{place}: {known.text}")
     return {}
 
@@ -274,7 +278,7 @@ def _checked(field: attrs.Attribute, key: str, value: Any, where: str) -> Any:
     try:
         value = coerce(value, field.type)
     except ValueError as error:
-        raise InputError(f"{where}: {key} must be {error}, got {value!r}") from None
+        raise InputError(f"{where}: {key} must be {error}, got {quoted(value)}") from None
     try:
         if field.validator:  # attrs keeps an empty list
             field.validator(None, field, value)
@@ -285,7 +289,7 @@ def _checked(field: attrs.Attribute, key: str, value: Any, where: str) -> Any:
 
 def _check_train(value: Any, where: str) -> None:
     if value not in (True, None):
-        raise InputError(f"{where}: train must be true, got {value!r}; to test without training, run `mlxlora eval`")
+        raise InputError(f"{where}: train must be true, got {quoted(value)}; to test without training, run `mlxlora eval`")
 
 
 def _check_unknown(key: str, value: Any, fields: Fields, where: str, strict: bool, command: str | None) -> None:
@@ -295,7 +299,7 @@ def _check_unknown(key: str, value: Any, fields: Fields, where: str, strict: boo
     names = [*fields, *(alias for alias, name in aliases.items() if name in fields)]
     close = difflib.get_close_matches(key, names, n=1)
     hint = f"did you mean {close[0]}?" if close else "see --help for the options of this command"
-    raise InputError(f"{where}: unknown key {key}; {hint}")
+    raise InputError(f"{where}: unknown key {listed([key])}; {hint}")
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Any, int]]:
@@ -304,12 +308,14 @@ def _entries(path: Path) -> Iterator[tuple[str, Any, int]]:
         loader = _Loader(path.read_text(encoding="utf-8"))
         root = loader.get_single_node()
         if root is not None and not isinstance(root, yaml.MappingNode):
-            raise InputError(f"{path}:1: expected `key: value` lines, got {loader.construct_object(root, deep=True)!r}")
+            raise InputError(f"{path}:1: expected `key: value` lines, got {quoted(_constructed(loader, root, path))}")
         yield from _walk(loader, root, path) if root is not None else ()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; --config takes a YAML file") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8 text; --config takes a YAML file") from None
+    except RecursionError:
+        raise InputError(f"{path}: lists or mappings within one another too deep; options need two levels") from None
     except yaml.YAMLError as error:
         raise InputError(_syntax(path, error)) from None
 
@@ -324,12 +330,22 @@ def _walk(loader: yaml.SafeLoader, node: yaml.MappingNode, path: Path, prefix: s
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode):
-            raise InputError(f"{path}:{line}: a key must be text, got {loader.construct_object(key_node, deep=True)!r}")
+            raise InputError(f"{path}:{line}: a key must be text, got {quoted(_constructed(loader, key_node, path))}")
         key = prefix + key_node.value.replace("-", "_")
         if isinstance(value_node, yaml.MappingNode) and any(alias.startswith(key + ".") for alias in ALIASES):
             yield from _walk(loader, value_node, path, key + ".")
         else:
-            yield key, loader.construct_object(value_node, deep=True), line
+            yield key, _constructed(loader, value_node, path), line
+
+
+def _constructed(loader: yaml.SafeLoader, node: yaml.Node, path: Path) -> Any:
+    """The value of a node; PyYAML lets the errors of `!!bool x` and `!!int x` through."""
+    try:
+        return loader.construct_object(node, deep=True)
+    except yaml.YAMLError:
+        raise
+    except Exception:
+        raise InputError(f"{path}:{node.start_mark.line + 1}: not a value of YAML: {quoted(node.value)}") from None
 
 
 def _syntax(path: Path, error: yaml.YAMLError) -> str:

@@ -181,5 +181,19 @@ def tokenize(
     return {name: _arranged(source, split) for name, split in found.items()}
 
 
+def check_tokens(source: Source, splits: Mapping[str, Split], vocabulary: int, tokenizer: Tokenizer) -> None:
+    """Checks that the model has all tokens of the rows: MLX would read past the end of its embedding.
+
+    Raises:
+        InputError: it has not; the row is named.
+    """
+    for example in (e for split in splits.values() for item in split.items for e in source.examples(item)):
+        if len(example.tokens) and (largest := int(example.tokens.max())) >= vocabulary:
+            raise InputError(
+                f"{example.where}: token {largest} ({tokenizer.decode([largest])!r}) is not among the model's {vocabulary}: "
+                "the tokenizer has more than the weights; take the one that belongs to them"
+            )
+
+
 def _arranged(source: Source, split: Split) -> Split:
     return split if source.arrange is None else evolve(split, items=source.arrange(split.items))

@@ -25,7 +25,8 @@ class Step:
     """`step(*batches) -> metrics` updates the model once; several batches are one large batch in pieces.
 
     Every mean is taken over the pooled count of its term, so the update does not depend on how the rows are split. A
-    step whose loss or gradient is not finite changes nothing: weights and optimiser stay at the last good state.
+    step whose loss, gradient or new weights are not finite is skipped: it changes neither weights nor optimiser, whose count
+    of steps stays too.
 
     Attributes:
         whole: forward, backward and update of one batch.
@@ -98,7 +99,8 @@ def make_step(
         ranks: who takes the steps together.
 
     Returns:
-        A step; its metrics are the mean of every term, `loss`, `grad_norm` (before clipping) and `learning_rate`.
+        A step; its metrics are the mean of every term, `loss`, `grad_norm` (before clipping), `learning_rate` and `skipped` (1 for
+        a step that changed nothing, else 0).
     """
     score = score or scorer(model, entropy=entropy_of(objective))
     trained = Trained(model, optimizer)
@@ -121,10 +123,10 @@ def make_step(
         grads, norm = _clipped(grads, max_grad_norm)
         before = tree_map(lambda leaf: leaf, [trained.masters, optimizer.state])  # new containers
         masters = optimizer.apply_gradients(grads, trained.masters)
-        finite = mx.isfinite(metrics["loss"]) & mx.isfinite(norm)
-        now = tree_map(partial(mx.where, finite), [masters, optimizer.state], before)
+        good = mx.isfinite(metrics["loss"]) & mx.isfinite(norm) & _intact(masters, before[0])
+        now = tree_map(partial(mx.where, good), [masters, optimizer.state], before)
         put_state([trained.masters, optimizer.state], now)
-        return {**metrics, "grad_norm": norm, "learning_rate": optimizer.learning_rate}
+        return {**metrics, "grad_norm": norm, "learning_rate": optimizer.learning_rate, "skipped": ~good}
 
     @compiled
     def whole(batch: Batch) -> Metrics:
@@ -146,6 +148,12 @@ def _clipped(grads: Any, max_grad_norm: float) -> tuple[Any, mx.array]:
         return grads, norm
     scale = mx.minimum(1.0, max_grad_norm / (norm + 1e-6))
     return tree_map(lambda g: (g * scale).astype(g.dtype), grads), norm
+
+
+def _intact(now: Any, before: Any) -> mx.array:
+    """Whether every number is finite that was so before."""
+    intact = tree_map(lambda a, b: (mx.isfinite(a) | ~mx.isfinite(b)).all(), now, before)
+    return mx.stack([leaf for _, leaf in tree_flatten(intact)]).all()  # type: ignore[arg-type]
 
 
 def _sum_of_squares(g: mx.array, block: int = 512) -> mx.array:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TypeVar
 
-from .errors import InputError
+from .errors import InputError, quoted
 
 Entry = TypeVar("Entry")
 
@@ -19,5 +19,5 @@ def choose(table: Mapping[str, Entry], name: str, option: str) -> Entry:
         InputError: no such name; the message lists the accepted ones.
     """
     if name not in table:
-        raise InputError(f"--{option} must be one of {', '.join(table)}, got {name!r}")
+        raise InputError(f"--{option} must be one of {', '.join(table)}, got {quoted(name)}")
     return table[name]

@@ -3,15 +3,18 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import orjson
 
-from .errors import InputError
+from .errors import InputError, listed
+from .limits import TooLong, at_most
 
 Message = dict[str, Any]
 
 _ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
+_SECONDS = 60.0  # for one conversation; templates take milliseconds
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -150,7 +153,7 @@ def render(
     Raises:
         InputError: there is no template, or it rejects the conversation.
     """
-    with _template_errors(tokenizer, where):
+    with rendering(tokenizer, where):
         options: dict[str, Any] = {"add_generation_prompt": generation_prompt} | ({"tools": tools} if tools else {})
         if tokenizer._chat_template is not None:  # a template in Python, which comes with mlx-lm
             return list(tokenizer.apply_chat_template(messages, **options))
@@ -160,17 +163,51 @@ def render(
 
 
 @contextmanager
-def _template_errors(tokenizer: Any, where: str) -> Iterator[None]:
+def rendering(tokenizer: Any, where: str) -> Iterator[None]:
+    """Guards whatever renders the tokenizer's chat template: what goes wrong is one line, and nothing takes forever.
+
+    Raises:
+        InputError: there is no template, it rejects the conversation, or its time is up.
+    """
     if not tokenizer.has_chat_template:
         raise InputError(
             f"{where}: messages need a chat template and the model's tokenizer has none; "
             "use an instruction-tuned model, add a chat_template.jinja to its folder, or train on text or prompt/completion rows"
         )
+    check_template(tokenizer, where)
     try:
-        yield
+        with at_most(_SECONDS):
+            yield
+    except TooLong:
+        told = f"has not ended after {_SECONDS:g} s, so it is not going to"
+        raise InputError(f"{where}: the model's chat template {told}; use another model or template") from None
     except Exception as error:  # a template is a program that comes with the model: it may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{where}: the model's chat template rejects this conversation: {reason}") from error
+
+
+def check_template(tokenizer: Any, where: str) -> None:
+    """Refuses a template with a power, such as 10 ** 10 ** 9: one operation that no limit of time can interrupt.
+
+    Raises:
+        InputError: it has one.
+    """
+    text = tokenizer.chat_template
+    for template in text.values() if isinstance(text, dict) else [text]:
+        if isinstance(template, str) and _has_power(template):
+            raise InputError(f"{where}: the model's chat template computes a power (**), which no template needs; use another one")
+
+
+@lru_cache
+def _has_power(template: str) -> bool:
+    from jinja2 import Environment, TemplateError
+
+    if "**" not in template:
+        return False
+    try:
+        return any(kind == "operator" and text == "**" for _, kind, text in Environment().lex(template))
+    except TemplateError:  # whoever renders it says so
+        return False
 
 
 def _template_text(tokenizer: Any, tools: list[Message] | None) -> str:
@@ -205,7 +242,7 @@ def assistant_turns(
         InputError: no message is the assistant's, or the template rewrites earlier turns beyond recognition.
     """
     if not any(message["role"] == "assistant" for message in messages):
-        roles = ", ".join(message["role"] for message in messages)
+        roles = listed(message["role"] for message in messages)
         raise InputError(f"{where}: --mask-prompt scores assistant turns and this conversation has none (roles: {roles})")
     return _marked(tokenizer, messages, where, tools) or _located(tokenizer, messages, where, tools)
 
@@ -213,7 +250,7 @@ def assistant_turns(
 def _marked(
     tokenizer: Any, messages: list[Message], where: str, tools: list[Message] | None
 ) -> tuple[list[int], list[bool]] | None:
-    with _template_errors(tokenizer, where):
+    with rendering(tokenizer, where):
         if not _MARKS.search(_template_text(tokenizer, tools)):
             return None
         out = tokenizer._tokenizer.apply_chat_template(

@@ -28,6 +28,32 @@ def test_sft_writes_its_rows(tmp_path: Path) -> None:
         assert min(row["ours"], row["peer"], row["speed_ratio"], row["memory_ratio"]) > 0
 
 
+OTHERS = {  # the modules with the columns that each row must have as numbers
+    **dict.fromkeys(("attention", "grpo", "logprobs", "preference", "rollouts", "startup"), ("ours", "peer", "speed_ratio")),
+    "kernels": ("us", "times", "ms"),
+    "scaling": (),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_others_write_their_rows(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    device = () if name == "scaling" else ("--device", "cpu")  # its runs are processes of their own
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", *device, "--json", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    rows = json.loads(file.read_text())
+    assert rows and done.stdout.count("\n|") >= len(rows)
+    assert all(row[column] > 0 for row in rows for column in OTHERS[name] if row[column] != "")
+
+
+def test_every_benchmark_is_run() -> None:
+    """Those with --quick; the architectures have tests of their own."""
+    quick = {
+        path.stem for path in (ROOT / "benchmarks").glob("*.py") if "--quick" in path.read_text() or "flags(" in path.read_text()
+    }
+    assert quick - {"common", "small"} == {*OTHERS, "sft"}
+
+
 def test_both_sides_start_from_the_same_loss() -> None:
     case = quick_cases()[1]
     rows = make_rows(case)

@@ -348,11 +348,14 @@ def test_init_writes_a_model_that_loads_and_generates(monkeypatch, capsys, tmp_p
     assert words.eos_token_ids == {1}
     again = init(monkeypatch, tmp_path, tokenizer)
     assert "exists and is not empty" in failed(monkeypatch, capsys, *again)
-    generated = run(monkeypatch, "generate", "--model", tmp_path / "model", "--prompt", "hello", "--max-tokens", 3)
-    assert generated == 0
-    assert "--system needs a chat template" in failed(
-        monkeypatch, capsys, "generate", "--model", tmp_path / "model", "--prompt", "hello", "--system", "x"
-    )
+    asked = ("generate", "--model", tmp_path / "model", "--max-tokens", 3, "--prompt")
+    assert run(monkeypatch, *asked, "hello") == 0
+    capsys.readouterr()
+    assert run(monkeypatch, *asked, "hello", "--system", "x") == 0  # without a template: as rows are that `grpo --system` reads
+    systematic = capsys.readouterr().out
+    assert run(monkeypatch, *asked, "x\n\nhello") == 0
+    assert systematic == capsys.readouterr().out
+    assert "is empty; write a prompt" in failed(monkeypatch, capsys, *asked, "")
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ from tiny import dense, experts, quantised, same, shaken, snapshot
 
 from mlxlora import starter
 from mlxlora.adapters import attached, prepare, save
-from mlxlora.comparison import compare, question, read_questions
+from mlxlora.comparison import compare
 from mlxlora.config import AdapterOptions, ModelOptions
 from mlxlora.errors import InputError
 from mlxlora.formats import Row
+from mlxlora.questions import question, read_questions
 from mlxlora.recipes import load
 
 TOKENS = mx.array([[5, 3, 9, 1, 7, 2]])

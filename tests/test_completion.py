@@ -9,6 +9,7 @@ import pytest
 from mlxlora_cli import app
 from mlxlora_cli.completion import NAMES, completer
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from mlxlora import config
 from mlxlora.objectives import DPO_LOSSES
@@ -60,6 +61,16 @@ def test_shells_are_answered(shell):
 def test_completion_can_be_shown(shell, monkeypatch):
     done = subprocess.run([sys.executable, "-m", "mlxlora_cli", "--show-completion", shell], capture_output=True, text=True)
     assert done.returncode == 0 and "_MLXLORA_COMPLETE" in done.stdout
+
+
+@pytest.mark.parametrize("width", ["80", "120"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_cuts_no_word(name, width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", width)
+    shown = CliRunner().invoke(app, [name, "--help"]).output
+    assert "…" not in shown
+    for param in COMMANDS[name].params:
+        assert param.hidden or not param.opts[0].startswith("--") or f"{param.opts[0]} " in shown
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -51,10 +51,13 @@ def test_an_earlier_run_stays(tried, tmp_path):
 def test_what_does_not_fit_comes_with_advice(tried, capsys):
     tried("sft", memory_limit=0.001)
     out = capsys.readouterr().out
-    assert "no. Try, in this order: --grad-checkpoint, --max-seq-length below 64" in out and "a higher --memory-limit" in out
+    assert (
+        "no. Try, in this order: --grad-checkpoint, a smaller --max-seq-length, --quantize 4" in out
+        and "a higher --memory-limit" in out
+    )
     assert "computed in 4 parts" in out
     tried("sft", memory_limit=0.001, grad_checkpoint=True, micro_batch="2", train_type="full")
-    first = "no. Try, in this order: --micro-batch 1, --max-seq-length below 64, a quantised model, --train-type lora"
+    first = "no. Try, in this order: --micro-batch 1, a smaller --max-seq-length, --train-type lora in place of full, fewer"
     assert first in capsys.readouterr().out
 
 

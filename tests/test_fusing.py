@@ -9,7 +9,7 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm import load as load_with_mlx_lm
-from tiny import LLAMA, byte_tokenizer, dense, experts, quantised, shaken, tied
+from tiny import LLAMA, byte_tokenizer, dense, experts, quantised, same, shaken, tied
 
 from mlxlora.adapters import prepare, save
 from mlxlora.config import AdapterOptions, ModelOptions
@@ -107,6 +107,13 @@ def adapters(base: Path, tmp_path: Path) -> Path:
     model, _ = load(ModelOptions(model=str(base)))
     save(scaled(shaken(prepare(model, options())), 0.003), tmp_path / "adapters", options(), str(base))
     return tmp_path / "adapters"
+
+
+def test_a_model_is_named_by_its_folder_or_by_options(base: Path, adapters: Path, tmp_path: Path) -> None:
+    for name, model in (("folder", str(base)), ("options", ModelOptions(model=str(base)))):
+        fuse(model, str(adapters), tmp_path / name)
+    one, other = (mx.load(str(tmp_path / name / "model.safetensors")) for name in ("folder", "options"))
+    assert same(one, other)
 
 
 def test_a_folder_that_mlx_lm_loads(mlxlora: Any, base: Path, adapters: Path, tmp_path: Path) -> None:

@@ -320,7 +320,7 @@ def test_extremes(command: tuple[Any, ...], options: tuple[Any, ...], folder: Pa
         (("--batch-size", 8), "--batch-size 8 is larger than the training set of 7 rows"),
         (("--use-prompt", "--num-iterations", 2), "--use-prompt needs --num-iterations 1"),
         (("--max-seq-length", 2), "--max-seq-length"),
-        (("--temperature", 0), "--temperature must be > 0, got 0"),
+        (("--temperature", 0), "--temperature must be >= 1e-06, got 0"),
         (("--reference-model-path", "./nowhere", "--beta", 0.1), "nowhere"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",

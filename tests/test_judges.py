@@ -55,6 +55,12 @@ def test_a_reward_model_scores_the_last_position(classifier: Path, model_folder:
     assert found[0] != found[1]
 
 
+def test_a_reward_model_reads_many_texts_as_it_reads_one(classifier: Path) -> None:
+    reward, prompts, answers = reward_model(str(classifier)), ["ab"] * 19, ["cde" * (1 + 7 * i % 5) for i in range(19)]
+    alone = [called(reward, [prompt], [answer])[0] for prompt, answer in zip(prompts, answers, strict=True)]
+    assert np.allclose(called(reward, prompts, answers), alone, rtol=1e-5) and len(set(alone)) > 3
+
+
 @pytest.mark.parametrize("folder", ["model_folder", "nowhere"])
 def test_no_reward_model(folder: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     path = request.getfixturevalue(folder) if folder == "model_folder" else tmp_path / folder

@@ -11,8 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
-    "machine",
-    "errors types files chance launched peers split shim prefetch modes attention lora memory",
+    "machine errors",
+    "types files chance launched peers split shim prefetch modes attention lora memory limits",
+    "trust",
     "blas arrays config settings folders tables losses advantages "
     "distributed templates userfile sharing decode report records reward_functions initialise quantising principal",
     "ranks",
@@ -20,13 +21,14 @@ LAYERS = (
     "charts trackers plotting doctor compose card logprobs scores "
     "kv adapters optimisers formats rewards sampling recompute neftune",
     "merging terms surrogates vector coupling data rollouts judges distilling page preflight",
-    "step checkpoint tokencache",
+    "step checkpoint tokencache questions",
     "policy batching",
-    "micro objectives evaluate reference sources signatures watchers",
+    "signatures",
+    "micro objectives evaluate reference sources watchers",
     "loop joining",
     "online packing labels",
     "runs contests preview",
-    "dryrun introduction questions",
+    "dryrun introduction answering",
     "recipes",
     "fusing peft comparison",
     "hub",

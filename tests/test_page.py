@@ -222,3 +222,25 @@ def test_plot_needs_its_package(tmp_path, mlxlora, monkeypatch):
     done = mlxlora("sft", "--plot", "--adapter-path", tmp_path / "a")
     assert done.code == 2 and done.err == "mlxlora: error: --plot needs matplotlib: pip install 'mlxlora[plot]'\n"
     assert not (tmp_path / "a").exists()
+
+
+def test_a_negative_log_likelihood_that_is_the_loss_is_not_drawn_twice():
+    rows = [{"step": 1, "split": "train", "loss": 2.0, "nll": 2.0}, {"step": 2, "split": "train", "loss": 1.0, "nll": 1.0}]
+    assert list(Record("run", metrics=rows).curves()) == ["loss"]
+    rows[1]["nll"] = 0.5
+    assert list(Record("run", metrics=rows).curves()) == ["loss", "nll"]
+
+
+def test_answers_are_of_prompts_as_a_person_reads_them(tmp_path, eager, capsys):
+    rows = [{"question": "add 2 and 2.", "answered": "4"}, {"text": "words"}, {"question": "add 2 and 3.", "answered": "5"}]
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = OPTIONS | {"data": str(tmp_path), "batch_size": 2, "mask_prompt": False, "answers": 3}
+    keys = {"prompt_key": "question", "completion_key": "answered"}
+    recipes.sft(**options, **keys, use_chat_template=True, adapter_path=str(tmp_path / "adapters"))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ", 1)[1].strip() for line in lines if line.startswith(("prompt", "expected"))] == [
+        *("add 2 and 2.", "4"),
+        *("add 2 and 3.", "5"),
+    ]
+    assert sum(line.startswith(("before", "after")) for line in lines) == 4

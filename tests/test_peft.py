@@ -222,7 +222,7 @@ def changed(folder: Path, copy: Path, config: dict[str, Any], rename: Any = str)
 
 
 BROKEN: dict[str, Any] = {
-    "another method": ({"peft_type": "IA3"}, str, "peft_type is IA3; mlx-lm has LORA"),
+    "another method": ({"peft_type": "IA3"}, str, "peft_type is 'IA3'; mlx-lm has LORA"),
     "a changed base": ({"init_lora_weights": "pissa_niter_4"}, str, "init_lora_weights pissa_niter_4 changed the base"),
     "an embedding": ({}, lambda k: k.replace("lora_A.weight", "lora_embedding_A"), "lora_embedding_A is no weight of LoRA or DoRA"),
     "half a module": ({}, lambda k: k.replace("0.self_attn.q_proj.lora_B", "0.self_attn.wq.lora_B"), "needs two matrices"),

@@ -181,5 +181,12 @@ def test_a_sampled_run_leads_with_its_reward():
 
 def test_answers_before_and_after():
     screen = console()
-    Terminal(console=screen).answers([{"prompt": "2 + 2?", "before": "5", "after": "\x1b[2J4"}])
-    assert written(screen).splitlines() == ["prompt  2 + 2?", "before  5", "after   \\x1b[2J4"]
+    rows = [
+        {"prompt": "2 + 2?", "expected": "4", "before": "5", "after": "\x1b[2J4"},
+        {"prompt": "a\nb", "expected": "", "before": "", "after": "c"},
+    ]
+    Terminal(console=screen).answers(rows)
+    assert written(screen).splitlines() == [
+        *("", "prompt    2 + 2?", "expected  4", "before    5", "after     \\x1b[2J4"),
+        *("", "prompt  a b", "before  ", "after   c"),
+    ]

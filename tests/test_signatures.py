@@ -9,7 +9,9 @@ from tiny import dense, distance, example, loss_and_gradient
 
 from mlxlora.batching import Order, bucket, collate, example_piece, pair_piece, stream
 from mlxlora.data import Example, Pair
+from mlxlora.micro import MicroBatches
 from mlxlora.objectives import sft
+from mlxlora.reference import log_probabilities
 from mlxlora.signatures import LIMIT, Signatures, capped, padded
 
 STEPS = 2000
@@ -56,6 +58,37 @@ def test_random_lengths_stay_under_the_cap(item, piece):
         work, least = work + after.batch.tokens.size, least + before.batch.tokens.size
     assert len(seen) <= LIMIT
     assert work < 1.1 * least, "the price of the cap"
+
+
+@pytest.mark.parametrize("rows", [0, 2], ids=["as many as fit", "two"])
+@pytest.mark.parametrize(("item", "share"), [(row, False), (pair, False), (pair, True)], ids=["rows", "pairs", "shared prompts"])
+def test_parts_of_batches_stay_under_the_cap(item, share, rows):
+    rng, seen, plain, whole = np.random.default_rng(0), set(), set(), Signatures()
+    micro, free = (MicroBatches(mx.get_active_memory() + (1 << 22), cost=1e3, rows=rows) for _ in range(2))
+    free.shapes.own = STEPS
+    for _ in range(400):
+        items = [item(rng) for _ in range(4)]
+        piece = example_piece(items) if item is row else pair_piece(items, share=share)
+        piece = piece._replace(batch=whole.fit(piece.batch))
+        for shown, method in ((seen, micro), (plain, free)):
+            shown |= {shapes(part.batch) for part in method([piece])}
+    assert len(seen) <= (LIMIT if rows else 2 * LIMIT)  # batches that fit whole have shapes of their own
+    assert len(seen) < len(plain)
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_the_reference_stays_under_the_cap(together):
+    """Its scorer is traced once for each shape."""
+    rng, traced = np.random.default_rng(0), []
+
+    def score(batch, gradient):
+        traced.append(None)
+        return (mx.zeros(batch.targets.shape),)
+
+    examples = [side for _ in range(300) for some in [pair(rng)] for side in (some.chosen, some.rejected)]
+    found = log_probabilities(examples, score, 2, together)  # type: ignore[arg-type]
+    assert len(traced) <= LIMIT
+    assert [len(logps) for logps in found] == [int(e.scored.sum()) for e in examples]
 
 
 def test_ever_longer_rows_stay_under_the_cap():

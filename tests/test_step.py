@@ -35,7 +35,7 @@ def adapted(make: Any = dense) -> Any:
 def test_metrics_of_a_step() -> None:
     model, objective = adapted(), sft() + 0.0 * entropy()
     metrics = numbers(make_step(model, optim.SGD(0.5), objective)(BATCHES[0]))
-    assert set(metrics) == {"loss", "nll", "entropy", "grad_norm", "learning_rate"}
+    assert set(metrics) == {"loss", "nll", "entropy", "grad_norm", "learning_rate", "skipped"}
     assert metrics["loss"] == metrics["nll"] and metrics["learning_rate"] == 0.5
     assert 0 < metrics["entropy"] < math.log(96)
 

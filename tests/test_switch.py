@@ -37,6 +37,7 @@ from mlxlora.errors import InputError
 from mlxlora.optimisers import learning_rate, make_optimiser
 
 ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
 DATA = Path(__file__).parent / "data" / "switch"
 PAIRS = (ModelOptions, AdapterOptions, PairData, Training, Output)
 GROUPS = {
@@ -85,6 +86,14 @@ def test_every_key_and_flag_has_its_place(peer):
 @pytest.mark.parametrize("peer", peers.PEERS, ids=lambda peer: peer.name)
 def test_the_documentation_shows_the_table(peer):
     assert table(peer) in (ROOT / peer.page).read_text(encoding="utf-8"), "run `python tests/test_switch.py`"
+
+
+def test_the_readme_has_every_key_and_flag_of_both():
+    assert both() in README.read_text(encoding="utf-8"), "run `python tests/test_switch.py`"
+    cells = [row.strip("| ").split(" | ") for row in both().splitlines()[2:]]
+    for peer in peers.PEERS:
+        own = [name for names, of, *_ in cells if of in ("both", peer.name) for name in names.split(", ")]
+        assert sorted(own) == sorted(f"`{name}`" for name in peer.keys)
 
 
 def test_the_defaults_of_mlx_lm_are_taken(tmp_path):
@@ -350,6 +359,19 @@ def table(peer):
     return "\n".join(lines)
 
 
+def both():
+    """The README's table: every key and flag of both peers, those together that mean the same."""
+    found, meanings = {}, {}
+    for peer in peers.PEERS:
+        for name, key in peer.keys.items():
+            found.setdefault((name, meaning(name, key)), []).append(peer.name)
+    for (name, text), names in sorted(found.items()):
+        meanings.setdefault((text, "both" if len(names) == 2 else names[0]), []).append(f"`{name}`")
+    order = sorted(meanings.items(), key=lambda item: (-len(item[1]), item[1]))
+    lines = ["| there | of | here |", "| --- | --- | --- |"]
+    return "\n".join([*lines, *(f"| {', '.join(names)} | {peer} | {text} |" for (text, peer), names in order)])
+
+
 def meaning(name, key):
     option = key.option and ("the same" if key.option == name else f"`{key.option}`")
     where = f" (in {', '.join(key.modes)})" if key.modes and not key.text else ""
@@ -362,6 +384,10 @@ def write_tables():
         path = ROOT / peer.page
         before, _ = path.read_text(encoding="utf-8").split("| there | here |")
         path.write_text(before + table(peer) + "\n", encoding="utf-8")
+    text = README.read_text(encoding="utf-8")
+    start = text.index("| there | of | here |")
+    end = text.index("\n\n</details>", start)
+    README.write_text(text[:start] + both() + text[end:], encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,30 @@
+"""Help that can be read in narrow terminals."""
+
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+
+class Command(TyperCommand):
+    """Its help never cuts the name of a flag, nor a long word: Typer's ends them in an ellipsis where columns are scarce."""
+
+    def format_help(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
+        from rich.table import Table
+        from typer import rich_utils
+
+        class Whole(Table):
+            def add_row(self, *cells: Any, **options: Any) -> None:
+                super().add_row(*cells, **options)
+                for column, cell in zip(self.columns, cells, strict=False):
+                    column.overflow = "fold"
+                    column.no_wrap = column.no_wrap or str(cell).startswith("--")
+                    for part in getattr(cell, "renderables", ()):  # the help and the default
+                        part.overflow = "fold"
+
+        typers: Any = rich_utils
+        typers.Table = Whole
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            typers.Table = Table

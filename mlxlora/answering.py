@@ -1,0 +1,55 @@
+"""What the model answers before and after training: a few prompts of the validation rows."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from mlx_lm import generate
+
+from .errors import InputError
+from .formats import KEYS, Row
+from .modes import evaluating
+from .questions import Question, question
+from .runs import Run
+
+TOKENS = 40  # of an answer
+
+
+@contextmanager
+def answered(run: Run, rows: Mapping[str, Sequence[Row]]) -> Iterator[None]:
+    """Answers before and after what is done within, unless that fails; both are told at the end, with the row's own answer."""
+    asked = questions(run, rows)
+    before = answers(run, asked)
+    yield
+    if not asked:
+        return
+    told = zip(asked, before, answers(run, asked), strict=True)
+    run.tell("answers", [{"prompt": q.text, "expected": q.expected, "before": a, "after": b} for q, a, b in told])
+
+
+def questions(run: Run, rows: Mapping[str, Sequence[Row]]) -> list[Question]:
+    """The first prompts of the validation rows, else of the training rows; rows of plain text have none."""
+    if not run.output.answers or not run.ranks.leads or not hasattr(run.tokenizer, "detokenizer"):
+        return []
+    data = run.source.data
+    how = {
+        "use_chat_template": data.use_chat_template,
+        "system": getattr(data, "system", None),
+        "keys": {name: getattr(data, f"{name}_key", default) for name, default in KEYS.items()},
+    }
+    found = []
+    for row in (rows.get("valid") or rows["train"])[: run.output.answers]:
+        try:
+            found.append(question(row, run.tokenizer, **how))
+        except InputError:
+            continue
+    return [q for q in found if 0 < len(q.tokens) < data.max_seq_length]
+
+
+def answers(run: Run, asked: Sequence[Question]) -> list[str]:
+    """The likeliest answers; a model that cannot generate is trained all the same."""
+    try:
+        with evaluating(run.model):
+            return [generate(run.model, run.tokenizer, q.tokens, max_tokens=TOKENS).strip() for q in asked]
+    except (TypeError, ValueError, AttributeError) as error:
+        run.tell("note", f"--answers: this model does not generate ({error})", warning=True)
+        return ["" for _ in asked]
