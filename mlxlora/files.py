@@ -44,12 +44,6 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def sweep(folder: Path) -> None:
-    """Removes what writers that were killed left under temporary names; nobody else may be writing there."""
-    for path in folder.glob(".*.tmp"):
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-
 def _sync(path: Path) -> None:
     """Reaches the disk before the rename does, so that a crash leaves the old file or the new one."""
     with path.open("rb") as file:
