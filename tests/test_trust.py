@@ -197,7 +197,7 @@ def adapters(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", COMMANDS.keys() - {"init"})
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"init"}))
 def test_code_of_a_model_is_refused(name, with_model_code, ran, adapters, mlxlora):
     shutil.copytree(adapters, with_model_code.parent, dirs_exist_ok=True)
     outcome = mlxlora(*COMMANDS[name])
@@ -207,7 +207,7 @@ def test_code_of_a_model_is_refused(name, with_model_code, ran, adapters, mlxlor
     assert not ran.exists() and not Path("out").exists()
 
 
-@pytest.mark.parametrize("name", COMMANDS.keys() - {"reward model"})
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"reward model"}))
 def test_code_of_a_tokenizer_is_refused(name, with_tokenizer_code, ran, adapters, mlxlora):
     shutil.copytree(adapters, with_tokenizer_code.parent, dirs_exist_ok=True)
     outcome = mlxlora(*COMMANDS[name])
