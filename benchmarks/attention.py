@@ -152,9 +152,10 @@ def measure(case: Case, repetitions: int) -> dict[str, Any]:
         mx.eval(call(*given))  # compiles
     ours, peer = interleaved([lambda c=call: mx.eval(c(*given)) for call in calls], repetitions)
     our_error, peer_error = errors(case)
+    packed = case.segments > 1
     return {
         "case": case.name,
-        "chosen": "chunks" if in_chunks(case.length, case.window is None and case.segments == 1) else "fused",
+        "chosen": "chunks" if in_chunks(case.length, case.window is None and not packed, packed=packed) else "fused",
         "ours": round(ours.wall * 1e3, 2),
         "peer": round(peer.wall * 1e3, 2),
         **ratios(ours, peer),

@@ -1,5 +1,6 @@
 """What is trained: low-rank adapters on an mlx-lm model or its own weights, in the files that mlx-lm reads."""
 
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any, TypeGuard
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import orjson
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
@@ -23,8 +25,10 @@ from .modes import exact
 from .principal import PrincipalLoRALinear
 from .quantising import rounded
 from .ranks import native, uniform
+from .sharding import Sliced, stored, write_stored
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
+_CHECKSUM = "crc32"  # in the header of a safetensors file
 _BASE = {  # where each kind of adapter keeps the module that it adapts
     **dict.fromkeys((LoRALinear, LeanLoRALinear, PrincipalLoRALinear, DoRALinear, LoRASwitchLinear), "linear"),
     **dict.fromkeys((LoRAEmbedding, DoRAEmbedding), "embedding"),
@@ -103,6 +107,7 @@ def save(model: nn.Module, directory: str | Path, options: AdapterOptions, name:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     arrays, size = uniform(model)
+    arrays = stored(model, arrays)
     config = {
         "model": name,
         "fine_tune_type": options.train_type,
@@ -113,7 +118,7 @@ def save(model: nn.Module, directory: str | Path, options: AdapterOptions, name:
     with atomic_file(directory / CONFIG) as path:
         path.write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
     with atomic_file(directory / WEIGHTS) as path:
-        save_arrays(path, arrays)
+        save_arrays(path, arrays, checked=True)
 
 
 def own_arrays(model: nn.Module) -> dict[str, mx.array]:
@@ -123,10 +128,36 @@ def own_arrays(model: nn.Module) -> dict[str, mx.array]:
     return {**dict(tree_flatten(model.trainable_parameters())), **beside}  # type: ignore[dict-item]
 
 
-def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file at exactly `path` (MLX would append the suffix)."""
+def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None, *, checked: bool = False) -> None:
+    """A safetensors file at exactly `path` (MLX would append the suffix); `checked`: with a checksum, of arrays that are whole."""
+    if any(isinstance(array, Sliced) for array in arrays.values()):
+        write_stored(path, arrays)
+        return
     with path.open("wb") as file:
-        mx.save_safetensors(file, arrays, metadata or {})  # type: ignore[arg-type]
+        described = {**(metadata or {}), **({_CHECKSUM: checksum(arrays)} if checked else {})}
+        mx.save_safetensors(file, arrays, described)  # type: ignore[arg-type]
+
+
+def checksum(arrays: dict[str, mx.array]) -> str:
+    """CRC-32 of the names, types, shapes and bytes of arrays.
+
+    >>> checksum({"a": mx.zeros(2)}) != checksum({"a": mx.zeros(2, mx.int32)})
+    True
+    """
+    crc = 0
+    for name in sorted(arrays):
+        array = arrays[name]
+        crc = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), crc)
+        crc = zlib.crc32(np.array(mx.contiguous(array.reshape(-1)).view(mx.uint8)).data, crc)
+    return f"{crc:08x}"
+
+
+def put_arrays(model: nn.Module, arrays: dict[str, mx.array]) -> None:
+    """Puts what a file has into the model, one after the other where parameters are slices; `arrays` is empty then."""
+    for name, place in stored(model, own_arrays(model)).items():
+        if isinstance(place, Sliced):
+            place.take(arrays.pop(name))
+    model.load_weights(list(arrays.items()), strict=False)
 
 
 def attach(model: nn.Module, directory: str | Path) -> nn.Module:
@@ -139,7 +170,7 @@ def attach(model: nn.Module, directory: str | Path) -> nn.Module:
     try:
         if file.is_file():
             check_settings(read_config(directory), Path(directory) / CONFIG)
-            check_header(file)
+            read_arrays(file)  # mlx-lm's reader would take what is damaged
         load_adapters(model, str(directory))
     except InputError:
         raise
@@ -244,22 +275,27 @@ def _scale_of(file: str | Path) -> float | None:
     return scale
 
 
-def read_arrays(file: str | Path) -> dict[str, mx.array]:
-    """The arrays of a safetensors file.
+def read_arrays(file: str | Path, *, lazy: bool = False) -> dict[str, mx.array]:
+    """The arrays of a safetensors file; if `lazy`, each is read when it is used.
 
     Raises:
-        InputError: it is missing or damaged.
+        InputError: it is missing or damaged; where the file has a checksum, one bit is enough.
     """
     path = Path(file) / WEIGHTS if Path(file).is_dir() else Path(file)
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a safetensors file such as adapters/{WEIGHTS}")
     check_header(path)
     try:
+        if lazy:
+            return mx.load(str(path))  # type: ignore[return-value]
         with path.open("rb") as handle:
-            arrays: Any = mx.load(handle, format="safetensors")
-            mx.eval(arrays)
+            found: Any = mx.load(handle, format="safetensors", return_metadata=True)
+            mx.eval(found[0])
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({' '.join(str(error).split())})") from None
+    arrays, metadata = found
+    if _CHECKSUM in metadata and metadata[_CHECKSUM] != checksum(arrays):
+        raise InputError(f"{path}: damaged: its checksum does not match; take another copy, or one of the run's checkpoints")
     return arrays
 
 

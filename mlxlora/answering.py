@@ -28,7 +28,8 @@ def answered(run: Run, rows: Mapping[str, Sequence[Row]]) -> Iterator[None]:
 
 def questions(run: Run, rows: Mapping[str, Sequence[Row]]) -> list[Question]:
     """The first prompts of the validation rows, else of the training rows; rows of plain text have none."""
-    if not run.output.answers or not run.ranks.leads or not hasattr(run.tokenizer, "detokenizer"):
+    alone = run.ranks.leads and not (run.training.fully_shard and run.ranks.size > 1)  # has the whole model
+    if not run.output.answers or not alone or not hasattr(run.tokenizer, "detokenizer"):
         return []
     data = run.source.data
     how = {

@@ -9,10 +9,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from .errors import InputError
-from .files import atomic_file
+from .files import atomic_file, sweep
 
 Arrays = dict[str, np.ndarray]
 _LARGEST = 2**31 - 1  # MLX keeps dimensions in 32 bits
+_DAY = 86400.0  # seconds; whoever wrote to a temporary name so long ago is gone
 
 
 def write_arrays(path: Path, arrays: Arrays) -> None:
@@ -22,6 +23,7 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
         OSError: they cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent, "*.safetensors", older=_DAY)
     try:
         with atomic_file(path) as temporary:
             save_file(arrays, temporary, {"sha256": _checksum(arrays)})

@@ -25,10 +25,12 @@ fused = mx.fast.scaled_dot_product_attention
 
 # By device: queries of a chunk, and the positions of a row from which on chunks pay. cpu (2 shared cores, OpenBLAS, 8 heads; CPU
 # time and memory against the fused function): a whole SFT step 1.01x to 1.06x and 0.7x at 512, 0.75x to 1.0x and 0.5x at 1024,
-# so the bound lies between; attention alone at 2048 0.94x and 0.16x, with a window of 256 0.32x and 0.08x. cuda and metal are
-# guesses: run benchmarks/attention.py.
+# so the bound lies between; attention alone at 2048 0.94x and 0.16x, with a window of 256 0.32x and 0.08x. cuda (one H200): with a
+# window of 256 1.2x and 0.8x at 4096, 0.8x and 0.34x at 8192; of 4 packed sequences 1.3x to 1.5x and about 1x at 8192.
+# metal is a guess: run benchmarks/attention.py.
 CHUNK = {"cpu": 128, "cuda": 512, "metal": 512}
-PAYS_FROM = {"cpu": 768, "cuda": 1024, "metal": 1024}
+PAYS_FROM = {"cpu": 768, "cuda": 8192, "metal": 1024}
+PACKED_PAYS_FROM = PAYS_FROM | {"cuda": 16384}
 FUSED_BACKWARD = {"cpu": False, "cuda": True, "metal": True}  # of mask="causal", in mlx 0.32.4
 
 # Rows next to shared prompts: scores that a layer may keep for its backward pass, which else computes them again (cpu: 1.1x a
@@ -122,18 +124,18 @@ def causal(
     length = queries.shape[2]
     window = window if window is not None and window < length else None
     whole = window is None and segments is None
-    if in_chunks(length, whole):
+    if in_chunks(length, whole, packed=segments is not None):
         return blockwise(queries, keys, values, scale=scale, window=window, segments=segments, sinks=sinks)
     mask = "causal" if whole else visible(range(length), range(length), window, segments)
     return fused(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
 
 
-def in_chunks(length: int, whole: bool) -> bool:
-    """Whether rows of this length attend in chunks; `whole`: without windows and segments."""
+def in_chunks(length: int, whole: bool, *, packed: bool = False) -> bool:
+    """Whether rows of this length attend in chunks; `whole`: without windows and segments; `packed`: with segments."""
     if _choice != "auto":
         return _choice == "chunked"
     here = backend()
-    return length >= PAYS_FROM[here] and not (whole and FUSED_BACKWARD[here])
+    return length >= (PACKED_PAYS_FROM if packed else PAYS_FROM)[here] and not (whole and FUSED_BACKWARD[here])
 
 
 def visible(queries: range, keys: range, window: int | None = None, segments: mx.array | None = None) -> mx.array:

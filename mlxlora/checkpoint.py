@@ -11,19 +11,21 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import orjson
 from attrs import asdict, define, field
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
-from .adapters import WEIGHTS, mismatches, own_arrays, read_arrays, save, save_arrays
+from .adapters import CONFIG, WEIGHTS, mismatches, own_arrays, put_arrays, read_arrays, save, save_arrays
 from .chance import random_key, restore_random_key
 from .config import AdapterOptions
 from .errors import InputError
 from .files import atomic_directory
 from .optimisers import put_state
 from .ranks import is_uniform
-from .vector import layout
+from .sharding import Sliced, is_sharded, stored
+from .vector import layout, stored_state
 
 FOLDER, OPTIMISER, STATE, RANDOM = "checkpoints", "optimizer.safetensors", "state.json", "random_state"
 OWN = "trained.safetensors"  # the arrays as they are trained, where mlx-lm's file has them in another form
+_CHECKED = (CONFIG, WEIGHTS, OWN, OPTIMISER)
 
 
 @define
@@ -60,11 +62,13 @@ def save_checkpoint(
         save(model, temporary, options)
         if not is_uniform(model):
             save_arrays(temporary / OWN, own_arrays(model))
-        save_arrays(temporary / OPTIMISER, {RANDOM: progress.key, **dict(tree_flatten(optimiser.state))})
+        save_arrays(temporary / OPTIMISER, {RANDOM: progress.key, **stored_state(model, optimiser)})
         state = asdict(progress, filter=lambda a, _: "array" not in a.metadata)
-        state["sha256"] = {name: _digest(temporary / name) for name in (WEIGHTS, OWN, OPTIMISER) if (temporary / name).exists()}
+        digests = {name: _digest(temporary / name) for name in _CHECKED if (temporary / name).exists()}
+        state["sha256"] = {STATE: _digest_of(state), **digests}
         (temporary / STATE).write_bytes(orjson.dumps(state, option=orjson.OPT_INDENT_2))
-    for old in checkpoints(directory)[keep:] if keep else []:
+    known = [old for old in checkpoints(directory) if old.name <= path.name]  # later ones are damaged, for the run began before
+    for old in known[keep:] if keep else []:
         shutil.rmtree(old, ignore_errors=True)
     return path
 
@@ -81,17 +85,25 @@ def load_checkpoint(path: Path, model: nn.Module, optimiser: optim.Optimizer) ->
         InputError: the checkpoint is damaged, or does not fit the model and optimiser.
     """
     state = _read_state(path)
-    weights, arrays = read_arrays(path / (WEIGHTS if is_uniform(model) else OWN)), read_arrays(path / OPTIMISER)
+    names, lazy = (WEIGHTS if is_uniform(model) else OWN, OPTIMISER), is_sharded(model)
+    weights, arrays = (read_arrays(path / name, lazy=lazy) for name in names)
     key = arrays.pop(RANDOM)
-    parameters = model.trainable_parameters()
-    optimiser.init(layout(optimiser, parameters).pack(parameters))
-    wanted = own_arrays(model)
-    if problems := mismatches(weights, wanted) or mismatches(arrays, dict(tree_flatten(optimiser.state))):
+    state_arrays = initial(model, optimiser)
+    if problems := mismatches(weights, stored(model, own_arrays(model))) or mismatches(arrays, state_arrays):
         raise InputError(f"{path} does not fit this run: {problems}")
-    model.load_weights(list(weights.items()), strict=False)
+    put_arrays(model, weights)
+    for name, place in state_arrays.items():
+        if isinstance(place, Sliced):
+            place.take(arrays.pop(name))
     put_state(optimiser.state, tree_unflatten(list(arrays.items())))
     restore_random_key(key)
     return Progress(key=key, **state)
+
+
+def initial(model: nn.Module, optimiser: optim.Optimizer) -> dict[str, Any]:
+    """The arrays of an optimiser that has not run yet, as a file has them."""
+    optimiser.init(layout(optimiser, model).pack(model.trainable_parameters()))
+    return stored_state(model, optimiser)
 
 
 def newest(directory: Path) -> tuple[Path | None, list[str]]:
@@ -111,13 +123,18 @@ def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = orjson.loads((path / STATE).read_bytes())
         digests = state.pop("sha256")
+        damaged = [STATE] if digests.pop(STATE, None) not in (None, _digest_of(state)) else []  # None: it has no digest of itself
         state["window"] = {name: nan if value is None else value for name, value in state["window"].items()}  # JSON has no NaN
-        damaged = [name for name, digest in digests.items() if _digest(path / name) != digest]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"{path}: damaged checkpoint ({error})") from None
+        damaged += [name for name, digest in digests.items() if _digest(path / name) != digest]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{path}: damaged checkpoint ({' '.join(str(error).split())})") from None
     if damaged:
         raise InputError(f"{path}: damaged checkpoint ({', '.join(damaged)} changed since it was written)")
     return state
+
+
+def _digest_of(state: dict[str, Any]) -> str:
+    return hashlib.sha256(orjson.dumps(state, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 def _digest(path: Path) -> str:

@@ -261,6 +261,7 @@ class Training:
     warmup_init: float = option(0.0, "The learning rate that it rises from.", v.ge(0))
     max_grad_norm: float = option(1.0, "Clip the global norm of the gradient to this; 0 = off.", v.ge(0))
     grad_checkpoint: bool = option(False, "Recompute each block in the backward pass: less memory, more time.")
+    fully_shard: bool = option(False, "Every process of mlx.launch keeps a slice of parameters and optimiser; --train-type full.")
     micro_batch: str = option(
         "auto", "Rows, pairs or groups of a batch computed at once, a number or auto: as many as fit. The update is the same.",
         _AutoOrCount(),

@@ -26,8 +26,9 @@ from attrs import define, field
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from .chance import random_key, restore_random_key
-from .errors import InputError, RunError, SharedError
+from .errors import InputError, LostError, RunError, SharedError
 from .launched import is_launched, launched_rank
+from .memory import out_of_memory
 
 Item = TypeVar("Item")
 Tree = Any
@@ -50,12 +51,14 @@ class Ranks:
         size: how many there are.
         group: MLX's, None if alone.
         watch: ends this process when the others are gone.
+        sharded: every rank has slices of the parameters only (see `sharding`), so it computes nothing without the others.
     """
 
     rank: int = 0
     size: int = 1
     group: mx.distributed.Group | None = None
     watch: "Watch | None" = None
+    sharded: bool = False
 
     @property
     def leads(self) -> bool:
@@ -77,7 +80,7 @@ class Ranks:
         if self.size == 1:
             return list(numbers)
         halves = mx.array(np.array(numbers, np.float64).view(np.uint32))
-        return np.array(self._gather(halves)).view(np.float64).sum(axis=0).tolist()
+        return np.array(self.stacked(halves)).view(np.float64).sum(axis=0).tolist()
 
     def gathered(self, rows: np.ndarray) -> list[np.ndarray]:
         """[own rows, ...] to the rows of each rank; all ranks have the same dtype and the same further dimensions."""
@@ -107,17 +110,17 @@ class Ranks:
         return [value] if self.size == 1 else [orjson.loads(said) for said in self._everyone(orjson.dumps(value))]
 
     def _everyone(self, data: bytes) -> list[bytes]:
-        lengths = np.array(self._gather(mx.array([len(data)], mx.int32)))[:, 0]
+        lengths = np.array(self.stacked(mx.array([len(data)], mx.int32)))[:, 0]
         padded = np.zeros(max(int(lengths.max()), 1), np.uint8)
         padded[: len(data)] = np.frombuffer(data, np.uint8)
-        rows = np.array(self._gather(mx.array(padded)))
+        rows = np.array(self.stacked(mx.array(padded)))
         return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
 
-    def _gather(self, own: mx.array) -> mx.array:
+    # --- arrays -----------------------------------------------------------------------------
+
+    def stacked(self, own: mx.array) -> mx.array:
         """[n] to [size, n]."""
         return self._awaited(mx.distributed.all_gather(own[None], group=self.group))
-
-    # --- arrays -----------------------------------------------------------------------------
 
     def summed(self, tree: Tree) -> Tree:
         """The sum over all ranks of each array of a tree; rank by rank the arrays have the same shapes and dtypes."""
@@ -136,13 +139,40 @@ class Ranks:
         """The arrays of rank 0."""
         return tree if self.size == 1 else self.summed(tree if self.leads else tree_map(mx.zeros_like, tree))
 
-    def _awaited(self, array: mx.array) -> mx.array:
-        """One at a time: ranks that have different work to do could otherwise ask for sums in different orders."""
+    def pooled(self, number: mx.array, after: mx.array | None = None) -> mx.array:
+        """Within a graph, the sum over all ranks of what each found in its slices; the number itself if there are none.
+
+        `after` is computed before, so that all ranks ask for their sums in one order.
+        """
+        if not self.sharded:
+            return number
+        number = number if after is None else mx.depends([number], [after])[0]
+        return mx.distributed.all_sum(number, group=self.group)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Around an evaluation of what needs the slices of all ranks; no sums are allowed within.
+
+        Raises:
+            LostError: another rank is gone.
+        """
+        with self._waiting() if self.sharded else nullcontext():
+            yield
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
         with self.watch.waiting() if self.watch else nullcontext():
             try:
-                mx.eval(array)
+                yield
             except RuntimeError as error:
-                raise SharedError(f"another rank ended or cannot be reached ({error})") from error
+                if out_of_memory(error):
+                    raise
+                raise LostError(f"another rank ended or cannot be reached ({error})") from error
+
+    def _awaited(self, array: mx.array) -> mx.array:
+        """One at a time: ranks that have different work to do could otherwise ask for sums in different orders."""
+        with self._waiting():
+            mx.eval(array)
         return array
 
     # --- what ranks do together ---------------------------------------------------------------

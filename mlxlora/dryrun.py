@@ -8,7 +8,6 @@ from typing import Any
 
 import mlx.core as mx
 from attrs import asdict, evolve, frozen
-from mlx.utils import tree_flatten
 from mlx_lm.utils import get_total_parameters
 
 from . import attention
@@ -20,6 +19,7 @@ from .loop import train
 from .memory import memory_limit, smaller
 from .report import duration
 from .runs import Run, compiled, maker, order, ready, total_steps
+from .sharding import count, is_sharded
 from .step import Step
 
 STEPS = 3  # of each batch; the first compiles
@@ -107,8 +107,8 @@ def _rehearsed(run: Run) -> Needs:
     parts = len(run.micro(pieces)) // len(pieces) if run.micro else 1
     usual, second, _ = _timed(run, step, typical)
     return Needs(
-        trainable=sum(p.size for _, p in tree_flatten(run.model.trainable_parameters())),  # type: ignore[union-attr]
-        parameters=get_total_parameters(run.model),
+        trainable=count(run.model, trainable=True),
+        parameters=count(run.model) if is_sharded(run.model) else get_total_parameters(run.model),
         rows=len(run.splits["train"].items),
         steps_per_epoch=total_steps(evolve(run.training, epochs=1.0), len(run.splits["train"].items), run.source.repeats),
         steps=total,

@@ -21,6 +21,10 @@ class SharedError(RunError):
     """A failure that every rank of a distributed run meets, so that only rank 0 says it."""
 
 
+class LostError(SharedError):
+    """Another rank is gone, so nothing can be done together any more."""
+
+
 def quoted(value: Any) -> str:
     """A value for a message: on one line, and brief however long it is or how often it contains itself.
 

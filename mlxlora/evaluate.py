@@ -39,10 +39,13 @@ def make_evaluate(model: nn.Module, objective: Objective, score: Scorer, ranks: 
         count: dict[str, float] = dict.fromkeys(names, 0.0)
         with evaluating(model):
             for piece in pieces:
-                if piece.mute:
+                if piece.mute and not ranks.sharded:
                     continue
                 parts = sums(piece.batch)
-                mx.eval(parts)
+                with ranks.computing():
+                    mx.eval(parts)
+                if piece.mute:
+                    continue
                 for pooled, part in zip((total, count), parts, strict=True):
                     pooled.update({name: pooled[name] + float(np.array(value)) for name, value in part.items()})
         everyone = ranks.totals(*total.values(), *count.values())

@@ -2,8 +2,9 @@
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -42,6 +43,20 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(before, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sweep(folder: Path, *names: str, older: float = 0.0) -> None:
+    """Removes what writers that were killed left half written.
+
+    Args:
+        folder: where; folders in it are left alone.
+        names: what they were writing, `*.safetensors` for instance.
+        older: seconds since it was written to; 0 where nobody else may be writing.
+    """
+    for path in (path for name in names for path in folder.glob(f".{name}.*tmp")):
+        with suppress(OSError):
+            if not older or time.time() - path.stat().st_mtime > older:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _sync(path: Path) -> None:

@@ -1,9 +1,16 @@
 """Folders that a command writes whole: none is mixed with what was there, and nothing else is ever deleted."""
 
-from collections.abc import Iterable
+import errno
+import fcntl
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import InputError
+from .errors import InputError, RunError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_UNWRITABLE = _FULL | {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
 
 
 def check_vacant(
@@ -34,3 +41,80 @@ def check_vacant(
     if not (folder / marker).is_file():
         raise InputError(f"{flag} {path} has no {marker}, so --overwrite would delete something else; name another folder")
     return folder
+
+
+@contextmanager
+def writing(folder: Path, flag: str) -> Iterator[None]:
+    """A folder while one process has it for itself; made if there is none, and removed again if nothing was written.
+
+    The system drops the lock with the process, however that ends.
+
+    Args:
+        folder: to write to.
+        flag: the option that names it.
+
+    Raises:
+        InputError: another process has the folder, or it cannot be made.
+        RunError: the disk became full, a quota is used up, or the folder cannot be written any more.
+    """
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        handle = _locked(folder, flag)
+    except OSError as error:
+        raise InputError(f"{flag} {folder}: cannot be made ({error.strerror})") from None
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNWRITABLE or not _within(error, folder):
+            raise
+        raise RunError(_advice(error, folder)) from error
+    finally:
+        for path in absent:
+            with suppress(OSError):  # it is not empty
+                path.rmdir()
+        os.close(handle)
+
+
+def _locked(folder: Path, flag: str) -> int:
+    """A handle of the folder, locked as long as it is open: the folder itself, so that no file is left to become stale."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            _lock(handle)
+        except BlockingIOError:
+            os.close(handle)
+            raise InputError(f"{flag} {folder}: another run is writing there; wait for it, or name another folder") from None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), folder.stat()):
+                return handle
+        os.close(handle)  # whoever made it has just removed it
+
+
+def _lock(handle: int) -> None:
+    """Without a lock where the file system has none.
+
+    Raises:
+        BlockingIOError: somebody has it.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return
+
+
+def _within(error: OSError, folder: Path) -> bool:
+    """Whether it is about the folder; a failed write does not say where it was, other failures do."""
+    if error.filename is None:
+        return error.errno in _FULL | {errno.EIO}
+    return Path(os.fsdecode(error.filename)).absolute().is_relative_to(folder.absolute())
+
+
+def _advice(error: OSError, folder: Path) -> str:
+    remedy = "free some space" if error.errno in _FULL else "make the folder writable"
+    return (
+        f"{error.filename or folder}: cannot be written ({error.strerror}); checkpoints that were finished are kept: {remedy}, "
+        "then go on with the same command and --resume"
+    )

@@ -1,22 +1,28 @@
 """What the ranks of a run agree on before its first step: that they may train together, and from which state."""
 
 import hashlib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
 
 import mlx.nn as nn
 from attrs import asdict
+from mlx.utils import tree_flatten, tree_unflatten
 
-from .adapters import own_arrays
+from .adapters import load_weights, own_arrays, put_arrays, read_arrays
 from .chance import random_key, restore_random_key
-from .checkpoint import Progress
+from .checkpoint import Progress, initial
 from .compose import Objective
 from .coupling import coupled
 from .data import Example
 from .distributed import Ranks
 from .errors import InputError, SharedError
 from .optimisers import put_state
+from .sharding import Sliced, stored
 from .step import Step
+from .vector import stored_state
+
+T = TypeVar("T")
 
 
 def check_ranks(ranks: Ranks, objective: Objective, examples: Iterable[Example]) -> None:
@@ -43,16 +49,51 @@ def follow_first(ranks: Ranks, step: Step, optimiser: Any, progress: Progress) -
     if ranks.size == 1:
         return
     model, state = step.trained.model, [step.trained.masters, optimiser.state]
-    model.load_weights(list(ranks.from_first(own_arrays(model)).items()), strict=False)  # what PiSSA started from, too
-    put_state(state, ranks.from_first(state))
-    step.trained.show()
+    if ranks.sharded:  # slices are rank 0's already
+        plain = [name for name, array in stored_state(model, optimiser).items() if not isinstance(array, Sliced)]
+        state = tree_unflatten([(name, array) for name, array in tree_flatten(optimiser.state) if name in plain])
+        put_state(optimiser.state, ranks.from_first(state))
+    else:
+        model.load_weights(list(ranks.from_first(own_arrays(model)).items()), strict=False)  # what PiSSA started from, too
+        put_state(state, ranks.from_first(state))
+        step.trained.show()
     for name, value in ranks.told(asdict(progress, filter=lambda a, _: "array" not in a.metadata)).items():
         setattr(progress, name, value)
     progress.key = ranks.from_first(progress.key)
     restore_random_key(ranks.from_first(random_key()))
 
 
-def share_weights(ranks: Ranks, model: nn.Module) -> None:
-    """Every rank gets what rank 0 has in place of what is trained."""
+def restore(ranks: Ranks, model: nn.Module, directory: Path) -> None:
+    """Every rank gets what rank 0 saved, in place of what is trained."""
+    if ranks.sharded:
+        led(ranks, model, lambda: put_arrays(model, read_arrays(directory, lazy=True)))
+        return
+    if ranks.leads:
+        load_weights(model, directory)
     if ranks.size > 1:
         model.update(ranks.from_first(model.trainable_parameters()))
+
+
+def led(ranks: Ranks, model: nn.Module, work: Callable[[], T], optimiser: Any = None) -> T | None:
+    """`work` at rank 0, which writes or reads files; where parameters are slices, the others give and take theirs meanwhile."""
+    if ranks.leads:
+        try:
+            return work()
+        finally:
+            if ranks.sharded:
+                ranks.told(None)
+    if ranks.sharded:
+        _serve(ranks, model, optimiser)
+    return None
+
+
+def _serve(ranks: Ranks, model: nn.Module, optimiser: Any) -> None:
+    states = {} if optimiser is None else initial(model, optimiser)
+    places = [*stored(model, own_arrays(model)).values(), *states.values()]
+    known = {place.key: place for place in places if isinstance(place, Sliced)}
+    while (asked := ranks.told(None)) is not None:
+        verb, key = asked
+        if verb == "take":
+            known[key].take()
+        for _ in known[key].parts() if verb == "give" else ():
+            pass

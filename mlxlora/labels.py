@@ -133,13 +133,15 @@ def _measured(model: nn.Module, ranks: Ranks) -> Make:
     def divergence(examples: Sequence[Example]) -> float:
         if not examples:
             return 0.0
-        with evaluating(model):
+        with evaluating(model), ranks.computing():
             policy = np.array(logps(shapes.fit(collate(examples))))
         return sum_log_ratio(policy, examples)
 
     def with_point(items: Sequence[Judged], index: int) -> Piece:
         piece = own(items, index)
         examples = [item.mismatched for item in ranks.share(items) if item.mismatched is not None]
+        if ranks.sharded and not examples:
+            divergence([item.mismatched for item in items[:1] if item.mismatched is not None])  # helps the others gathering
         total, count = ranks.totals(divergence(examples), len(examples))
         column = mx.full((piece.batch.sequences,), max(total / count, 0.0), mx.float32)
         return piece._replace(batch=piece.batch._replace(reference_point=column))

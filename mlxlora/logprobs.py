@@ -1,6 +1,7 @@
 """From a model and a batch to log-probabilities [N]; nothing of size [N, V] is ever kept."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,11 +13,13 @@ from mlx.utils import tree_flatten, tree_unflatten
 from .machine import backend
 from .memory import memory_limit
 from .modes import evaluating, vocabulary
+from .sharding import Unit, called_by, gathered
 from .sharing import read
 from .split import Split, find_split
 from .types import Batch
 
 Head = Callable[..., mx.array]
+_PROBE = [[1, 2]]  # tokens
 
 # Bytes of logits-sized temporaries that one chunk of the head may hold, and what a chunk holds for each of its n·V logits:
 # about ten float32 arrays on a CPU; on a GPU, whose loss is one fused kernel, the logits and their gradient in the model's
@@ -37,6 +40,7 @@ class Scorer:
         temperature: logits are divided by it (what sampling used).
         entropy: also compute `batch.entropy`: None = no, False = as a constant, True = with its gradient.
         chunk: scored tokens that pass through the head at once.
+        gathers: parameters of the head that are slices: gathered once for all chunks, of which ranks have different numbers.
     """
 
     model: nn.Module
@@ -45,6 +49,7 @@ class Scorer:
     temperature: float = 1.0
     entropy: bool | None = None
     chunk: int = 0
+    gathers: Unit | None = None
 
     def __call__(self, batch: Batch, *, gradient: bool = True) -> tuple[mx.array, Batch]:
         inner = partial(_scores, self.logits, self.entropy)
@@ -68,6 +73,16 @@ class Scorer:
         return self.split.hidden if self.split else self.model
 
     def _head(self, inner: Head, gradient: bool) -> Head:
+        if self.gathers is None:
+            return self._divided(inner, gradient)
+
+        def whole(hidden: mx.array, targets: mx.array) -> mx.array:
+            with gathered(self.gathers, hidden) as hidden:  # type: ignore[arg-type]
+                return self._divided(inner, gradient)(hidden, targets)
+
+        return whole
+
+    def _divided(self, inner: Head, gradient: bool) -> Head:
         if self.split is None:
             return inner
         if not gradient:
@@ -81,11 +96,12 @@ def scorer(model: nn.Module, *, temperature: float = 1.0, entropy: bool | None =
     """Splits `model`, checks the split on a tiny input (without dropout) and sizes the head's chunks by a byte budget."""
     with evaluating(model):
         split = find_split(model)
-        trainable = _head_parameters(split) if split else ()
+        gathers = called_by(model, lambda: split.head(split.hidden(mx.array(_PROBE))[0])) if split else None
+        trainable = _head_parameters(split, gathers) if split else ()
         size = vocabulary(model)
     if split is None:
         return Scorer(model, None, temperature=temperature, entropy=entropy)
-    return Scorer(model, split, trainable, temperature, entropy, chunk or affordable_chunk(size))
+    return Scorer(model, split, trainable, temperature, entropy, chunk or affordable_chunk(size), gathers)
 
 
 def affordable_chunk(vocabulary: int) -> int:
@@ -275,7 +291,7 @@ def _parameters(model: nn.Module, names: tuple[str, ...]) -> list[mx.array]:
     return [flat[name] for name in names]
 
 
-def _head_parameters(split: Split) -> tuple[str, ...]:
+def _head_parameters(split: Split, gathers: Unit | None) -> tuple[str, ...]:
     """Trainable parameters that the head reads: those outside the backbone, and tied ones.
 
     A module is tied if the head has a gradient with respect to one of its parameters; all of them then belong to it
@@ -285,20 +301,20 @@ def _head_parameters(split: Split) -> tuple[str, ...]:
     if not trainable:
         return ()
     outside = {name for name in trainable if not name.startswith(split.path + ".")}
-    modules = {name.rpartition(".")[0] for name in _moved_by(split, trainable)}
+    candidates = [name for name in trainable if "layers." not in name]
+    modules = {name.rpartition(".")[0] for name in (_moved_by(split, gathers, candidates) if candidates else ())}
     return tuple(name for name in trainable if name in outside or name.rpartition(".")[0] in modules)
 
 
-def _moved_by(split: Split, trainable: dict[str, mx.array]) -> list[str]:
-    candidates = {n: v for n, v in trainable.items() if "layers." not in n}
-    if not candidates:
-        return []
-    hidden = mx.random.normal(split.hidden(mx.array([[1, 2]]))[0].shape, key=mx.random.key(0))
+def _moved_by(split: Split, gathers: Unit | None, names: list[str]) -> list[str]:
+    hidden = mx.random.normal(split.hidden(mx.array(_PROBE))[0].shape, key=mx.random.key(0))
 
     def total(values: dict[str, mx.array]) -> mx.array:
         split.model.update(tree_unflatten(list(values.items())))
         return split.head(hidden).astype(mx.float32).sum()
 
-    gradients = mx.grad(total)(candidates)
-    split.model.update(tree_unflatten(list(candidates.items())))
+    with gathered(gathers, hidden) if gathers else nullcontext():
+        candidates = dict(zip(names, _parameters(split.model, tuple(names)), strict=True))
+        gradients = mx.grad(total)(candidates)
+        split.model.update(tree_unflatten(list(candidates.items())))
     return [name for name, g in gradients.items() if mx.any(g != 0).item()]

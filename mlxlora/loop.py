@@ -76,7 +76,7 @@ def train(
 def _stepped(step: Step, pieces: Sequence[Piece], micro: MicroBatches | None) -> dict[str, float]:
     parts = micro(pieces) if micro else pieces
     try:
-        metrics = step.measured(*(p.batch for p in parts if not p.mute))
+        metrics = step.measured(*(p.batch for p in parts if not p.mute), idle=parts[0].batch)
     except (RuntimeError, MemoryError) as error:
         if out_of_memory(error):
             raise RunError(_advice(parts, error)) from error

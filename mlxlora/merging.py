@@ -76,7 +76,7 @@ def merge(
     rank = max(map(rank_of, sums.values()))
     arrays = {f"{path}.{name}": array for path, both in sums.items() for name, array in resized(both, rank, 1.0).items()}
     with atomic_directory(target) as temporary:
-        save_arrays(temporary / WEIGHTS, arrays)
+        save_arrays(temporary / WEIGHTS, arrays, checked=True)
         (temporary / CONFIG).write_bytes(orjson.dumps(_config(parts, list(sums), rank, model), option=orjson.OPT_INDENT_2))
     return rank
 

@@ -13,6 +13,7 @@ from attrs import define, field
 
 from .batching import Piece, scored_size
 from .modes import usual_dtype
+from .sharding import shape_of
 from .signatures import Signatures
 from .types import Batch
 
@@ -172,7 +173,9 @@ def cost_of_position(model: nn.Module, *, recomputed: bool) -> float:
 def _ends(module: nn.Module) -> tuple[int, int]:
     """(in, out) of a matrix; of experts, those that a token passes are counted as one."""
     weight = module.get("weight") if isinstance(module, nn.Module) else None
-    if weight is None or weight.ndim < 2:
+    shape = () if weight is None else shape_of(module, "weight")
+    if len(shape) < 2:
         return 0, 0
-    inner = weight.shape[-1] * 32 // module.bits if hasattr(module, "bits") else weight.shape[-1]
-    return int(inner), int(weight.shape[-2])
+    bits: Any = getattr(module, "bits", 32)
+    inner = shape[-1] * 32 // bits
+    return int(inner), int(shape[-2])

@@ -1,6 +1,7 @@
 """The methods as users call them: load, prepare, run."""
 
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,13 @@ from .labels import unpaired
 from .logprobs import scorer
 from .modes import vocabulary
 from .online import Rollouts, own_answers, prompts
-from .preflight import claim
+from .preflight import claimed
 from .quantising import quantise_loaded
 from .reference import cache_file
 from .rewards import NamedReward, load_rewards
 from .rollouts import Sampling
 from .runs import Run, execute, split_pieces
+from .sharding import check_options
 from .sources import Source
 from .trust import check_model_code
 from .userfile import load_object
@@ -295,11 +297,10 @@ def run(
         RunError: losses or gradients that are not finite, of five batches in a row; the last good state was saved.
     """
     files = Output(**output)
-    if current_ranks().leads:
-        claim(files)
-    rows = sources.read(source.data, training.seed)
-    groups = {type(group): group for group in (ModelOptions(), source.data, adapter, training, files)}
-    return _run(model, tokenizer, objective, source, rows, groups)
+    with claimed(files) if current_ranks().leads else nullcontext():
+        rows = sources.read(source.data, training.seed)
+        groups = {type(group): group for group in (ModelOptions(), source.data, adapter, training, files)}
+        return _run(model, tokenizer, objective, source, rows, groups)
 
 
 def evaluate_split(
@@ -436,13 +437,14 @@ def user_objective(reference: str | None) -> Objective | None:
 
 def _load_and_run(source: Source, objective: Objective, groups: Groups, fields: dict[str, Any] | None = None) -> dict[str, Any]:
     ranks = current_ranks()
-    with ranks.together():
-        if ranks.leads:
-            claim(groups[Output])
-        rows = sources.read(source.data, groups[Training].seed)
-        model, tokenizer = load(groups[ModelOptions])
-        layers_to_train(model, groups[AdapterOptions])  # before the rows are tokenised
-    return _run(model, tokenizer, objective, source, rows, groups, **fields or {})
+    with ExitStack() as held:
+        with ranks.together():
+            if ranks.leads:
+                held.enter_context(claimed(groups[Output]))
+            rows = sources.read(source.data, groups[Training].seed)
+            model, tokenizer, _ = load_with_config(groups[ModelOptions], lazy=groups[Training].fully_shard)
+            layers_to_train(model, groups[AdapterOptions])  # before the rows are tokenised
+        return _run(model, tokenizer, objective, source, rows, groups, **fields or {})
 
 
 def _run(
@@ -454,6 +456,7 @@ def _run(
     ranks = current_ranks()
     told = reporters(groups[Output]) if ranks.leads else ()
     with ranks.together():
+        check_options(groups[Training], adapter, online=source.online, taught="extend" in fields)
         splits = sources.tokenize(source, rows, tokenizer, lambda text: [reporter.note(text) for reporter in told])
         sources.check_tokens(source, splits, vocabulary(model), tokenizer)
     whole = Run(

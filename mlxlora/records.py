@@ -1,5 +1,6 @@
 """What a run left in its folder, read again."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,3 +140,31 @@ def differing(records: Sequence[Record]) -> dict[str, list[Any]]:
 
 
 _NO_DIFFERENCE = {"adapter_path", "overwrite", "resume", "quiet", "show_config", "plot", "report_to"}
+
+
+def check_same(directory: Path, config: Mapping[str, Any]) -> None:
+    """Checks that a resumed run is the run that was stopped.
+
+    Raises:
+        InputError: it has other options, of those that matter.
+    """
+    file = directory / SETTINGS
+    before = read_settings(file)
+    changed = [k for k, v in config.items() if k not in _MAY_DIFFER and k in before and before[k] != v]
+    if changed:
+        told = "; ".join(f"{k} was {before[k]!r} and is {config[k]!r}" for k in changed)
+        raise InputError(f"--resume: {told}; give the options of {file}, or start another run")
+
+
+def clean(directory: Path, *others: str) -> None:
+    """Removes what an earlier run left, and nothing else."""
+    for name in (METRICS, SAMPLES, SETTINGS, PAGE, PICTURE, *others):
+        (directory / name).unlink(missing_ok=True)
+    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+
+
+_MAY_DIFFER = {
+    *("iters", "epochs", "steps_per_report", "steps_per_eval", "val_batches", "save_every", "save_total_limit", "keep_best"),
+    *("patience", "test", "quiet", "resume", "overwrite", "adapter_path", "resume_adapter_file", "token_cache"),
+    *("micro_batch", "memory_limit", "fully_shard", "dry_run", "show_config", "answers", "plot", "report_to"),
+}  # what a resumed run may change

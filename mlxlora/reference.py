@@ -79,7 +79,11 @@ def _heard(known: Mapping[bytes, Logps], wanted: Mapping[bytes, Example], ranks:
 def _together(examples: Sequence[Example], score: Scorer, batch_size: int, size: int, ranks: Ranks) -> list[Logps]:
     """`log_probabilities`, of which each rank computes its share."""
     units = batched(range(len(examples)), size)
-    own = log_probabilities([examples[i] for unit in ranks.share(units) for i in unit], score, batch_size, size)
+    share = list(ranks.share(units))
+    idle = units[:1] * (-(-len(units) // ranks.size) - len(share)) if ranks.sharded else []  # all pass equally often
+    with ranks.computing():
+        found_here = log_probabilities([examples[i] for unit in share + idle for i in unit], score, batch_size, size)
+    own = found_here[: sum(map(len, share))]
     if ranks.size == 1:
         return own
     numbers = [i for rank in range(ranks.size) for unit in units[rank :: ranks.size] for i in unit]

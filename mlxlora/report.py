@@ -1,7 +1,6 @@
 """What a run tells: hooks that the loop calls, for the terminal and for metrics.jsonl."""
 
 import atexit
-import os
 import re
 import time
 from collections import deque
@@ -14,6 +13,8 @@ import orjson
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.text import Text
+
+from .files import atomic_file
 
 Kind = TypeVar("Kind")
 Row = Mapping[str, Any]
@@ -167,8 +168,11 @@ class MetricsFile(Reporter):
 
     def record(self, row: Row) -> None:
         """Writes the whole line in one call, so that a reader never sees half of it."""
+        line = orjson.dumps(dict(row), default=float, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)
         with self.path.open("ab", buffering=0) as file:
-            file.write(orjson.dumps(dict(row), default=float, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY))
+            written = file.write(line)
+            if written < len(line):  # the disk took a part; it says why when it is given the rest
+                file.write(line[written:])
 
 
 class SamplesFile(Reporter):
@@ -188,18 +192,14 @@ def truncate_after(path: str | Path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for line in path.read_bytes().splitlines() if _step_of(line) <= step]
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.writelines(line + b"\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(b"".join(line + b"\n" for line in kept))
 
 
 def _step_of(line: bytes) -> float:
     try:
         return orjson.loads(line)["step"]
-    except orjson.JSONDecodeError:
+    except (orjson.JSONDecodeError, KeyError, TypeError):
         return float("inf")
 
 

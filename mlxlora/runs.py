@@ -1,7 +1,6 @@
 """One run, the same for every method: rows, adapters, step, hooks, loop, files."""
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -22,10 +21,10 @@ from .checkpoint import Progress, load_checkpoint, newest, save_checkpoint
 from .compose import Objective
 from .config import AdapterOptions, Output, Training
 from .distributed import Ranks, current_ranks, nothing
-from .errors import InputError, RunError
+from .errors import InputError, LostError, RunError, SharedError
 from .evaluate import Evaluate, make_evaluate, mean_measures
 from .files import atomic_file
-from .joining import check_ranks, follow_first, share_weights
+from .joining import check_ranks, follow_first, led, restore
 from .logprobs import Scorer, scorer
 from .loop import Abandoned, every, reported, train
 from .memory import limit_memory
@@ -35,19 +34,14 @@ from .optimisers import make_optimiser
 from .packing import packed
 from .prefetch import prefetched
 from .recompute import checkpointed
-from .records import METRICS, PAGE, PICTURE, SAMPLES, SETTINGS, read_lines, read_settings
+from .records import METRICS, PAGE, SAMPLES, SETTINGS, check_same, clean, read_lines
 from .reference import referenced, with_reference
 from .report import Reporter, truncate_after
+from .sharding import shard
 from .sharing import know_windows, obstacle, packed_layout, pays
 from .signatures import capped
 from .sources import Context, Source, Split
 from .step import Step, entropy_of, make_step
-
-_MAY_DIFFER = {
-    *("iters", "epochs", "steps_per_report", "steps_per_eval", "val_batches", "save_every", "save_total_limit", "keep_best"),
-    *("patience", "test", "quiet", "resume", "overwrite", "adapter_path", "resume_adapter_file", "token_cache"),
-    *("micro_batch", "memory_limit", "dry_run", "show_config", "answers", "plot", "report_to"),
-}  # what a resumed run may change
 
 
 @frozen
@@ -128,7 +122,7 @@ def execute(run: Run) -> dict[str, Any]:
 
 def _execute(run: Run) -> dict[str, Any]:
     run, optimiser, total = ready(run)
-    progress = _start(run, optimiser) if run.ranks.leads else Progress()
+    progress = led(run.ranks, run.model, lambda: _start(run, optimiser), optimiser) or Progress()
     run.tell("start", run.config)
     step, evaluate = compiled(run, optimiser)
     follow_first(run.ranks, step, optimiser, progress)
@@ -147,6 +141,8 @@ def ready(run: Run, only: Mapping[str, Sequence[int]] | None = None) -> tuple[Ru
     _check_splits(run)
     examples = (example for split in run.splits.values() for item in split.items for example in run.source.examples(item))
     check_ranks(run.ranks, run.objective, examples)
+    if run.training.fully_shard:
+        run = evolve(run, ranks=shard(run.model, run.ranks), reference_cache=None)  # a cache is checked by one rank alone
     limit, saved = limit_memory(run.training.memory_limit), _saved_by_sharing(run)
     if "ref_logps" in run.objective.needs and not run.source.online:
         run = _with_reference(run, only, shared=saved is not None)
@@ -154,7 +150,7 @@ def ready(run: Run, only: Mapping[str, Sequence[int]] | None = None) -> tuple[Ru
     prepare(run.model, run.adapter)
     if run.adapter.resume_adapter_file:
         load_weights(run.model, run.adapter.resume_adapter_file)
-    if run.training.grad_checkpoint:
+    if _recomputes(run):
         checkpointed(run.model)
     if run.noise:
         noisy(run.model, run.noise)
@@ -178,15 +174,20 @@ def compiled(run: Run, optimiser: Any) -> tuple[Step, Evaluate]:
     return step, measures if run.source.online else make_evaluate(run.model, run.objective, run.score, ranks)
 
 
+def _recomputes(run: Run) -> bool:
+    """Where ranks have slices, what a block gathered must not be kept for its backward pass."""
+    return run.training.grad_checkpoint or run.ranks.sharded
+
+
 def _micro(run: Run, limit: int) -> MicroBatches:
     training = run.training
-    cost = cost_of_position(run.model, recomputed=training.grad_checkpoint)
+    cost = cost_of_position(run.model, recomputed=_recomputes(run))
     return MicroBatches(limit, cost, 0 if training.micro_batch == "auto" else int(training.micro_batch))
 
 
 def _saved_by_sharing(run: Run) -> float | None:
     """The share of the work that is left if prompts are computed once; None: not wanted, or the rows say that it does not pay."""
-    if run.source.share is False:
+    if run.source.share is False or run.ranks.sharded:  # ranks with and without a common prompt would gather unequally often
         return None
     plain, shared = read_positions(map(run.source.expected or run.source.examples, run.splits["train"].items))
     wanted = plain != shared and bool(run.source.share or pays(plain, shared))
@@ -254,14 +255,16 @@ def _batches(training: Training, rows: int) -> int:
 def _start(run: Run, optimiser: Any) -> Progress:
     """A new run's progress, or that of the newest good checkpoint."""
     path, problems = newest(run.directory) if run.output.resume else (None, [])
+    if problems and path is None:
+        raise InputError(f"--resume: {'; '.join(problems)}; no earlier one is good: start again with --overwrite")
     for problem in problems:
         run.tell("note", f"{problem}; an earlier one is used", warning=True)
     if run.output.resume:
-        _check_same(run)
+        check_same(run.directory, run.config)
     if path is None:
         if run.output.resume:
             run.tell("note", f"no checkpoint in {run.directory}: starting from the beginning", warning=True)
-        _clean(run.directory)
+        clean(run.directory, WEIGHTS, CONFIG)
         progress = Progress()
     else:
         progress = load_checkpoint(path, run.model, optimiser)
@@ -274,42 +277,29 @@ def _start(run: Run, optimiser: Any) -> Progress:
     return progress
 
 
-def _check_same(run: Run) -> None:
-    """A resumed run has to be the run that was stopped."""
-    file = run.directory / SETTINGS
-    before = read_settings(file)
-    changed = [k for k, v in run.config.items() if k not in _MAY_DIFFER and k in before and before[k] != v]
-    if changed:
-        told = "; ".join(f"{k} was {before[k]!r} and is {run.config[k]!r}" for k in changed)
-        raise InputError(f"--resume: {told}; give the options of {file}, or start another run")
-
-
-def _clean(directory: Path) -> None:
-    """Removes what an earlier run left, and nothing else."""
-    for name in (WEIGHTS, CONFIG, METRICS, SAMPLES, SETTINGS, PAGE, PICTURE):
-        (directory / name).unlink(missing_ok=True)
-    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-
-
 def _train(run: Run, step: Step, evaluate: Evaluate, optimiser: Any, progress: Progress, total: int) -> None:
     run.tell("progress", progress.step, total)
     if progress.step == 0:
         _validate(run, evaluate, progress, first=True)
 
-    def checkpoint(progress: Progress, _: Sequence[Piece] = ()) -> None:
-        if not run.ranks.leads:
-            return
+    def write() -> None:
         keep = 0 if progress.skipped else run.output.save_total_limit  # no good one makes room for one that nothing proved
+        if not run.output.keep_best or progress.best is None:  # before the checkpoint: after the last one nothing is saved any more
+            _save(run)
         save_checkpoint(run.directory, run.model, optimiser, progress, run.adapter, keep=keep)
-        if not run.output.keep_best or progress.best is None:
-            save(run.model, run.directory, run.adapter, run.name, run.config.get("quantize"))
+
+    def checkpoint(*_: Any) -> None:
+        led(run.ranks, run.model, write, optimiser)
 
     def rescue() -> None:
-        checkpoint(progress)
+        checkpoint()
         run.tell("finish", {"stopped": f"after step {progress.step}", "to go on": "the same command with --resume"})
 
+    def left() -> None:
+        run.tell("finish", {"stopped": f"after step {progress.step}", **_last_checkpoint(run)})
+
     if run.ranks.watch:
-        run.ranks.watch.rescue = rescue
+        run.ranks.watch.rescue = left if run.ranks.sharded else rescue
     hooks = (
         lambda progress, _: run.tell("progress", progress.step, total),
         every(run.output.steps_per_report, partial(_report, run), total),
@@ -325,13 +315,25 @@ def _train(run: Run, step: Step, evaluate: Evaluate, optimiser: Any, progress: P
     except KeyboardInterrupt:
         rescue()
         raise
-    except RunError:
-        checkpoint(progress)
+    except RunError as error:
+        if run.ranks.sharded and (isinstance(error, LostError) or not isinstance(error, SharedError)):
+            left()  # no other rank helps saving
+            raise
+        checkpoint()
         run.tell("finish", {"stopped": f"after step {progress.step}", "last good state": str(run.directory)})
         raise
     finally:
         if run.ranks.watch:
             run.ranks.watch.rescue = nothing
+
+
+def _last_checkpoint(run: Run) -> dict[str, str]:
+    path, _ = newest(run.directory)
+    return {} if path is None else {"last checkpoint": str(path), "to go on": "the same command with --resume"}
+
+
+def _save(run: Run) -> None:
+    save(run.model, run.directory, run.adapter, run.name, run.config.get("quantize"))
 
 
 def _pieces(run: Run, done: int) -> Iterator[tuple[Piece, ...]]:
@@ -451,8 +453,8 @@ def _validate(run: Run, evaluate: Evaluate, progress: Progress, *, first: bool =
         return
     if math.isfinite(metrics["loss"]) and (progress.best is None or metrics["loss"] < progress.best):
         progress.best, progress.waited = metrics["loss"], 0
-        if run.output.keep_best and run.ranks.leads:
-            save(run.model, run.directory, run.adapter, run.name, run.config.get("quantize"))
+        if run.output.keep_best:
+            led(run.ranks, run.model, partial(_save, run))
     else:
         progress.waited += 1
     if run.output.patience and progress.waited >= run.output.patience:
@@ -477,9 +479,7 @@ def _finish(run: Run, step: Step, evaluate: Evaluate, progress: Progress, second
         results[f"best valid {name}"] = round(value, 4)
     if run.output.test:
         if run.output.keep_best:
-            if run.ranks.leads:
-                load_weights(run.model, run.directory)
-            share_weights(run.ranks, run.model)
+            restore(run.ranks, run.model, run.directory)
         metrics = evaluate(split_pieces(run, "test"))
         run.tell("record", {"step": progress.step, "split": "test", **metrics})
         results |= {f"test {name}": round(metrics[name], 4) for name in ("loss", "perplexity") if name in metrics}

@@ -24,7 +24,8 @@ from .vector import Trained
 class Step:
     """`step(*batches) -> metrics` updates the model once; several batches are one large batch in pieces.
 
-    Every mean is taken over the pooled count of its term, so the update does not depend on how the rows are split. A
+    Every mean is taken over the pooled count of its term, so the update does not depend on how the rows are split. `idle` is
+    any batch, for a rank that has fewer of them than others whose slices of parameters it has to help gathering. A
     step whose loss, gradient or new weights are not finite is skipped: it changes neither weights nor optimiser, whose count
     of steps stays too.
 
@@ -48,28 +49,42 @@ class Step:
     compilations: int = 0
     ranks: Ranks = ALONE
 
-    def __call__(self, *batches: Batch) -> Metrics:
+    def __call__(self, *batches: Batch, idle: Batch | None = None) -> Metrics:
         self.trained.follow()
-        metrics = self.whole(batches[0]) if len(batches) == 1 and self.ranks.size == 1 else self._pieces(batches)
-        mx.async_eval(self.trained.masters, metrics)
-        self.trained.show()  # while the device works
-        mx.eval(self.state, metrics)
+        metrics = self.whole(batches[0]) if len(batches) == 1 and self.ranks.size == 1 else self._pieces(batches, idle)
+        with self.ranks.computing():
+            mx.async_eval(self.trained.masters, metrics)
+            self.trained.show()  # while the device works
+            mx.eval(self.state, metrics)
         return metrics
 
-    def measured(self, *batches: Batch) -> dict[str, float]:
+    def measured(self, *batches: Batch, idle: Batch | None = None) -> dict[str, float]:
         """The same, with metrics as numbers."""
-        return {name: float(np.array(value)) for name, value in self(*batches).items()}
+        return {name: float(np.array(value)) for name, value in self(*batches, idle=idle).items()}
 
-    def _pieces(self, batches: Sequence[Batch]) -> Metrics:
+    def _pieces(self, batches: Sequence[Batch], idle: Batch | None) -> Metrics:
         with self.ranks.chance():
             counts = self.ranks.summed(reduce(_add, map(self.objective.counts, batches)) if batches else self._zeros())
             total = None
-            for batch in batches:
-                part = self.backward(batch, counts)
+            for batch, over in self._passes(batches, counts, idle):
+                part = self.backward(batch, over)
                 total = part if total is None else _add(total, part)
-                mx.eval(total)  # one piece's activations at a time
-            total = self.ranks.summed(total or self._nothing())
+                with self.ranks.computing():
+                    mx.eval(total)  # one piece's activations at a time
+            gradient, metrics = total or self._nothing()
+            if self.ranks.sharded:  # the gradient of a slice is a sum already
+                return self.update(gradient, self.ranks.summed(metrics))
+            total = self.ranks.summed((gradient, metrics))
         return self.update(*total)
+
+    def _passes(self, batches: Sequence[Batch], counts: Metrics, idle: Batch | None) -> list[tuple[Batch, Metrics]]:
+        """Each batch with its counts; where ranks gather slices, all pass through the model equally often, some of them idly."""
+        passes = [(batch, counts) for batch in batches]
+        if not self.ranks.sharded or idle is None:
+            return passes
+        missing = max(self.ranks.listed([len(passes)])) - len(passes)
+        nothing = tree_map(lambda count: mx.full(count.shape, mx.inf), counts)  # every mean over it is 0, and its gradient
+        return passes + [(idle, nothing)] * missing
 
     def _zeros(self) -> Metrics:
         return {term.name: mx.array(0.0) for _, term in self.objective.terms}
@@ -120,10 +135,10 @@ def make_step(
         return tree_map(lambda g, p: g.astype(p.dtype), trained.pack(grads), trained.masters), metrics
 
     def apply(grads: Any, metrics: Metrics) -> Metrics:
-        grads, norm = _clipped(grads, max_grad_norm)
+        grads, norm = _clipped(grads, max_grad_norm, ranks)
         before = tree_map(lambda leaf: leaf, [trained.masters, optimizer.state])  # new containers
         masters = optimizer.apply_gradients(grads, trained.masters)
-        good = mx.isfinite(metrics["loss"]) & mx.isfinite(norm) & _intact(masters, before[0])
+        good = mx.isfinite(metrics["loss"]) & mx.isfinite(norm) & (ranks.pooled(_broken(masters, before[0]), norm) == 0)
         now = tree_map(partial(mx.where, good), [masters, optimizer.state], before)
         put_state([trained.masters, optimizer.state], now)
         return {**metrics, "grad_norm": norm, "learning_rate": optimizer.learning_rate, "skipped": ~good}
@@ -141,19 +156,19 @@ def entropy_of(objective: Objective) -> bool | None:
     return "entropy" in objective.optimises if "entropy" in objective.needs else None
 
 
-def _clipped(grads: Any, max_grad_norm: float) -> tuple[Any, mx.array]:
+def _clipped(grads: Any, max_grad_norm: float, ranks: Ranks) -> tuple[Any, mx.array]:
     """(gradient, its global norm before clipping)."""
-    norm = mx.sqrt(sum(_sum_of_squares(g) for _, g in tree_flatten(grads)))  # type: ignore[arg-type]
+    norm = mx.sqrt(ranks.pooled(sum(_sum_of_squares(g) for _, g in tree_flatten(grads))))  # type: ignore[arg-type]
     if not max_grad_norm:
         return grads, norm
     scale = mx.minimum(1.0, max_grad_norm / (norm + 1e-6))
     return tree_map(lambda g: (g * scale).astype(g.dtype), grads), norm
 
 
-def _intact(now: Any, before: Any) -> mx.array:
-    """Whether every number is finite that was so before."""
+def _broken(now: Any, before: Any) -> mx.array:
+    """How many arrays have a number that is not finite, and was before."""
     intact = tree_map(lambda a, b: (mx.isfinite(a) | ~mx.isfinite(b)).all(), now, before)
-    return mx.stack([leaf for _, leaf in tree_flatten(intact)]).all()  # type: ignore[arg-type]
+    return (~mx.stack([leaf for _, leaf in tree_flatten(intact)])).sum()  # type: ignore[arg-type]
 
 
 def _sum_of_squares(g: mx.array, block: int = 512) -> mx.array:

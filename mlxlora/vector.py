@@ -15,10 +15,11 @@ from attrs import define, field, frozen
 from mlx.utils import tree_flatten, tree_unflatten
 
 from .optimisers import RAISED, put_state, raised
+from .sharding import Sliced, is_sharded, length, nbytes, shape_of
 
 Tree = Any
 
-_ELEMENTWISE = (optim.SGD, optim.Adam, optim.AdamW, optim.Adamax, optim.Lion, optim.RMSprop, optim.Adagrad, optim.AdaDelta)
+ELEMENTWISE = (optim.SGD, optim.Adam, optim.AdamW, optim.Adamax, optim.Lion, optim.RMSprop, optim.Adagrad, optim.AdaDelta)
 _NAME = "trained"
 # Bytes from which on the copy of the gradient that a vector needs costs more memory than its kernels cost time.
 _LARGEST = 1 << 30
@@ -40,6 +41,10 @@ class Vector:
         for name, (key, _) in self.places.items():
             parts[key].append(flat[name].reshape(-1))
         return {key: mx.concatenate(arrays) for key, arrays in parts.items()}
+
+    def names(self, key: str) -> list[str]:
+        """The parameters in an array of `pack`."""
+        return [name for name, (vector, _) in self.places.items() if vector == key]
 
     def unpack(self, packed: Tree) -> Tree:
         """The inverse."""
@@ -63,6 +68,10 @@ class Separate:
         """The tree itself."""
         return tree
 
+    def names(self, key: str) -> list[str]:
+        """The parameter itself."""
+        return [key]
+
     def unpack(self, packed: Tree) -> Tree:
         """The tree itself."""
         return packed
@@ -72,13 +81,13 @@ class Separate:
         return _leaves(packed)
 
 
-def layout(optimizer: optim.Optimizer, parameters: Tree) -> Vector | Separate:
-    """A vector for optimisers that treat every number alike, if all parameters have one dtype and are not large."""
-    flat: list[tuple[str, mx.array]] = tree_flatten(parameters)  # type: ignore[assignment]
-    small = sum(array.nbytes for _, array in flat) <= _LARGEST
+def layout(optimizer: optim.Optimizer, model: nn.Module) -> Vector | Separate:
+    """A vector for optimisers that treat every number alike, if all trainable parameters have one dtype and are not large."""
+    flat: list[tuple[str, mx.array]] = tree_flatten(model.trainable_parameters())  # type: ignore[assignment]
+    small = nbytes(model, trainable=True) <= _LARGEST
     several = isinstance(optimizer, optim.MultiOptimizer)
     kinds = {type(each) for each in (optimizer.optimizers if several else (optimizer,))}  # type: ignore[attr-defined]
-    if not kinds <= set(_ELEMENTWISE) or len({array.dtype for _, array in flat}) > 1 or not small:
+    if not kinds <= set(ELEMENTWISE) or len({array.dtype for _, array in flat}) > 1 or not small:
         return Separate()
     return Vector({name: (RAISED if several and raised(name) else _NAME, array.shape) for name, array in flat})
 
@@ -102,7 +111,7 @@ class Trained:
 
     def __attrs_post_init__(self) -> None:
         parameters = self.model.trainable_parameters()
-        self._layout = layout(self.optimizer, parameters)
+        self._layout = layout(self.optimizer, self.model)
         self.masters = self._layout.pack(parameters)
         self._places = [_place(self.model, name) for name, _ in tree_flatten(parameters)]
         self._shown = _leaves(parameters)
@@ -128,11 +137,46 @@ class Trained:
             put_state(self.masters, self.pack(self.model.trainable_parameters()))
 
 
+def stored_state(model: nn.Module, optimizer: optim.Optimizer) -> dict[str, Any]:
+    """The optimiser's arrays as a file has them: those of parameters that are slices as `Sliced`, which has the whole shape."""
+    flat: dict[str, mx.array] = dict(tree_flatten(optimizer.state))  # type: ignore[arg-type]
+    if not is_sharded(model):
+        return flat
+    how, modules = layout(optimizer, model), dict(model.named_modules())
+    whole = {
+        name: shape_of(modules[name.rpartition(".")[0]], name.rpartition(".")[2])
+        for name, _ in tree_flatten(model.trainable_parameters())  # type: ignore[misc]
+    }
+    found: dict[str, Any] = {}
+    for path, array in flat.items():
+        shapes = tuple(whole[name] for name in how.names(path.rpartition(".")[0]) if name in whole)
+        found[path] = _state(model, optimizer, path, array.dtype, shapes) if shapes else array
+    return found
+
+
+def _state(model: nn.Module, optimizer: optim.Optimizer, path: str, dtype: mx.Dtype, shapes: tuple[tuple[int, ...], ...]) -> Sliced:
+    ranks, packed = model._shards.ranks, isinstance(layout(optimizer, model), Vector)  # type: ignore[union-attr]
+    container, last = _place(optimizer.state, path)  # type: ignore[arg-type]
+
+    def own() -> list[mx.array]:
+        flat, found, start = container[last].reshape(-1), [], 0
+        for shape in shapes:
+            found.append(flat[start : start + length(shape, ranks)])
+            start += found[-1].size
+        return found
+
+    def put(found: list[mx.array]) -> None:
+        container[last] = mx.concatenate([own.reshape(-1) for own in found]) if packed else found[0]
+
+    shape = (sum(map(prod, shapes)),) if packed else shapes[0]
+    return Sliced(f"optimiser {path}", shape, dtype, shapes, ranks, own, put)
+
+
 def _leaves(tree: Tree) -> list[mx.array]:
     return [array for _, array in tree_flatten(tree)]  # type: ignore[misc]
 
 
-def _place(model: nn.Module, name: str) -> tuple[Any, Any]:
+def _place(model: Any, name: str) -> tuple[Any, Any]:
     """The container of a parameter, and its key there: a walk over the model at every step would take milliseconds."""
     *path, last = name.split(".")
     container: Any = model

@@ -16,7 +16,7 @@ LAYERS = (
     "trust",
     "blas arrays config settings folders tables losses advantages "
     "distributed templates userfile sharing decode report records reward_functions initialise quantising principal",
-    "ranks",
+    "ranks sharding",
     "conversion",
     "charts trackers plotting doctor compose card logprobs scores "
     "kv adapters optimisers formats rewards sampling recompute neftune",

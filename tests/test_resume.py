@@ -1,6 +1,7 @@
 """A run that was stopped anywhere, and then resumed, leaves the metrics of one that was not."""
 
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -15,9 +16,10 @@ import orjson
 import pytest
 from tiny import text_rows
 
+from mlxlora.checkpoint import save_checkpoint
 from mlxlora.loop import Abandoned, Interruptible
 
-TIMED = ("seconds", "seconds_waited", "seconds_stepped", "tokens_per_second", "peak_memory_gb")
+TIMED = re.compile(r"seconds.*|.*_per_second|peak_memory_gb")
 LENGTHS = ("--iters", 24, "--steps-per-report", 2, "--steps-per-eval", 5, "--save-every", 3)
 VARIANTS = {
     "plain": (),
@@ -127,6 +129,31 @@ def test_damaged_checkpoint(damage: Any, command: tuple[Any, ...], finished: Pat
     same_run(tmp_path / "damaged", finished)
 
 
+def test_no_checkpoint_is_good(command: tuple[Any, ...], finished: Path, mlxlora: Any) -> None:
+    for checkpoint in (finished / "checkpoints").iterdir():
+        truncated(checkpoint)
+    before = sorted(path.name for path in finished.rglob("*"))
+    outcome = mlxlora(*command, *SHORT, "--adapter-path", finished, "--resume")
+    assert outcome.code == 2 and outcome.err.count("\n") == 1
+    assert all(f"{step}: damaged checkpoint (optimizer.safetensors" in outcome.err for step in ("0000003", "0000006"))
+    assert sorted(path.name for path in finished.rglob("*")) == before
+
+
+def test_the_adapters_are_there_before_the_last_checkpoint(
+    command: tuple[Any, ...], tmp_path: Path, mlxlora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is killed between the two has nothing left to train and would not save them any more."""
+    command, done = (*command, *SHORT, "--adapter-path", tmp_path), []
+
+    def killed(folder: Path, *arguments: Any, **options: Any) -> Path:
+        path = save_checkpoint(folder, *arguments, **options)
+        done.append((folder / "adapters.safetensors").read_bytes() == (path / "adapters.safetensors").read_bytes())
+        return path
+
+    monkeypatch.setattr("mlxlora.runs.save_checkpoint", killed)
+    assert mlxlora(*command).code == 0 and done == [True, True]
+
+
 def test_changed_option(command: tuple[Any, ...], finished: Path, mlxlora: Any) -> None:
     before = (finished / "metrics.jsonl").read_bytes()
     outcome = mlxlora(*command, *SHORT, "--adapter-path", finished, "--resume", "--learning-rate", 2e-3, "--rank", 4)
@@ -176,7 +203,7 @@ def reached(folder: Path, step: int) -> bool:
 def records(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without what depends on the clock and the machine."""
     lines = map(orjson.loads, (folder / "metrics.jsonl").read_bytes().splitlines())
-    return [{name: value for name, value in line.items() if name not in TIMED} for line in lines]
+    return [{name: value for name, value in line.items() if not TIMED.fullmatch(name)} for line in lines]
 
 
 def same_run(ours: Path, theirs: Path) -> None:
