@@ -4,13 +4,16 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 
-from attrs import define
+import mlx.core as mx
+from attrs import define, field, frozen
 
 from .batching import Piece
 from .chance import random_key
 from .checkpoint import Progress
+from .compose import Metrics
 from .distributed import ALONE, Ranks
 from .errors import RunError, SharedError
 from .memory import out_of_memory, smaller
@@ -31,6 +34,7 @@ def train(
     repeats: int = 1,
     micro: MicroBatches | None = None,
     ranks: Ranks = ALONE,
+    ahead: bool = False,
     skips: int = SKIPS,
     warn: Callable[[str], object] = lambda _: None,
 ) -> None:
@@ -39,7 +43,8 @@ def train(
     Every group of batches is used for `repeats` steps (several updates on one rollout); a run only ever stops after
     the last of them. `micro` divides batches that would not fit into memory. `ranks` take the steps together, each with the
     pieces of its stream. A step that is not finite changes nothing and is counted; `warn` is told its rows, and `skips` batches of
-    them in a row end the run.
+    them in a row end the run. With `ahead` the next step is begun before the metrics of one are read, wherever no hook looks
+    at the model between the two; the stream must not look at it either.
 
     Ctrl-C while a batch is made ends the run at once, during a step or its hooks after them: `progress` is always the
     state after a whole step. A second Ctrl-C does not wait. Several ranks end after the same step.
@@ -50,40 +55,116 @@ def train(
         KeyboardInterrupt: Ctrl-C.
         Abandoned: a second one, before the step was over.
     """
+    steps = _Steps(step, progress, hooks, micro, ranks, skips * repeats, warn, ahead and ranks.size == 1)
     with Interruptible(waits=ranks.size > 1) as interrupt:
-        while progress.step < total and not progress.stop:
-            start = time.perf_counter()
-            pieces = next(stream)
-            waited = time.perf_counter() - start
+        try:
+            while steps.begun < total and not progress.stop:
+                pieces = steps.waited_for(stream)
+                with interrupt.held():
+                    own, asked = sum(p.tokens for p in pieces), 0.0
+                    for _ in range(min(repeats, total - steps.begun)):
+                        tokens, asked = ranks.totals(own, interrupt.asked)  # before the step: where others end, it has not begun
+                        steps.take(pieces, round(tokens))
+                    if ranks.size > 1 and asked:
+                        raise KeyboardInterrupt
+        except Abandoned:
+            raise
+        except BaseException:
             with interrupt.held():
-                own, asked = sum(p.tokens for p in pieces), 0.0
-                for _ in range(min(repeats, total - progress.step)):
-                    start = time.perf_counter()
-                    tokens, asked = ranks.totals(own, interrupt.asked)  # before the step: where others end, it has not begun
-                    metrics = _stepped(step, pieces, micro)
-                    seconds = {"seconds_waited": waited, "seconds_stepped": time.perf_counter() - start}
-                    _advance(progress, metrics, seconds, pieces, round(tokens))
-                    waited = 0.0
-                    if progress.skipped:
-                        rows = ranks.listed([row for piece in pieces for row in piece.rows])
-                        _tell_skipped(metrics, progress, rows, skips * repeats, warn)
-                    for hook in hooks:
-                        hook(progress, pieces)
-                if ranks.size > 1 and asked:
-                    raise KeyboardInterrupt
+                steps.end()
+            raise
 
 
-def _stepped(step: Step, pieces: Sequence[Piece], micro: MicroBatches | None) -> dict[str, float]:
-    parts = micro(pieces) if micro else pieces
+@frozen
+class _Begun:
+    """A step whose metrics are yet to be read.
+
+    Attributes:
+        metrics: lazy.
+        pieces: the batches that it is of.
+        parts: the same, divided as memory asks for.
+        tokens: that the model reads.
+        key: the random state after it.
+    """
+
+    metrics: Metrics
+    pieces: Sequence[Piece]
+    parts: Sequence[Piece]
+    tokens: int
+    key: mx.array
+
+
+@define
+class _Steps:
+    """Steps in order: each is begun, and ended by reading its metrics and calling the hooks; at most one waits for its end."""
+
+    step: Step
+    progress: Progress
+    hooks: Sequence[Hook]
+    micro: MicroBatches | None
+    ranks: Ranks
+    limit: int
+    warn: Callable[[str], object]
+    ahead: bool
+    _open: _Begun | None = None
+    _since: float = field(factory=time.perf_counter)
+    _waited: float = 0.0
+
+    @property
+    def begun(self) -> int:
+        """Steps so far, the one that is not ended included."""
+        return self.progress.step + (self._open is not None)
+
+    def waited_for(self, stream: Iterator[tuple[Piece, ...]]) -> tuple[Piece, ...]:
+        """The next batches."""
+        start = time.perf_counter()
+        pieces = next(stream)
+        self._waited += time.perf_counter() - start
+        return pieces
+
+    def take(self, pieces: Sequence[Piece], tokens: int) -> None:
+        """Begins a step; ends the one before, and this one too if something has to be known before the next."""
+        parts = self.micro(pieces) if self.micro else pieces
+        with _explained(parts):
+            metrics = self.step.begin(*(p.batch for p in parts if not p.mute), idle=parts[0].batch)
+        following = _Begun(metrics, pieces, parts, tokens, random_key())
+        self.end(whole=False)
+        self._open = following
+        if not self._may_wait():
+            self.end()
+
+    def end(self, *, whole: bool = True) -> None:
+        """Ends the step that is not ended, if there is one; `whole`: no other has been begun since."""
+        if (done := self._open) is None:
+            return
+        with _explained(done.parts):
+            metrics = self.step.ended(done.metrics, whole=whole)
+        self._open = None
+        if self.micro:
+            self.micro.learn()
+        seconds = {"seconds_waited": self._waited, "seconds_stepped": time.perf_counter() - self._since - self._waited}
+        _advance(self.progress, metrics, seconds, done)
+        if self.progress.skipped:
+            rows = self.ranks.listed([row for piece in done.pieces for row in piece.rows])
+            _tell_skipped(metrics, self.progress, rows, self.limit, self.warn)
+        for hook in self.hooks:
+            hook(self.progress, done.pieces)
+        self._since, self._waited = time.perf_counter(), 0.0
+
+    def _may_wait(self) -> bool:
+        """Whether the next step may begin first: nobody looks at this one, memory was measured, and no step was skipped of late."""
+        looking = any(not isinstance(hook, Every) or hook.looks(self.begun) for hook in self.hooks)
+        return self.ahead and not looking and not self.progress.skipped and not (self.micro and self.micro.measuring)
+
+
+@contextmanager
+def _explained(parts: Sequence[Piece]) -> Iterator[None]:
     try:
-        metrics = step.measured(*(p.batch for p in parts if not p.mute), idle=parts[0].batch)
+        yield
     except (RuntimeError, MemoryError) as error:
         if out_of_memory(error):
             raise RunError(_advice(parts, error)) from error
         raise
-    if micro:
-        micro.learn()
-    return metrics
 
 
 def _advice(parts: Sequence[Piece], error: BaseException) -> str:
@@ -94,14 +175,29 @@ def _advice(parts: Sequence[Piece], error: BaseException) -> str:
     )
 
 
-def every(steps: int, hook: Hook, total: int) -> Hook:
-    """`hook` at every multiple of `steps` (0 = none), at the end, and where a run stops early."""
+@frozen
+class Every:
+    """`hook` at every multiple of `steps` (0 = none), at the end, and where a run stops early.
 
-    def run(progress: Progress, pieces: Sequence[Piece]) -> None:
-        if progress.step == total or progress.stop or (steps and progress.step % steps == 0):
-            hook(progress, pieces)
+    Attributes:
+        beside: it looks neither at the model nor at metrics, so that the next step may have begun.
+    """
 
-    return run
+    steps: int
+    hook: Hook
+    total: int
+    beside: bool = False
+
+    def __call__(self, progress: Progress, pieces: Sequence[Piece]) -> None:
+        if progress.stop or self._due(progress.step):
+            self.hook(progress, pieces)
+
+    def looks(self, step: int) -> bool:
+        """Whether it has to see what this step leaves."""
+        return not self.beside and self._due(step)
+
+    def _due(self, step: int) -> bool:
+        return step == self.total or bool(self.steps and step % self.steps == 0)
 
 
 def _tell_skipped(
@@ -120,20 +216,18 @@ def _tell_skipped(
     raise SharedError(f"{problem}{times}; the weights are those of step {good}. Try {remedy}")
 
 
-def _advance(
-    progress: Progress, metrics: dict[str, float], seconds: dict[str, float], pieces: Sequence[Piece], tokens: int
-) -> None:
+def _advance(progress: Progress, metrics: dict[str, float], seconds: dict[str, float], done: _Begun) -> None:
     """What a skipped step measured does not count among the means."""
-    skipped = metrics["skipped"]
+    skipped, pieces = metrics["skipped"], done.pieces
     sourced = {name: sum(p.metrics[name] for p in pieces) / len(pieces) for name in pieces[0].metrics}
     measured = {"skipped": skipped} if skipped else {**metrics, **sourced}
-    seen = {**measured, **seconds, "window_tokens": tokens, "steps": 1 - skipped}
+    seen = {**measured, **seconds, "window_tokens": done.tokens, "steps": 1 - skipped}
     progress.window = {name: progress.window.get(name, 0.0) + seen.get(name, 0.0) for name in {**progress.window, **seen}}
     progress.window["learning_rate"] = metrics["learning_rate"]
     progress.skipped = progress.skipped + 1 if skipped else 0
     progress.step += 1
-    progress.tokens += tokens
-    progress.key = random_key()
+    progress.tokens += done.tokens
+    progress.key = done.key
 
 
 def reported(progress: Progress) -> dict[str, float]:

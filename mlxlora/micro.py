@@ -130,6 +130,11 @@ class MicroBatches:
             mx.reset_peak_memory()
         return found
 
+    @property
+    def measuring(self) -> bool:
+        """Whether `learn` has to be called before the next step begins: it then tells what this one takes."""
+        return self._measuring > 0
+
     def learn(self) -> None:
         """After a step: what its largest micro-batch took."""
         peak = mx.get_peak_memory()

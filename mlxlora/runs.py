@@ -26,7 +26,7 @@ from .evaluate import Evaluate, make_evaluate, mean_measures
 from .files import atomic_file
 from .joining import check_ranks, follow_first, led, restore
 from .logprobs import Scorer, scorer
-from .loop import Abandoned, every, reported, train
+from .loop import Abandoned, Every, reported, train
 from .memory import limit_memory
 from .micro import MicroBatches, cost_of_position
 from .neftune import noisy
@@ -300,16 +300,16 @@ def _train(run: Run, step: Step, evaluate: Evaluate, optimiser: Any, progress: P
 
     if run.ranks.watch:
         run.ranks.watch.rescue = left if run.ranks.sharded else rescue
+    multiple = run.source.repeats
     hooks = (
-        lambda progress, _: run.tell("progress", progress.step, total),
-        every(run.output.steps_per_report, partial(_report, run), total),
-        every(_up(run.output.steps_per_eval, run.source.repeats), lambda progress, _: _validate(run, evaluate, progress), total),
-        every(_up(run.output.save_every, run.source.repeats), checkpoint, total),
+        Every(1, lambda progress, _: run.tell("progress", progress.step, total), total, beside=True),
+        Every(run.output.steps_per_report, partial(_report, run), total),
+        Every(_up(run.output.steps_per_eval, multiple), lambda progress, _: _validate(run, evaluate, progress), total),
+        Every(_up(run.output.save_every, multiple), checkpoint, total),
     )
     try:
-        pieces, repeats = _pieces(run, progress.step), run.source.repeats
-        warn = partial(run.tell, "note", warning=True)
-        train(step, pieces, progress, total, hooks, repeats=repeats, micro=run.micro, ranks=run.ranks, warn=warn)
+        how: dict[str, Any] = {"repeats": multiple, "micro": run.micro, "ranks": run.ranks, "ahead": not _live(run)}
+        train(step, _pieces(run, progress.step), progress, total, hooks, **how, warn=partial(run.tell, "note", warning=True))
     except Abandoned:
         raise
     except KeyboardInterrupt:
@@ -342,8 +342,12 @@ def _pieces(run: Run, done: int) -> Iterator[tuple[Piece, ...]]:
     used = done // run.source.repeats * accumulate
     pieces = stream(items, order(run, "train"), maker(run, validation=False), used)
     steps = grouped(islice(pieces, max(_batches(run.training, len(items)) - used, 0)), accumulate)
-    live = run.source.online or run.source.live
-    return steps if live else prefetched(steps)  # what is sampled or measured needs the policy as it will be by then
+    return steps if _live(run) else prefetched(steps)
+
+
+def _live(run: Run) -> bool:
+    """Whether batches are sampled or measured, which needs the policy as it will be by then."""
+    return run.source.online or run.source.live
 
 
 def maker(run: Run, *, validation: bool) -> Make:

@@ -50,17 +50,30 @@ class Step:
     ranks: Ranks = ALONE
 
     def __call__(self, *batches: Batch, idle: Batch | None = None) -> Metrics:
+        metrics = self.begin(*batches, idle=idle)
+        with self.ranks.computing():
+            mx.eval(self.state, metrics)
+        return metrics
+
+    def begin(self, *batches: Batch, idle: Batch | None = None) -> Metrics:
+        """The same, not waited for: the model already has the new weights, which are yet to be computed, as are the metrics."""
         self.trained.follow()
         metrics = self.whole(batches[0]) if len(batches) == 1 and self.ranks.size == 1 else self._pieces(batches, idle)
         with self.ranks.computing():
             mx.async_eval(self.trained.masters, metrics)
             self.trained.show()  # while the device works
-            mx.eval(self.state, metrics)
+            mx.async_eval(self.state)
         return metrics
 
+    def ended(self, metrics: Metrics, *, whole: bool = True) -> dict[str, float]:
+        """Metrics of `begin` as numbers; `whole` waits for weights and optimiser too, and for any step that was begun since."""
+        with self.ranks.computing():
+            mx.eval(metrics, *([self.state] if whole else []))
+        return {name: float(np.array(value)) for name, value in metrics.items()}
+
     def measured(self, *batches: Batch, idle: Batch | None = None) -> dict[str, float]:
-        """The same, with metrics as numbers."""
-        return {name: float(np.array(value)) for name, value in self(*batches, idle=idle).items()}
+        """The step, with metrics as numbers."""
+        return self.ended(self.begin(*batches, idle=idle))
 
     def _pieces(self, batches: Sequence[Batch], idle: Batch | None) -> Metrics:
         with self.ranks.chance():
