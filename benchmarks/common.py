@@ -42,6 +42,14 @@ def cost(call: Callable[[], Any]) -> Cost:
     return Cost(time.perf_counter() - wall, time.process_time() - cpu, max(mx.get_peak_memory() - before, 0))
 
 
+def limited(gigabytes: float, call: Callable[[], Any]) -> None:
+    """`call` with so much memory above what is active now; 0 = as MLX has it."""
+    before = mx.set_memory_limit(mx.get_active_memory() + int(gigabytes * 1e9)) if gigabytes else 0
+    call()
+    if gigabytes:
+        mx.set_memory_limit(before)
+
+
 def interleaved(calls: Sequence[Callable[[], Any]], repetitions: int, budget: float = math.inf) -> list[Cost]:
     """Medians over the repetitions; the calls take turns, in turned order, so that a busy machine slows all alike.
 

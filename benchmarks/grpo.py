@@ -94,6 +94,7 @@ CPU = [Case(), Case(beta=0.1), Case(prompts=4, prompt=64)]
 GPU = [Case(hidden=1024, layers=28, vocabulary=151936, base=qwen3_600m)]
 QUICK = [Case(hidden=64, layers=2, vocabulary=512, group_size=4, prompt=24, completion=8, beta=0.1)]
 Parts = dict[str, Callable[[], Any]]
+PARTS = ("whole step", "rollout", "training step")
 
 
 class Words:
@@ -143,11 +144,10 @@ def ours(case: Case, rows: Sequence[Prompt]) -> tuple[Parts, Piece, Callable[[],
     def rollout() -> None:
         sample(model, tokens, case.group_size, sampling, {case.vocabulary}, key=mx.random.key(next(numbers)), route=route)
 
-    parts: Parts = {
-        "whole step": lambda: step(make(rows, next(numbers)).batch),
-        "rollout": rollout,
-        "training step": lambda: step(piece.batch),
-    }
+    def whole() -> None:
+        step(make(rows, next(numbers)).batch)
+
+    parts: Parts = dict(zip(PARTS, (whole, rollout, lambda: step(piece.batch)), strict=True))
     return parts, piece, lambda: float(step(piece.batch)["grad_norm"].item())
 
 
@@ -190,20 +190,20 @@ def theirs(case: Case, rows: Sequence[Prompt], piece: Piece) -> tuple[Parts, Cal
     def norm() -> float:
         return float(np.sqrt(sum(mx.square(g).sum().item() for _, g in tree_flatten(gradient(*again)[1]))))
 
-    return {"whole step": whole, "rollout": rollout, "training step": lambda: train(*again)}, norm
+    return dict(zip(PARTS, (whole, rollout, lambda: train(*again)), strict=True)), norm
 
 
 # --- the table --------------------------------------------------------------------------------------
 
 
-def measure(case: Case, repetitions: int, budget: float) -> list[dict[str, Any]]:
-    """Rows of the table: the whole step and its parts."""
+def measure(case: Case, repetitions: int, budget: float, only: str) -> list[dict[str, Any]]:
+    """Rows of the table: the whole step and its parts, of them those whose name contains `only`."""
     rows = make_prompts(case)
     our_parts, piece, our_norm = ours(case, rows)
     their_parts, their_norm = theirs(case, rows, piece) if peer else ({}, None)
     difference = "" if their_norm is None else f"{abs(their_norm() / our_norm() - 1):.0e}"
     found = []
-    for name, part in our_parts.items():
+    for name, part in ((n, p) for n, p in our_parts.items() if only in f"{case.name}, {n}"):
         calls = [part, *([their_parts[name]] if peer else [])]
         for call in calls:
             call(), call()  # every shape is compiled
@@ -228,8 +228,9 @@ def main() -> None:
         print("mlx-lm-lora is not installed (pip install --no-deps mlx-lm-lora): ours only")
     found: list[dict[str, Any]] = []
     full = CPU if mx.default_device() == mx.Device(mx.cpu) else GPU
-    for case in (case for case in (QUICK if options.quick else full) if options.only in case.name):
-        found += measure(case, 2 if options.quick else options.repetitions, options.budget)
+    for case in QUICK if options.quick else full:
+        if any(options.only in f"{case.name}, {part}" for part in PARTS):
+            found += measure(case, 2 if options.quick else options.repetitions, options.budget, options.only)
     tell(found, COLUMNS, options.json)
 
 

@@ -159,6 +159,33 @@ def table(shape: Shape, repetitions: int, rows: int, length: int, chunk: int) ->
     ]
 
 
+def launches(repetitions: int, length: int = 1000) -> list[dict[str, Any]]:
+    """Microseconds of one operation in a chain of `length` on 256 x 256 numbers, its construction left out."""
+    x, w = noise(256, 256), noise(256, 256)
+    mx.eval(x, w)
+    steps: dict[str, tuple[Callable[[mx.array], mx.array], int]] = {
+        "matrix product": (lambda y: y @ w, 1),
+        "addmm": (lambda y: mx.addmm(x, y, w), 1),
+        "RMS norm": (lambda y: mx.fast.rms_norm(y, None, 1e-6), 1),
+        "cast": (lambda y: y.astype(mx.float32).astype(mx.bfloat16), 2),
+        "addition": (lambda y: y + w, 1),
+        "addition of a transposed matrix": (lambda y: y.T + w, 1),
+        "two views": (lambda y: y.reshape(-1).reshape(256, 256), 1),
+    }
+    found = []
+    for name, (step, operations) in steps.items():
+        times = []
+        for _ in range(repetitions + 1):
+            y = x
+            for _ in range(length):
+                y = step(y)
+            start = time.perf_counter()
+            mx.eval(y)
+            times.append((time.perf_counter() - start) / length / operations)
+        found.append({"case": "host", "kernel": name, "us": round(1e6 * median(times[1:]), 1)})
+    return found
+
+
 COLUMNS = {
     "case": "case",
     "kernel": "kernel",
@@ -171,7 +198,12 @@ COLUMNS = {
 
 
 def main() -> None:
-    options = parsed(flags(__doc__, repetitions=5))
+    parser = flags(__doc__, repetitions=5)
+    parser.add_argument("--host", action="store_true", help="what the host pays for an operation, in place of all else")
+    options = parsed(parser)
+    if options.host:
+        tell(launches(options.repetitions, 20 if options.quick else 1000), dict(list(COLUMNS.items())[:3]), options.json)
+        return
     sizes = ((1, 64, 32),) if options.quick else ((4, 1024, 2048), (8, 2048, 2048))
     how = (QUICK, 1) if options.quick else (Shape(), options.repetitions)
     tell([row for size in sizes for row in table(*how, *size)], COLUMNS, options.json)

@@ -25,7 +25,7 @@ from attrs import evolve, frozen  # noqa: E402
 from mlx_lm.tuner.datasets import CacheDataset  # noqa: E402
 from mlx_lm.tuner.trainer import default_loss, iterate_batches  # noqa: E402
 
-from benchmarks.common import flags, interleaved, parsed, qwen3_600m, ratios, run, small_llama  # noqa: E402
+from benchmarks.common import flags, interleaved, limited, parsed, qwen3_600m, ratios, run, small_llama  # noqa: E402
 from mlxlora import AdapterOptions, make_step, objectives, prepare  # noqa: E402
 from mlxlora.batching import Order, collate  # noqa: E402
 from mlxlora.data import Example  # noqa: E402
@@ -149,22 +149,26 @@ def make_rows(case: Case) -> list[Example]:
     ]
 
 
-def our_epoch(case: Case, rows: Sequence[Example]) -> tuple[Callable[[], None], float]:
-    """(a pass over the rows, the loss of the first batch before any update)."""
+def our_epoch(case: Case, rows: Sequence[Example], *, wait: bool = False) -> tuple[Callable[[], None], float]:
+    """(a pass over the rows, the loss of the first batch before any update); `wait`: a step begins when the one before is over."""
     order = Order(tuple(len(row.tokens) for row in rows), case.batch_size, seed=0)
     batches = [collate([rows[i] for i in batch]) for batch, _ in zip(order.batches(), range(order.per_epoch()), strict=False)]
     model = make_model(case)
     step = make_step(checkpointed(model) if case.limit else model, optim.Adam(learning_rate=1e-5), objectives.sft())
 
-    def epoch() -> None:
-        before = mx.set_memory_limit(mx.get_active_memory() + int(case.limit * 1e9)) if case.limit else 0
+    def epoch() -> None:  # as the loop of a run does: a step begins before the one before is read
+        metrics = None
         for batch in batches:
-            step(batch)
-        if case.limit:
-            mx.set_memory_limit(before)
+            following = step.begin(batch)
+            if metrics:
+                step.ended(metrics, whole=False)
+            metrics = None if wait else following
+            if wait:
+                step.ended(following)
+        step.ended(metrics or {})
 
     loss = step(collate(rows[: case.batch_size]))["loss"].item()
-    return epoch, loss
+    return partial(limited, case.limit, epoch), loss
 
 
 def their_epoch(case: Case, rows: Sequence[Example]) -> tuple[Callable[[], float], float]:
@@ -222,11 +226,11 @@ def definition(case: Case, rows: Sequence[Example]) -> float:
 # --- the table --------------------------------------------------------------------------------------
 
 
-def measure(case: Case, repetitions: int) -> dict[str, Any]:
+def measure(case: Case, repetitions: int, *, wait: bool = False) -> dict[str, Any]:
     """One row of the table."""
     rows = make_rows(case)
     tokens = sum(len(row.tokens) for row in rows)
-    ours, our_loss = our_epoch(case, rows)
+    ours, our_loss = our_epoch(case, rows, wait=wait)
     ours()  # compiles every shape
     if case.alone:
         (our,) = interleaved([ours], repetitions)
@@ -249,10 +253,11 @@ def measure(case: Case, repetitions: int) -> dict[str, Any]:
 def main() -> None:
     parser = flags(__doc__, repetitions=7)
     parser.add_argument("--rows", metavar="FILE", help="JSONL whose rows give the mixed lengths; drawn at random if not given")
+    parser.add_argument("--wait", action="store_true", help="ours waits for every step before it begins the next")
     options = parsed(parser)
     lengths = file_lengths(options.rows, 32) if options.rows else mixed_lengths(32)
     full = cases(lengths) if mx.default_device() == mx.Device(mx.cpu) else gpu_cases()
-    run(quick_cases() if options.quick else full, measure, COLUMNS, options)
+    run(quick_cases() if options.quick else full, partial(measure, wait=options.wait), COLUMNS, options)
 
 
 if __name__ == "__main__":
