@@ -11,7 +11,7 @@ from attrs import validators as v
 from mlxlora.config import ModelOptions, option
 from mlxlora.errors import InputError
 
-from .generate import Answering
+from .generate import BASE, Answering
 from .options import flags
 
 
@@ -26,7 +26,7 @@ class CompareOptions(Answering):
     json: bool = option(False, "Print JSON, one object a prompt.")
 
 
-@flags()
+@flags(texts={"model": BASE})
 def compare(model: ModelOptions, comparison: CompareOptions) -> None:
     """Answers of a model and of its adapters to the same prompts, side by side."""
     if (comparison.prompt is None) == (comparison.data is None):

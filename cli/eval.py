@@ -18,9 +18,17 @@ class EvalOptions:
     adapter_path: str | None = option(None, "Folder of adapters; default: the model as it is.")
     split: Literal["valid", "test", "train"] = option("test", "Which rows to score.", v.in_(("valid", "test", "train")))
     batch_size: int = option(4, "Rows in a batch.", v.ge(1))
+    seed: int = option(0, "Of --valid-fraction; default: that of the adapters' run, if its rows are scored.", v.ge(0))
 
 
-@flags(starter="sft")
+_TEXTS = {
+    "model": "Model folder or hub name; default: that of the adapters, and without --data and adapters the bundled starter.",
+    "data": "Folder with train/valid/test.jsonl, a JSONL or JSON file, or a hub data set name; default: that of the adapters' run.",
+    **dict.fromkeys(("shuffle", "packing")),
+}
+
+
+@flags(starter="sft", texts=_TEXTS)
 def evaluate(model: ModelOptions, data: DataOptions, evaluation: EvalOptions) -> None:
     """Loss (nats per scored token) and perplexity of a whole split."""
     from mlxlora import recipes
@@ -32,6 +40,7 @@ def evaluate(model: ModelOptions, data: DataOptions, evaluation: EvalOptions) ->
         adapter_path=evaluation.adapter_path,
         split=evaluation.split,
         batch_size=evaluation.batch_size,
+        seed=evaluation.seed,
     )
     for name, value in metrics.items() if current_ranks().leads else ():
         typer.echo(f"{name} {value:.6g}")

@@ -7,6 +7,7 @@ from mlxlora.config import BaseOptions, option
 from mlxlora.errors import InputError
 
 from .fuse import HubOptions, ready, upload
+from .generate import BASE
 from .options import flags
 
 
@@ -20,7 +21,7 @@ class ExportOptions:
     overwrite: bool = option(False, "Replace such a folder.")
 
 
-@flags()
+@flags(texts={"model": BASE})
 def export(model: BaseOptions, exporting: ExportOptions, hub: HubOptions) -> None:
     """Write adapters in the format of the peft library, for transformers, vLLM and others."""
     from mlxlora.peft import to_peft

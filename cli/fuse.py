@@ -8,6 +8,7 @@ from attrs import validators as v
 
 from mlxlora.config import BaseOptions, option
 
+from .generate import BASE
 from .options import flags
 
 _KINDS = ("2", "3", "4", "5", "6", "8", "mxfp4", "mxfp8", "nvfp4")
@@ -35,7 +36,7 @@ class HubOptions:
     public: bool = option(False, "Make a new repository public; default: private.")
 
 
-@flags()
+@flags(texts={"model": BASE})
 def fuse(model: BaseOptions, fusing: FuseOptions, hub: HubOptions) -> None:
     """Add adapters to the weights of their model: a model folder that needs no adapter files."""
     from mlxlora.fusing import fuse as run

@@ -12,6 +12,8 @@ from mlxlora.errors import InputError
 
 from .options import flags
 
+BASE = "Model folder or hub name; default: the one that the adapters were trained on, quantised as it was for them."
+
 
 @frozen
 class Answering:
@@ -33,7 +35,7 @@ class Generation(Answering):
     prompt: str | None = option(None, "What to continue or answer; - reads it from standard input.")
 
 
-@flags()
+@flags(texts={"model": f"{BASE[:-1]}; without adapters the bundled starter."})
 def generate(model: ModelOptions, generation: Generation) -> None:
     """Print what a model, with or without adapters, makes of a prompt."""
     if generation.prompt is None:

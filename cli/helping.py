@@ -1,13 +1,19 @@
-"""Help that can be read in narrow terminals."""
+"""Commands with help that can be read in narrow terminals, and that take the flags of peers."""
 
 from typing import Any
 
 import typer
 from typer.core import TyperCommand
 
+from .options import without_peers
+
 
 class Command(TyperCommand):
     """Its help never cuts the name of a flag, nor a long word: Typer's ends them in an ellipsis where columns are scarce."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        own = {flag for parameter in self.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+        return super().parse_args(ctx, without_peers(ctx, own, args))
 
     def format_help(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
         from rich.table import Table

@@ -1,9 +1,13 @@
-"""One flag per field of an attrs class, grouped in the help under the class's docstring; `--config` reads a YAML file."""
+"""One flag per field of an attrs class, grouped in the help under the class's docstring; `--config` reads a YAML file.
+
+The flags of mlx-lm and mlx-lm-lora are taken out of a command line before Typer reads it.
+"""
 
 import functools
 import gc
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, get_origin
@@ -14,9 +18,10 @@ import yaml
 
 from mlxlora import peers, settings
 from mlxlora.blas import load_fast_blas
-from mlxlora.config import Training
+from mlxlora.config import DataOptions, Training
 from mlxlora.errors import InputError
 from mlxlora.launched import launched_rank
+from mlxlora.records import SETTINGS, check_run, read_settings
 
 from .completion import completer
 
@@ -24,19 +29,24 @@ Command = Callable[..., None]
 
 _CONFIG = Annotated[str | None, typer.Option("--config", "-c", help="YAML file of options by name; flags win over it.")]
 _TRAIN = Annotated[bool, typer.Option(f"--{settings.TRAIN}", hidden=True)]
+_MODEL = "Model folder or hub name. Without --model and --data the bundled starter is trained."
 _OFF = "no_"
+_PEERS = "peers"  # where a context has the flags of peers
 
 
-def flags(starter: str | None = None, others: bool = False) -> Callable[[Command], Command]:
+def flags(
+    starter: str | None = None, others: bool = False, texts: Mapping[str, str | None] | None = None
+) -> Callable[[Command], Command]:
     """Replaces each attrs-typed parameter of a command by one flag per field.
 
     A value comes from its flag, else from the file of --config, else under --resume from the run that is continued, else
-    from the starter's defaults, else from the field.
+    from the starter's defaults, else from the field. What scores rows with adapters takes those of their run where none are named.
 
     Args:
         starter: mode of the bundled starter (sft, dpo, ...) that stands in where neither --model nor --data is given; an option
             `method` wins over it.
         others: whether the file of --config may have other options too, as that of a run.
+        texts: the help of options that are something else in this command; None: it has no such flag.
     """
 
     def decorate(command: Command) -> Command:
@@ -44,25 +54,31 @@ def flags(starter: str | None = None, others: bool = False) -> Callable[[Command
         groups = {name: p.annotation for name, p in signature.parameters.items()}
         fields = settings.fields_of(*groups.values())
 
-        trains = starter if Training in groups.values() and not others else None
+        trains = command.__name__.replace("_", "-") if Training in groups.values() else None
+        helps = ({"model": _MODEL} if trains and starter else {}) | dict(texts or {})
 
         @functools.wraps(command)
         def run(ctx: typer.Context, config: str | None = None, **given: Any) -> None:
             told: list[str] = []
-            named = settings.take(_of_peers(ctx, given), fields, trains, told.append) | _given(ctx, fields, given, trains)
-            values = (settings.read(config, fields, not others, trains, named, told.append) if config else {}) | named
-            for note in () if values.get("quiet") else told:
+            typed = _typed(ctx, fields, given)
+            if peers.LISTING in typed.others:
+                _list_rewards()
+                return
+            values = settings.layered(typed, config, fields, not others, trains, told.append)
+            for note in () if values.get("quiet") or launched_rank() else told:
                 typer.echo(f"note: {note}")
-            if values.get("resume"):
-                values = _of_run(fields, values) | values
-            if starter:
+            if values.get("resume") and not values.get("overwrite"):  # with both, the recipe says that there is no such thing
+                values = _of_run(fields, values, trains) | values
+            if DataOptions in groups.values() and not trains and values.get("adapter_path"):
+                values = _rows_of_run(values, "seed" in fields) | values
+            elif starter:
                 values = _with_starter(values.get("method", starter), fields, values)
             built = {name: settings.build(group, values) for name, group in groups.items()}
             load_fast_blas()
             _import_recipes()
             command(**built)
 
-        parameters = _parameters([*groups.values()], trains)
+        parameters = _parameters([*groups.values()], helps)
         run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         return run
@@ -79,30 +95,65 @@ def _import_recipes() -> None:
         gc.enable()
 
 
-def _parameters(groups: Sequence[type], command: str | None) -> list[inspect.Parameter]:
-    """What Typer sees: the context, --config, every field of the groups and, where something is trained, the peers' flags."""
+def _parameters(groups: Sequence[type], helps: Mapping[str, str | None]) -> list[inspect.Parameter]:
+    """What Typer sees: the context, --config and every field of the groups that the command has a flag for."""
     own = [_parameter("ctx", inspect.Parameter.empty, typer.Context), _parameter("config", None, _CONFIG)]
     if Training in groups:
         own.append(_parameter(settings.TRAIN, False, _TRAIN))
-    own += [_peer_flag(name) for name in peers.FLAGS if command and peers.of(_key(name), command)]
-    return own + [flag for cls in groups for field in attrs.fields(cls) for flag in _flags(field, cls, command)]
+    return own + [flag for cls in groups for field in attrs.fields(cls) for flag in _flags(field, cls, helps)]
 
 
-def _key(name: str) -> peers.Key:
-    found = peers.find(name)
-    assert found is not None
-    return found
+def without_peers(ctx: typer.Context, own: Collection[str], args: Sequence[str]) -> list[str]:
+    """The arguments of a training command without the flags that peers have and it has not, which the context keeps.
+
+    Raises:
+        InputError: such a flag has no value, or one too many.
+    """
+    if ctx.info_name not in peers.TAKERS:
+        return list(args)
+    found, left, rest = ctx.meta.setdefault(_PEERS, {}), [], list(args)
+    while rest and rest[0] != "--":
+        flag, equals, value = (argument := rest.pop(0)).partition("=")
+        name = flag[2:].replace("-", "_")
+        key = peers.flag(name) if flag.startswith("--") and flag not in own else None
+        if key is None:
+            left.append(argument)
+        elif key.switch and not equals:
+            found[name] = True
+        elif key.switch or not (equals or (rest and not rest[0].startswith("--"))):
+            raise InputError(f"{flag} {'takes no' if key.switch else 'needs a'} value; see `mlxlora {ctx.info_name} --help`")
+        else:
+            found[name] = _value(key, value if equals else rest.pop(0))
+    return left + rest
 
 
-def _peer_flag(name: str) -> inspect.Parameter:
-    kind = bool if _key(name).switch else str | None
-    return _parameter(name, False if kind is bool else None, Annotated[kind, typer.Option(_dashed(name), hidden=True)])
+def _value(key: peers.Key, text: str) -> Any:
+    """What was typed, read as YAML would be where it is no option, which says of which type it is."""
+    try:
+        return text if key.option or key.turned else yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
-def _of_peers(ctx: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The peers' flags on the command line, read as YAML would."""
-    named = {name: values[name] for name in peers.FLAGS if name in values and _is_given(ctx, name)}
-    return {name: yaml.safe_load(value) if isinstance(value, str) else value for name, value in named.items()}
+def _list_rewards() -> None:
+    from mlxlora.reward_functions import BUILT_IN
+
+    typer.echo("\n".join(sorted(BUILT_IN)))
+
+
+def usage(error: Any) -> str:
+    """An error of Typer's in one line, without what pydantic puts before it."""
+    text = error.format_message().rstrip(".").replace("Value error, ", "")
+    named = re.search(r"--train-type': '([\w-]+)'", text)
+    if named and (command := peers.command_of(named[1])):
+        text += f"; that is a command: `mlxlora {command}`"
+    return text
+
+
+def _typed(ctx: typer.Context, fields: settings.Fields, values: Mapping[str, Any]) -> settings.Typed:
+    """The command line."""
+    others = ctx.meta.get(_PEERS, {})
+    return settings.Typed(_given(ctx, fields, values), others, [*others, *(name for name in values if _is_given(ctx, name))])
 
 
 def _is_given(ctx: typer.Context, name: str) -> bool:
@@ -114,25 +165,29 @@ def _parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _flags(field: attrs.Attribute, cls: type, command: str | None) -> list[inspect.Parameter]:
-    """The flag of a field as the help shows it, and its other spellings, hidden."""
+def _flags(field: attrs.Attribute, cls: type, helps: Mapping[str, str | None]) -> list[inspect.Parameter]:
+    """The flag of a field as the help shows it, and its other spellings, hidden; none where the command has no use for it."""
+    text = helps.get(field.name, field.metadata["help"])
+    if text is None:
+        return []
     kind, default = field.type, field.default
     if _is_tuple(field):
         kind, default = list[str] | None, None if default is None else list(default)
     shown = typer.Option(
         _spelling(field),
-        help=field.metadata["help"].replace("[", "\\["),  # not markup
+        help=text.replace("[", "\\["),  # not markup
         rich_help_panel=inspect.getdoc(cls),
         metavar=_metavar(field),
         autocompletion=completer(cls.__name__, field.name),
     )
     hidden = [
-        _parameter(alias, default, Annotated[kind, typer.Option(_dashed(alias), hidden=True)])
-        for alias, name in _aliases(command).items()
-        if name == field.name
+        _parameter(alias, default, Annotated[kind, typer.Option(settings.dashed(alias), hidden=True)])
+        for alias, name in settings.ALIASES.items()
+        if name == field.name and "." not in alias
     ]
     if field.default is False:  # a file may have switched it on
-        hidden.append(_parameter(_OFF + field.name, False, Annotated[bool, typer.Option(_dashed(_OFF + field.name), hidden=True)]))
+        off = _OFF + field.name
+        hidden.append(_parameter(off, False, Annotated[bool, typer.Option(settings.dashed(off), hidden=True)]))
     return [_parameter(field.name, default, Annotated[kind, shown]), *hidden]
 
 
@@ -145,33 +200,28 @@ def _metavar(field: attrs.Attribute) -> str | None:
 
 def _spelling(field: attrs.Attribute) -> str:
     """`--x`, or `--x/--no-x` for a switch that is not off by default."""
+    flag = settings.dashed(field.name)
     both = settings.plain_type(field.type) is bool and field.default is not False
-    return f"{_dashed(field.name)}/{_dashed(_OFF + field.name)}" if both else _dashed(field.name)
-
-
-def _dashed(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _aliases(command: str | None) -> dict[str, str]:
-    return {alias: name for alias, name in {**settings.ALIASES, **peers.aliases(command)}.items() if "." not in alias}
+    return f"{flag}/{settings.dashed(_OFF + field.name)}" if both else flag
 
 
 def _is_tuple(field: attrs.Attribute) -> bool:
     return get_origin(settings.plain_type(field.type)) is tuple
 
 
-def _given(ctx: typer.Context, fields: settings.Fields, values: Mapping[str, Any], command: str | None) -> dict[str, Any]:
+def _given(ctx: typer.Context, fields: settings.Fields, values: Mapping[str, Any]) -> dict[str, Any]:
     """The options named on the command line, of the types of their fields."""
     named = {}
     for name, value in values.items():
-        if not _is_given(ctx, name) or name == settings.TRAIN or name in peers.FLAGS:
+        if not _is_given(ctx, name) or name == settings.TRAIN:
             continue
-        option = name if name in fields else _aliases(command).get(name, name)
+        option = name if name in fields else settings.ALIASES.get(name, name)
         if option in fields:
             named[option] = _split(fields[option], value) if _is_tuple(fields[option]) else value
         else:
             named[name.removeprefix(_OFF)] = False
+    if named.get("report_to") in (("none",), ("None",)):  # as mlx-lm has it
+        named["report_to"] = None
     return named
 
 
@@ -180,15 +230,27 @@ def _split(field: attrs.Attribute, parts: list[str]) -> tuple[Any, ...]:
     try:
         return settings.coerce(",".join(parts), field.type)
     except ValueError as error:
-        raise InputError(f"{_dashed(field.name)} must be {error}, got {','.join(parts)!r}") from None
+        raise InputError(f"{settings.dashed(field.name)} must be {error}, got {','.join(parts)!r}") from None
 
 
-def _of_run(fields: settings.Fields, values: Mapping[str, Any]) -> dict[str, Any]:
+def _of_run(fields: settings.Fields, values: Mapping[str, Any], method: str | None) -> dict[str, Any]:
     """The options of the run in --adapter-path, which saved them, so that `--resume` needs no others."""
-    file = Path(values.get("adapter_path", fields["adapter_path"].default)) / "config.yaml"
+    file = Path(values.get("adapter_path", fields["adapter_path"].default)) / SETTINGS
+    if file.is_file() or not launched_rank():  # other ranks may have no such folder
+        check_run(file.parent, method)
     named = {**values, "adapter_path": str(file.parent)}  # where the run is, not where it was
     saved = settings.read(file, fields, strict=False, given=named, stored=True) if file.is_file() else {}
     return {name: value for name, value in saved.items() if name != "overwrite"} | {"adapter_path": named["adapter_path"]}
+
+
+def _rows_of_run(values: Mapping[str, Any], seeded: bool) -> dict[str, Any]:
+    """Where no data is named, that of the run which left the adapters, with its options, if it is rows of `sft`."""
+    file = Path(values["adapter_path"]) / SETTINGS
+    run = read_settings(file)
+    if values.get("data") is not None or run.get(settings.METHOD) not in ("sft", "distill"):
+        return {}
+    seed = {"seed": run["seed"]} if seeded and type(run.get("seed")) is int else {}
+    return settings.read(file, settings.fields_of(DataOptions), strict=False, given=values, stored=True) | seed
 
 
 def _with_starter(mode: str, fields: settings.Fields, values: dict[str, Any]) -> dict[str, Any]:

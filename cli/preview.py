@@ -10,24 +10,30 @@ from mlxlora.config import BaseOptions, DataOptions, PairData, PromptData, RowOp
 
 from .options import flags
 
-METHODS = {"sft": DataOptions, **dict.fromkeys(("dpo", "orpo", "cpo"), PairData), "kto": RowOptions}
-METHODS |= dict.fromkeys(("grpo", "online-dpo"), PromptData)
+METHODS = {**dict.fromkeys(("sft", "distill"), DataOptions), **dict.fromkeys(("dpo", "orpo", "cpo"), PairData), "kto": RowOptions}
+METHODS |= dict.fromkeys(("grpo", "online-dpo", "gkd"), PromptData)
+_TEXTS = {
+    "model": "Model folder or hub name. Without --model and --data rows of the bundled starter are shown.",
+    **dict.fromkeys(("shuffle", "token_cache", "packing")),
+}
 
 
 @frozen
 class PreviewOptions(DataOptions):
     """Preview"""
 
-    method: Literal["sft", "dpo", "orpo", "cpo", "kto", "grpo", "online-dpo"] = option("sft", "Whose rows.", v.in_(tuple(METHODS)))
+    method: Literal["sft", "dpo", "orpo", "cpo", "kto", "grpo", "online-dpo", "distill", "gkd"] = option(
+        "sft", "Whose rows; the file of a run says it.", v.in_(tuple(METHODS))
+    )
     num: int = option(3, "Rows to show.", v.ge(1))
     prompt_truncation: Literal["right", "left"] = option(
         "right", "Of over-long pairs, what is cut: right or left.", v.in_(("right", "left"))
     )
     nll_on_prompt: bool = option(False, "orpo: the NLL covers prompts too.")
-    system: str | None = option(None, "grpo: system message of rows that bring none.")
+    system: str | None = option(None, "grpo, online-dpo, gkd: system message of rows that bring none.")
 
 
-@flags(starter="sft", others=True)
+@flags(starter="sft", others=True, texts=_TEXTS)
 def preview(model: BaseOptions, options: PreviewOptions) -> None:
     """Show the first rows as a model will see them, which tokens are scored, and what is cut or dropped."""
     from mlxlora.preview import look, show_preview

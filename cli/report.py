@@ -18,13 +18,11 @@ def report(
     """Compare runs: what they reached, and where their options differ."""
     load_fast_blas()
     from mlxlora.card import portable
-    from mlxlora.page import comparison_page, differences, run_page, write
-    from mlxlora.records import outcome, past_run
+    from mlxlora.page import comparison_page, differences, reached, run_page, write
+    from mlxlora.records import past_run
 
     records = [past_run(directory) for directory in directories]
-    outcomes = [outcome(record) for record in records]
-    names = dict.fromkeys(name for found in outcomes for name in found)
-    _print("metric", directories, {name: [found.get(name, "") for found in outcomes] for name in names})
+    _print("metric", directories, reached(records))
     _print("option", directories, portable(differences(records)))
     if output is not None:
         write(Path(output), comparison_page(records) if len(records) > 1 else run_page(records[0]))

@@ -1,25 +1,25 @@
 """What is trained: low-rank adapters on an mlx-lm model or its own weights, in the files that mlx-lm reads."""
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 import orjson
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from mlx_lm.tuner.utils import load_adapters
 
-from .arrays import check_header
+from .arrays import check_header, checksum
 from .config import AdapterOptions
 from .conversion import convert, layers_to_train, lora_parameters, with_paths
 from .errors import InputError, quoted
 from .files import atomic_file
+from .launched import warn
 from .lora import LeanLoRALinear, adapted
 from .modes import exact
 from .principal import PrincipalLoRALinear
@@ -28,7 +28,8 @@ from .ranks import native, uniform
 from .sharding import Sliced, stored, write_stored
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
-_CHECKSUM = "crc32"  # in the header of a safetensors file
+_CHECKSUM, _CONFIGURED = "crc32", "config_crc32"  # in the header of a safetensors file: of its arrays, and of what is beside it
+_BUILT_FROM = ("fine_tune_type", "num_layers", "lora_parameters", "quantize")  # of the configuration: names of models are changed
 _BASE = {  # where each kind of adapter keeps the module that it adapts
     **dict.fromkeys((LoRALinear, LeanLoRALinear, PrincipalLoRALinear, DoRALinear, LoRASwitchLinear), "linear"),
     **dict.fromkeys((LoRAEmbedding, DoRAEmbedding), "embedding"),
@@ -118,7 +119,7 @@ def save(model: nn.Module, directory: str | Path, options: AdapterOptions, name:
     with atomic_file(directory / CONFIG) as path:
         path.write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
     with atomic_file(directory / WEIGHTS) as path:
-        save_arrays(path, arrays, checked=True)
+        save_arrays(path, arrays, configured(config), checked=True)
 
 
 def own_arrays(model: nn.Module) -> dict[str, mx.array]:
@@ -129,27 +130,22 @@ def own_arrays(model: nn.Module) -> dict[str, mx.array]:
 
 
 def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None, *, checked: bool = False) -> None:
-    """A safetensors file at exactly `path` (MLX would append the suffix); `checked`: with a checksum, of arrays that are whole."""
+    """A safetensors file at exactly `path` (MLX would append the suffix); `checked`: with a checksum."""
     if any(isinstance(array, Sliced) for array in arrays.values()):
-        write_stored(path, arrays)
+        write_stored(path, arrays, metadata, checked=_CHECKSUM if checked else "")
         return
     with path.open("wb") as file:
-        described = {**(metadata or {}), **({_CHECKSUM: checksum(arrays)} if checked else {})}
+        described = {**(metadata or {}), **({_CHECKSUM: checksum(sorted(arrays.items()))} if checked else {})}
         mx.save_safetensors(file, arrays, described)  # type: ignore[arg-type]
 
 
-def checksum(arrays: dict[str, mx.array]) -> str:
-    """CRC-32 of the names, types, shapes and bytes of arrays.
-
-    >>> checksum({"a": mx.zeros(2)}) != checksum({"a": mx.zeros(2, mx.int32)})
-    True
-    """
-    crc = 0
-    for name in sorted(arrays):
-        array = arrays[name]
-        crc = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), crc)
-        crc = zlib.crc32(np.array(mx.contiguous(array.reshape(-1)).view(mx.uint8)).data, crc)
-    return f"{crc:08x}"
+def configured(config: Mapping[str, Any]) -> dict[str, str]:
+    """For the header of a file of adapters: a checksum of what they are built from, however the configuration is laid out."""
+    try:
+        text = orjson.dumps({name: config.get(name) for name in _BUILT_FROM}, option=orjson.OPT_SORT_KEYS)
+    except TypeError:  # deeper than any of ours
+        text = b""
+    return {_CONFIGURED: f"{zlib.crc32(text):08x}"}
 
 
 def put_arrays(model: nn.Module, arrays: dict[str, mx.array]) -> None:
@@ -164,19 +160,20 @@ def attach(model: nn.Module, directory: str | Path) -> nn.Module:
     """The model with the adapters, or trained weights, of an adapter directory, for inference.
 
     Raises:
-        InputError: there are none, or they do not fit; the first mismatches are in the message.
+        InputError: there are none, they are damaged or not finite, or they do not fit; the first problems are in the message.
     """
     file = Path(directory) / WEIGHTS
     try:
         if file.is_file():
-            check_settings(read_config(directory), Path(directory) / CONFIG)
-            read_arrays(file)  # mlx-lm's reader would take what is damaged
+            config = read_config(directory)
+            check_settings(config, Path(directory) / CONFIG)
+            sound_arrays(directory, config)  # mlx-lm's reader would take what is damaged
         load_adapters(model, str(directory))
     except InputError:
         raise
     except Exception as error:  # mlx-lm builds modules and reads weights as two files say that came from anywhere
-        lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
-        raise InputError(f"--adapter-path {directory}: {_some(lines)}") from None
+        head, *lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+        raise InputError(f"--adapter-path {directory}: {head} {_some(sorted(lines))}".rstrip()) from None
     return model.eval()
 
 
@@ -254,61 +251,115 @@ def load_weights(model: nn.Module, file: str | Path) -> None:
     """Loads trainable weights that an earlier run saved.
 
     Raises:
-        InputError: the file is missing or damaged, does not fit (all mismatches are in one message), or holds NaN or infinity.
+        InputError: the file is missing or damaged, does not fit (the message has the first mismatches), or holds NaN or infinity.
     """
-    arrays = native(model, read_arrays(file), _scale_of(file))
+    folder = Path(file) if Path(file).is_dir() else Path(file).parent
+    config = read_config(folder) if (folder / CONFIG).is_file() else None
+    arrays = native(model, sound_arrays(file, config), _scale_of(folder, config or {}))
     wanted = dict(tree_flatten(model.trainable_parameters()))
     if problems := mismatches(arrays, wanted):
         raise InputError(f"{file} does not fit the model as configured: {problems}")
-    if broken := [name for name, array in arrays.items() if not mx.isfinite(array).all().item()]:
-        raise InputError(f"{file} holds numbers that are not finite: {_some(broken, 3)}; take an earlier checkpoint")
     model.load_weights([(name, array.astype(wanted[name].dtype)) for name, array in arrays.items()], strict=False)
 
 
-def _scale_of(file: str | Path) -> float | None:
-    """The multiplier of the adapters in a file, if the configuration beside it says."""
-    folder = Path(file) if Path(file).is_dir() else Path(file).parent
-    parameters = read_config(folder).get("lora_parameters") if (folder / CONFIG).is_file() else None
+def _scale_of(folder: Path, config: Mapping[str, Any]) -> float | None:
+    """The multiplier of the adapters in a folder, if its configuration says."""
+    parameters = config.get("lora_parameters")
     scale = parameters.get("scale") if isinstance(parameters, dict) else None
     if scale is not None and not is_number(scale):
         raise InputError(f"{folder / CONFIG}: scale must be a number, got {quoted(scale)}")
     return scale
 
 
+def sound_arrays(file: str | Path, config: Mapping[str, Any] | None = None) -> dict[str, mx.array]:
+    """The arrays of a safetensors file, all of them finite; with a warning if `config`, of the file beside it, is another now.
+
+    Raises:
+        InputError: it is missing or damaged, or holds NaN or infinity.
+    """
+    arrays, metadata = _read(file)
+    finite = [mx.isfinite(array).all() for array in arrays.values()]
+    mx.eval(finite)
+    if broken := [name for name, fine in zip(arrays, finite, strict=True) if not fine.item()]:
+        raise InputError(f"{file} holds numbers that are not finite: {_some(sorted(broken), 3)}; take an earlier checkpoint")
+    if config is not None and _CONFIGURED in metadata and not configured(config).items() <= metadata.items():
+        warn(f"{_file(file)}: {CONFIG} is not the one that was written with it; if you did not change it, take another copy")
+    return arrays
+
+
 def read_arrays(file: str | Path, *, lazy: bool = False) -> dict[str, mx.array]:
-    """The arrays of a safetensors file; if `lazy`, each is read when it is used.
+    """The arrays of a safetensors file; if `lazy`, each is read when it is used, and no checksum is looked at.
 
     Raises:
         InputError: it is missing or damaged; where the file has a checksum, one bit is enough.
     """
-    path = Path(file) / WEIGHTS if Path(file).is_dir() else Path(file)
+    return _load(file)[0] if lazy else _read(file)[0]
+
+
+def check_arrays(file: str | Path) -> None:
+    """Reads a safetensors file and forgets it, so that never more than one array is in memory.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    arrays, metadata = _load(file)
+    _check(file, metadata, ((name, arrays.pop(name)) for name in sorted(arrays)))
+
+
+Found = tuple[dict[str, mx.array], dict[str, str]]
+
+
+def _read(file: str | Path) -> Found:
+    """Arrays and metadata."""
+    arrays, metadata = _load(file)
+    _check(file, metadata, ((name, arrays[name]) for name in sorted(arrays)))
+    return arrays, metadata
+
+
+def _load(file: str | Path) -> Found:
+    """Both by their path: of a file that Python opened, a thread of MLX could hold on to until the interpreter is gone."""
+    path = _file(file)
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a safetensors file such as adapters/{WEIGHTS}")
     check_header(path)
+    with _readable(path):
+        return mx.load(str(path), format="safetensors", return_metadata=True)  # type: ignore[return-value]
+
+
+def _check(file: str | Path, metadata: Mapping[str, str], arrays: Iterator[tuple[str, mx.array]]) -> None:
+    path, known = _file(file), metadata.get(_CHECKSUM)
+    with _readable(path):
+        if known is None:
+            for _, array in arrays:
+                mx.eval(array)
+            return
+        found = checksum(arrays)
+    if known != found:
+        raise InputError(f"{path}: damaged: its checksum does not match; take another copy, or one of the run's checkpoints")
+
+
+def _file(file: str | Path) -> Path:
+    return Path(file) / WEIGHTS if Path(file).is_dir() else Path(file)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        if lazy:
-            return mx.load(str(path))  # type: ignore[return-value]
-        with path.open("rb") as handle:
-            found: Any = mx.load(handle, format="safetensors", return_metadata=True)
-            mx.eval(found[0])
+        yield
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({' '.join(str(error).split())})") from None
-    arrays, metadata = found
-    if _CHECKSUM in metadata and metadata[_CHECKSUM] != checksum(arrays):
-        raise InputError(f"{path}: damaged: its checksum does not match; take another copy, or one of the run's checkpoints")
-    return arrays
 
 
 def mismatches(arrays: dict[str, mx.array], wanted: dict[str, mx.array]) -> str:
     """What is missing, superfluous or of another shape, in one line; empty if nothing is."""
-    both = [(n, list(a.shape), list(wanted[n].shape)) for n, a in arrays.items() if n in wanted]
+    both = [(n, list(a.shape), list(wanted[n].shape)) for n, a in sorted(arrays.items()) if n in wanted]
     found = [f"{n} has shape {ours}, not {theirs}" for n, ours, theirs in both if ours != theirs]
     found += [f"{n} is not trainable in the model" for n in arrays if n not in wanted]
     found += [f"{n} is missing" for n in wanted if n not in arrays]
     return _some(found)
 
 
-def _some(problems: list[str], shown: int = 20) -> str:
+def _some(problems: list[str], shown: int = 3) -> str:
     """Problems in one line, those past `shown` as a number."""
     more = f" and {len(problems) - shown} more" if len(problems) > shown else ""
     return "; ".join(problems[:shown]) + more

@@ -1,9 +1,12 @@
 """Arrays kept on disk for later runs: a safetensors file with a digest of all of it, whole or not there."""
 
 import hashlib
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -62,6 +65,31 @@ def check_header(path: Path) -> None:
         raise InputError(f"{path}: not a readable safetensors file ({' '.join(str(error).split())[:200]})") from None
     if wide:
         raise InputError(f"{path}: {wide[0][:200]!r} has a dimension beyond {_LARGEST}, which MLX cannot hold")
+
+
+# --- those of MLX -----------------------------------------------------------------------------
+
+
+def counted(crc: int, name: str, array: Any) -> int:
+    """CRC-32 that goes on with the name, the type and the shape of an array; its bytes follow."""
+    return zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), crc)
+
+
+def bytes_of(array: mx.array) -> memoryview:
+    """The numbers of an array, in order."""
+    return np.array(mx.contiguous(array.reshape(-1)).view(mx.uint8)).data
+
+
+def checksum(named: Iterable[tuple[str, mx.array]]) -> str:
+    """CRC-32 of the names, types, shapes and bytes of arrays, which come in the order of their names.
+
+    >>> checksum([("a", mx.zeros(2))]) != checksum([("a", mx.zeros(2, mx.int32))])
+    True
+    """
+    crc = 0
+    for name, array in named:
+        crc = zlib.crc32(bytes_of(array), counted(crc, name, array))
+    return f"{crc:08x}"
 
 
 def _checksum(arrays: Mapping[str, np.ndarray]) -> str:

@@ -29,11 +29,14 @@ from .config import (
     Training,
 )
 from .files import atomic_file
+from .records import METHOD, read_record
+from .report import Reporter
 
 CARD = "README.md"
 METHODS = {
     "sft": SFTOptions,
     "distill": DistillOptions,
+    "gkd": DistillOptions,
     "dpo": DPOOptions,
     "orpo": ORPOOptions,
     "cpo": CPOOptions,
@@ -44,6 +47,7 @@ METHODS = {
 _TITLES = {
     "sft": "supervised fine-tuning",
     "distill": "knowledge distillation",
+    "gkd": "knowledge distillation on its own samples (GKD)",
     "dpo": "direct preference optimisation (DPO)",
     "orpo": "odds-ratio preference optimisation (ORPO)",
     "cpo": "contrastive preference optimisation (CPO)",
@@ -59,22 +63,41 @@ _CACHED = re.compile(r".*/models--(.+?)--([^/]+)/snapshots/[^/]+/?")
 Row = Mapping[str, Any]
 
 
-def write_card(directory: Path, config: Mapping[str, Any], metrics: Iterable[Row], rows: Mapping[str, int] | None = None) -> None:
+class Card(Reporter):
+    """Writes the card into the folder of a run when it ends, early or not.
+
+    Args:
+        directory: of the run.
+        rows: how many each split has.
+    """
+
+    def __init__(self, directory: Path, rows: Mapping[str, int]) -> None:
+        self._directory, self._rows = directory, rows
+
+    def finish(self, summary: Row) -> None:
+        found = read_record(self._directory)
+        write_card(self._directory, found.config, found.metrics, self._rows, stopped=summary.get("stopped", ""))
+
+
+def write_card(
+    directory: Path, config: Mapping[str, Any], metrics: Iterable[Row], rows: Mapping[str, int] | None = None, stopped: str = ""
+) -> None:
     """Writes the card of a run, unless a person has made it their own."""
     file = directory / CARD
     if file.exists() and _MARK not in file.read_text(encoding="utf-8", errors="replace"):
         return
     with atomic_file(file) as temporary:
-        temporary.write_text(card(config, list(metrics), rows or {}), encoding="utf-8")
+        temporary.write_text(card(config, list(metrics), rows or {}, stopped), encoding="utf-8")
 
 
-def card(config: Mapping[str, Any], metrics: Sequence[Row], rows: Mapping[str, int] | None = None) -> str:
+def card(config: Mapping[str, Any], metrics: Sequence[Row], rows: Mapping[str, int] | None = None, stopped: str = "") -> str:
     """The text of an adapter card.
 
     Args:
         config: all options of the run by name; absolute paths are shortened to their last part.
         metrics: rows of metrics.jsonl.
         rows: how many of them each split had.
+        stopped: where the run ended early, "after step 3".
     """
     config = portable(config)
     name, method, kind = config.get("model"), method_of(config), config.get("train_type", "lora")
@@ -83,7 +106,8 @@ def card(config: Mapping[str, Any], metrics: Sequence[Row], rows: Mapping[str, i
     parts = [
         front_matter(name, ["mlxlora", kind, *([method] if method in METHODS else [])], adapter=kind != "full"),
         f"# {what[0].upper()}{what[1:]} for {name or 'a model'}",
-        f"{what[0].upper()}{what[1:]}, {trained} on {_data(config, rows or {})}.{_base(config)}",
+        f"{what[0].upper()}{what[1:]}, {trained} on {_data(config, rows or {})}.{_base(config)}"
+        + (f" The run was stopped {stopped}." if stopped else ""),
         _usage(name),
         _table("Options that differ from the defaults", ("option", "value"), _code(changed_options(config))),
         _table("Metrics", *_results(metrics)),
@@ -152,11 +176,13 @@ def portable(value: Any) -> Any:
 
 
 def method_of(config: Mapping[str, Any]) -> str:
-    """The method whose options a configuration has; empty for an objective given in Python.
+    """The method that a configuration names, or whose options it has; empty for an objective given in Python.
 
     >>> method_of({"loss_type": "nll", "neftune_noise_alpha": 0.0, "objective": None}), method_of({"model": "m"})
     ('sft', '')
     """
+    if METHOD in config:
+        return next((name for name in METHODS if name == config[METHOD]), "")
     fields = {name: {field.name for field in attrs.fields(group)} for name, group in METHODS.items()}
     return max((name for name in METHODS if fields[name] <= config.keys()), key=lambda name: len(fields[name]), default="")
 

@@ -135,7 +135,7 @@ _FORMATS = ("4", "6", "8", "mxfp4")
 class BaseOptions:
     """Model"""
 
-    model: str | None = option(None, "Model folder or hub name. Without --model and --data the bundled starter is trained.")
+    model: str | None = option(None, "Model folder or hub name.")
     trust_remote_code: bool = option(False, "Run Python code that comes with the model or its tokenizer.")
 
 
@@ -252,10 +252,11 @@ class Training:
     betas: tuple[float, ...] | None = option(None, "Decay of the moments: adam, adamw (0.9, 0.999), lion (0.9, 0.99).", _Betas())
     eps: float | None = option(None, "Added to the denominator: adam, adamw (1e-8).", v.gt(0))
     momentum: float | None = option(None, "Momentum: sgd (0), muon (0.95).", v.ge(0), v.lt(1))
-    lr_schedule: Literal["constant", "linear", "cosine"] = option(
-        "constant", "How the learning rate falls after the warm-up.", v.in_(("constant", "linear", "cosine"))
+    lr_schedule: Literal["constant", "linear", "cosine", "exponential", "step"] = option(
+        "constant", "How the learning rate falls after the warm-up.", v.in_(("constant", "linear", "cosine", "exponential", "step"))
     )
     lr_decay_steps: int | None = option(None, "Steps over which it falls; default: until the last step.", v.ge(1))
+    lr_decay_rate: float = option(0.1, "exponential, step: what those steps leave of it, again and again.", v.gt(0), v.le(1))
     lr_end: float = option(0.0, "The learning rate that it falls to.", v.ge(0))
     warmup: int = option(0, "Steps over which the learning rate rises.", v.ge(0))
     warmup_init: float = option(0.0, "The learning rate that it rises from.", v.ge(0))
@@ -292,7 +293,7 @@ class Output:
     quiet: bool = option(False, "Print results and warnings only.")
     dry_run: bool = option(False, "Check everything, take real steps on the longest batch, tell what a run needs; write nothing.")
     show_config: bool = option(False, "Print every option of the run before it starts.")
-    answers: int = option(1, "Validation prompts answered before and after training; 0 = none.", v.ge(0))
+    answers: int = option(1, "Validation prompts answered before training, at validations and after; 0 = none.", v.ge(0))
     plot: bool = option(False, "Draw the metrics as metrics.png (pip install 'mlxlora[plot]').")
     report_to: tuple[str, ...] | None = option(
         None, "Send metrics to wandb, swanlab, trackio or tensorboard (pip install 'mlxlora[wandb]', ...).",

@@ -65,6 +65,14 @@ class Ranks:
         """Whether this rank writes and prints."""
         return self.rank == 0
 
+    def says(self, error: Exception) -> bool:
+        """Whether this rank prints a failure that all meet: the first does; where one is gone, perhaps the first, the second too.
+
+        >>> [Ranks(rank, 3).says(LostError()) for rank in range(3)], Ranks(1, 3).says(SharedError())
+        ([True, True, False], False)
+        """
+        return self.leads or (self.rank == 1 and isinstance(error, LostError))
+
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
         """This rank's items of a batch: every size-th.
 
@@ -321,6 +329,7 @@ class Watch:
             if self._busy.acquire(timeout=_GRACE if self.rescue is not nothing else _GRACE_OF_NOTHING):
                 self.rescue()
         finally:
-            if self.rank == 0:
-                print(f"mlxlora: error: {why}", file=sys.stderr, flush=True)
+            if self.rank <= 1:  # the first may be the one that is gone
+                name = f"rank {self.rank}: " if self.rank else ""
+                print(f"mlxlora: error: {name}{why}", file=sys.stderr, flush=True)
             os._exit(1)

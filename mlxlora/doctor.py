@@ -19,6 +19,7 @@ PACKAGES = ("mlxlora", "mlx", "mlx-lm", "transformers", "tokenizers", "numpy")
 OPTIONAL = {"datasets": "hub data sets"}
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_ENDPOINT", "HF_HOME")
 SLOW = 30.0  # GFLOP/s in float32 of a BLAS without vector instructions, with a margin; a fast one makes 50 and more on one core
+THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 LITTLE_DISK = 5e9  # bytes
 
 
@@ -87,9 +88,22 @@ def gigaflops(size: int = 768, repetitions: int = 4) -> float:
 
 def matrix_products(blas: str | None, speed: float) -> Finding:
     """BLAS of the CPU backend, judged by what it does."""
-    name = blas or ("Accelerate" if sys.platform == "darwin" else "MLX's own" + " (MLXLORA_BLAS=off)" * _switched_off())
-    remedy = "unset MLXLORA_BLAS" if _switched_off() else "pip install scipy-openblas32, or apt-get install libopenblas0-pthread"
-    return Finding("BLAS", f"{name}: {speed:.0f} GFLOP/s in float32", speed >= SLOW, remedy if speed < SLOW else "")
+    fast = blas or ("Accelerate" if sys.platform == "darwin" else None)
+    name = fast or "MLX's own" + " (MLXLORA_BLAS=off)" * _switched_off()
+    slow = speed < SLOW
+    return Finding("BLAS", f"{name}: {speed:.0f} GFLOP/s in float32", not slow, _faster(bool(fast)) * slow)
+
+
+def _faster(fast: bool) -> str:
+    """What to do about slow products: of a fast BLAS that is kept from it, or for want of one."""
+    if not fast:
+        return "unset MLXLORA_BLAS" if _switched_off() else "pip install scipy-openblas32, or apt-get install libopenblas0-pthread"
+    limits = [f"{name}={os.environ[name]}" for name in THREADS if os.environ.get(name)]
+    return (
+        f"a fast one is loaded, but {' '.join(limits)} limits it: unset it"
+        if limits
+        else "a fast one is loaded: the machine is busy"
+    )
 
 
 def _switched_off() -> bool:

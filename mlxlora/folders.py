@@ -8,6 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import InputError, RunError
+from .files import put_back
+from .launched import warn
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _UNWRITABLE = _FULL | {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
@@ -32,6 +34,8 @@ def check_vacant(
     for other in apart_from:
         if other is not None and Path(other).resolve().is_relative_to(folder.resolve()) and Path(other).exists():
             raise InputError(f"{flag} {path}: {other} is read from there; name another folder")
+    with suppress(OSError, ValueError):  # it cannot be written, or has no name: whoever writes says so
+        put_back(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{flag} {path} is a file; name a folder")
     if not folder.exists() or not any(folder.iterdir()):
@@ -81,28 +85,16 @@ def _locked(folder: Path, flag: str) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
         try:
-            _lock(handle)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(handle)
             raise InputError(f"{flag} {folder}: another run is writing there; wait for it, or name another folder") from None
+        except OSError as error:
+            warn(f"{flag} {folder}: its file system has no locks ({error.strerror}); do not start a second run there")
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), folder.stat()):
                 return handle
         os.close(handle)  # whoever made it has just removed it
-
-
-def _lock(handle: int) -> None:
-    """Without a lock where the file system has none.
-
-    Raises:
-        BlockingIOError: somebody has it.
-    """
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:
-        return
 
 
 def _within(error: OSError, folder: Path) -> bool:

@@ -13,6 +13,7 @@ import orjson
 from attrs import frozen
 
 from .errors import InputError, listed
+from .peers import HUB
 from .templates import Message, as_messages, as_tools, common_prefix, short, with_system
 
 KEYS: Mapping[str, str] = {"text": "text", "messages": "messages", "prompt": "prompt", "completion": "completion"}
@@ -21,6 +22,7 @@ KEYS: Mapping[str, str] = {"text": "text", "messages": "messages", "prompt": "pr
 _SUFFIXES = (".jsonl", ".json", ".jsonl.gz")
 _SPLITS = {"train": ("train",), "valid": ("valid", "validation", "dev"), "test": ("test",)}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+_SAID_TO_BE_ONE = re.compile(rf"{HUB}((?:[\w.-]+/)?[\w.-]+(?::[\w.-]+)?)")
 
 
 @frozen
@@ -45,7 +47,8 @@ def read_rows(path: str | Path) -> list[Row]:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such file; --data takes a folder with train.jsonl, a file, or a hub name like org/name")
+        hub = f"a hub name like org/name or {HUB}name"
+        raise InputError(f"{path}: no such file; --data takes a folder with train.jsonl, a file, or {hub}")
     if not path.name.endswith(_SUFFIXES):
         raise InputError(f"{path}: unknown kind of file; use one of {', '.join(_SUFFIXES)}")
     try:
@@ -91,13 +94,16 @@ def _parse(content: bytes, where: str, remedy: str) -> Any:
 def read_splits(data: str | Path, asked: Mapping[str, str] | None = None) -> dict[str, list[Row]]:
     """The splits "train", "valid" and "test" that a folder, a file (train only) or a hub data set has.
 
-    A hub name may carry a configuration: `org/name:config`. Hub data sets need `datasets`. `asked` says which rows of a hub
-    data set a split is, such as `{"train": "train[:1000]"}`; the others are then left out.
+    A hub name may carry a configuration: `org/name:config`; one without an organisation is `hf://datasets/name`. Hub data sets
+    need `datasets`. `asked` says which rows of a hub data set a split is, such as `{"train": "train[:1000]"}`; the others are
+    then left out.
 
     Raises:
         InputError: nothing of that name, no training rows, or broken rows.
     """
     path = Path(data)
+    if named := _SAID_TO_BE_ONE.fullmatch(str(data)):
+        return _read_with_datasets(named[1], asked)
     if asked and path.exists():
         raise InputError(f"--{next(iter(asked))}-split is for hub data sets, {data} is a local one; leave it out")
     if path.is_file():

@@ -151,15 +151,17 @@ def warning(rounding: Rounding | None) -> str:
     An update far below a step may also come out larger, where weights lay on the edge between two steps.
 
     >>> warning(Rounding(kept=0.123, noise=1.9, size=0.02))
-    "quantising again keeps 12 % of the adapters' update, which is 2 % of the weights, less than a step; use --dequantize"
+    'update lost in rounding: it is 2 % of the weights, less than a step, and 12 % of it is left; use --dequantize'
     >>> warning(Rounding(kept=0.98, noise=0.5, size=0.2))
     ''
     """
     if rounding is None or abs(rounding.kept - 1) <= 0.5:
         return ""
-    kept, size = rounding.kept, f"which is {rounding.size * 100:.2g} % of the weights, less than a step"
-    done = f"makes {kept:.1f} times" if kept > 1 else f"keeps {max(kept, 0) * 100:.0f} % of"
-    return f"quantising again {done} the adapters' update, {size}; use --dequantize"
+    kept = rounding.kept
+    left = f"{max(kept, 0) * 100:.0f} % of it is left" if kept < 1 else f"it comes out {kept:.1f} times as large"
+    return (
+        f"update lost in rounding: it is {rounding.size * 100:.2g} % of the weights, less than a step, and {left}; use --dequantize"
+    )
 
 
 # --- files ------------------------------------------------------------------------------------

@@ -9,14 +9,14 @@ import mlx.nn as nn
 from attrs import asdict
 from mlx.utils import tree_flatten, tree_unflatten
 
-from .adapters import load_weights, own_arrays, put_arrays, read_arrays
+from .adapters import CONFIG, check_arrays, check_settings, load_weights, own_arrays, put_arrays, read_arrays, read_config
 from .chance import random_key, restore_random_key
-from .checkpoint import Progress, initial
+from .checkpoint import FOLDER, Progress, at_best, initial
 from .compose import Objective
 from .coupling import coupled
 from .data import Example
 from .distributed import Ranks
-from .errors import InputError, SharedError
+from .errors import InputError, LostError, SharedError
 from .optimisers import put_state
 from .sharding import Sliced, stored
 from .step import Step
@@ -75,25 +75,77 @@ def restore(ranks: Ranks, model: nn.Module, directory: Path) -> None:
 
 
 def led(ranks: Ranks, model: nn.Module, work: Callable[[], T], optimiser: Any = None) -> T | None:
-    """`work` at rank 0, which writes or reads files; where parameters are slices, the others give and take theirs meanwhile."""
+    """`work` at rank 0, which writes or reads files; where parameters are slices, the others give and take theirs meanwhile.
+
+    Raises:
+        LostError: rank 0 failed, at the others; it goes on with its own error.
+    """
     if ranks.leads:
+        done = False
         try:
-            return work()
+            found = work()
+            done = True
+            return found
         finally:
             if ranks.sharded:
-                ranks.told(None)
+                ranks.told([_END, done])
     if ranks.sharded:
         _serve(ranks, model, optimiser)
     return None
+
+
+_END = "end"
 
 
 def _serve(ranks: Ranks, model: nn.Module, optimiser: Any) -> None:
     states = {} if optimiser is None else initial(model, optimiser)
     places = [*stored(model, own_arrays(model)).values(), *states.values()]
     known = {place.key: place for place in places if isinstance(place, Sliced)}
-    while (asked := ranks.told(None)) is not None:
+    while (asked := ranks.told(None))[0] != _END:
         verb, key = asked
         if verb == "take":
             known[key].take()
         for _ in known[key].parts() if verb == "give" else ():
             pass
+    if not asked[1]:
+        raise LostError("rank 0 could not read or write its files")
+
+
+def mend(
+    ranks: Ranks, model: nn.Module, directory: Path, best: float | None, save: Callable[[], None], warn: Callable[[str], object]
+) -> None:
+    """Writes the adapters of a run that has nothing left to train again, if they are missing or damaged.
+
+    Args:
+        ranks: who have read the last checkpoint.
+        model: as it was then.
+        directory: of the run.
+        best: the validation loss of the adapters; None where they are those of the last step.
+        save: writes adapters as they are in the model.
+        warn: is told what was wrong.
+
+    Raises:
+        InputError: the best ones are in no checkpoint. SharedError at the other ranks.
+    """
+    problem = ranks.told(_problem(directory) if ranks.leads else "")
+    if not problem:
+        return
+    if best is not None:
+        found = ranks.told(str(at_best(directory, best) or "") if ranks.leads else "")
+        if not found:
+            refused = InputError if ranks.leads else SharedError
+            remedy = f"take another from {directory / FOLDER}, or train again with --overwrite"
+            raise refused(f"{problem}; the best adapters are in no checkpoint: {remedy}")
+        restore(ranks, model, Path(found))
+    led(ranks, model, save)
+    warn(f"{problem}; written again from a checkpoint")
+
+
+def _problem(directory: Path) -> str:
+    """What is wrong with the adapters of a folder, or nothing."""
+    try:
+        check_arrays(directory)
+        check_settings(read_config(directory), directory / CONFIG)
+    except InputError as error:
+        return str(error)
+    return ""

@@ -13,7 +13,7 @@ import mlx.core as mx
 import orjson
 from attrs import frozen
 
-from .adapters import CONFIG, WEIGHTS, check_settings, read_arrays, read_config, save_arrays
+from .adapters import CONFIG, WEIGHTS, check_settings, configured, read_config, save_arrays, sound_arrays
 from .errors import InputError
 from .files import atomic_directory
 from .folders import check_vacant
@@ -76,8 +76,9 @@ def merge(
     rank = max(map(rank_of, sums.values()))
     arrays = {f"{path}.{name}": array for path, both in sums.items() for name, array in resized(both, rank, 1.0).items()}
     with atomic_directory(target) as temporary:
-        save_arrays(temporary / WEIGHTS, arrays, checked=True)
-        (temporary / CONFIG).write_bytes(orjson.dumps(_config(parts, list(sums), rank, model), option=orjson.OPT_INDENT_2))
+        config = _config(parts, list(sums), rank, model)
+        save_arrays(temporary / WEIGHTS, arrays, configured(config), checked=True)
+        (temporary / CONFIG).write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
     return rank
 
 
@@ -89,7 +90,7 @@ def _part(folder: str, weight: float) -> Part:
         raise InputError(f"{folder}: merge adds LoRA adapters, and {reason}; fuse one into the model and train on that")
     check_settings(config, Path(folder) / CONFIG)
     updates: dict[str, Both] = {}
-    for name, array in read_arrays(folder).items():
+    for name, array in sound_arrays(folder, config).items():
         path, _, last = name.rpartition(".")
         updates.setdefault(path, {})[last] = array
     if wrong := [path for path, both in updates.items() if both.keys() != {"lora_a", "lora_b"}]:

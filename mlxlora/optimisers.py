@@ -67,8 +67,9 @@ def _times(rate: Rate, ratio: float) -> Rate:
 def learning_rate(training: Training, steps: int) -> Rate:
     """The rate of step t = 0, 1, ...: up from `warmup_init` over `warmup` steps, then constant or down to `lr_end`.
 
-    end + (peak - end)·f(x), x = (t - warmup)/span from 0 to 1, where it stays; linear: f = 1 - x; cosine: f = (1 + cos πx)/2.
-    span is `lr_decay_steps`, or what the warm-up leaves of `steps`.
+    end + (peak - end)·f(x), x = (t - warmup)/span; linear: f = 1 - x; cosine: f = (1 + cos πx)/2, both as at x = 1 from
+    there; exponential: f = r^x; step: f = r^⌊x⌋, r = `lr_decay_rate`. span is `lr_decay_steps`, or what the warm-up leaves of
+    `steps`.
     """
     peak, start, end, warmup = training.learning_rate, training.warmup_init, training.lr_end, training.warmup
     span = training.lr_decay_steps or max(steps - warmup, 1)
@@ -78,7 +79,7 @@ def learning_rate(training: Training, steps: int) -> Rate:
 
     def rate(step: mx.array) -> mx.array:
         t = step.astype(mx.float32)
-        falling = end + (peak - end) * shape(mx.clip((t - warmup) / span, 0.0, 1.0))
+        falling = end + (peak - end) * shape(mx.maximum((t - warmup) / span, 0.0), training.lr_decay_rate)
         return mx.where(t < warmup, start + (peak - start) * (t / max(warmup, 1)), falling)
 
     return rate
@@ -93,8 +94,10 @@ def put_state(state: Any, values: Any) -> None:
             put_state(state[key], value)
 
 
-_SHAPES: dict[str, Callable[[mx.array], mx.array]] = {
-    "constant": mx.ones_like,
-    "linear": lambda done: 1 - done,
-    "cosine": lambda done: 0.5 * (1 + mx.cos(mx.pi * done)),
+_SHAPES: dict[str, Callable[[mx.array, float], mx.array]] = {
+    "constant": lambda done, _: mx.ones_like(done),
+    "linear": lambda done, _: 1 - mx.minimum(done, 1.0),
+    "cosine": lambda done, _: 0.5 * (1 + mx.cos(mx.pi * mx.minimum(done, 1.0))),
+    "exponential": lambda done, left: left**done,
+    "step": lambda done, left: left ** mx.floor(done),
 }

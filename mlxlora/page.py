@@ -14,7 +14,7 @@ from .charts import Line, chart
 from .files import atomic_file
 from .formats import last_text
 from .machine import device_name, package_version
-from .records import PAGE, SPLITS, Record, Row, differing, outcome, read_record
+from .records import METHOD, PAGE, SPLITS, Record, Row, differing, outcome, read_record
 from .report import Reporter
 
 COLOURS = 8
@@ -114,21 +114,40 @@ def run_page(
 def comparison_page(records: Sequence[Record]) -> str:
     """The HTML of several runs: what they reached, where their options differ, and their curves over each other."""
     names = [record.name for record in records]
-    outcomes = [outcome(record) for record in records]
-    rows = {name: [found.get(name, "") for found in outcomes] for name in dict.fromkeys(n for o in outcomes for n in o)}
     parts = [
         f"<h1>{len(records)} runs</h1>",
-        _section("Results", _columns(names, rows)),
+        _section("Results", _columns(names, reached(records))),
         _section("Options that differ", _columns(names, portable(differences(records)))),
         _section("Curves", _figures(_overlaid(records))),
     ]
     return _html(f"{len(records)} runs", parts)
 
 
+def reached(records: Sequence[Record]) -> dict[str, list[str]]:
+    """What each run reached, one line a metric; the losses of different methods have lines of their own."""
+    outcomes = [
+        {name + _apart(name.split()[1].rstrip(","), label): value for name, value in outcome(record).items()}
+        for record, label in zip(records, _methods(records), strict=True)
+    ]
+    return {name: [found.get(name, "") for found in outcomes] for name in dict.fromkeys(n for o in outcomes for n in o)}
+
+
+def _methods(records: Sequence[Record]) -> list[str]:
+    """What tells the metrics of a run from those of other methods; nothing where all runs are of one."""
+    methods = [method_of(record.config) or "own objective" for record in records]
+    return [f" ({method})" if len(set(methods)) > 1 else "" for method in methods]
+
+
+def _apart(metric: str, label: str) -> str:
+    """The label, for a metric that means something else in each method."""
+    alike = ("Completions", "Optimiser", "Speed and memory")
+    return "" if metric == "reward" or any(_SECTIONS[title](metric) for title in alike) else label
+
+
 def differences(records: Sequence[Record]) -> dict[str, list[Any]]:
     """The methods if they are not one, and the options that are not the same in all runs."""
     methods = [method_of(record.config) for record in records]
-    return ({"method": methods} if len(set(methods)) > 1 else {}) | differing(records)
+    return ({METHOD: methods} if len(set(methods)) > 1 else {}) | differing(records)
 
 
 def _html(title: str, parts: Iterable[str]) -> str:
@@ -149,14 +168,15 @@ def _curves(record: Record) -> list[str]:
 
 
 def _overlaid(records: Sequence[Record]) -> list[str]:
-    """A chart for each metric of each split, the runs in the colours of their place."""
-    curves = [(i % COLOURS, record.name, record.curves()) for i, record in enumerate(records)]
-    names = dict.fromkeys((name, split) for _, _, found in curves for name, splits in found.items() for split in splits)
-    ordered = sorted(names, key=lambda key: (key[0] != "loss", key[0] != "reward"))
-    return [
-        chart(f"{split} {name}", [Line(run, found.get(name, {}).get(split, []), i) for i, run, found in curves])
-        for name, split in ordered
-    ]
+    """A chart for each metric of each split, the runs in the colours of their place; losses of each method by themselves."""
+    charts: dict[tuple[str, str], list[Line]] = {}
+    for i, (record, label) in enumerate(zip(records, _methods(records), strict=True)):
+        for name, splits in record.curves().items():
+            for split, points in splits.items():
+                lines = charts.setdefault((name, f"{split} {name}{_apart(name, label)}"), [])
+                lines.append(Line(record.name, points, i % COLOURS))
+    ordered = sorted(charts.items(), key=lambda entry: (entry[0][0] != "loss", entry[0][0] != "reward"))
+    return [chart(title, lines) for (_, title), lines in ordered]
 
 
 def _section(title: str, content: str) -> str:
@@ -189,10 +209,10 @@ def _completions(samples: Sequence[Row]) -> str:
     """Of the first and of the last report that has any."""
     steps = sorted({row.get("step", 0) for row in samples})
     chosen = [row for row in samples if row.get("step", 0) in {*steps[:1], *steps[-1:]}]
-    lines = [
-        (str(r.get("step")), last_text(r.get("prompt")), last_text(r.get("completion")), _text(r.get("reward"))) for r in chosen
-    ]
-    return _table(("step", "prompt", "completion", "reward"), lines, "text") if lines else ""
+    columns = [name for name in ("step", "prompt", "expected", "completion", "reward") if any(row.get(name) for row in chosen)]
+    texts = {"prompt": last_text, "completion": last_text}
+    lines = [[texts.get(name, _text)(row.get(name)) for name in columns] for row in chosen]
+    return _table(columns, lines, "text") if lines else ""
 
 
 def _text(value: Any) -> str:

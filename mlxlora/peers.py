@@ -1,7 +1,8 @@
 """The keys and flags of mlx-lm and mlx-lm-lora, and what each of them is here.
 
-Two tables, checked against the peers' own defaults and flags by tests/test_switch.py; `docs/` shows them. A key is an option
-under the same or another name, is turned into several options, has no meaning here, or is refused with what to do instead.
+Two tables, checked against the peers' own defaults and flags by tests/test_switch.py; the README and `docs/` show them. A key is
+an option under the same or another name, is turned into several options, has no meaning here, or is refused with what to do
+instead.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -14,6 +15,12 @@ from .errors import listed, plain
 Options = dict[str, Any]
 COMMANDS = {mode: mode for mode in ("sft", "dpo", "orpo", "cpo", "grpo")} | dict.fromkeys(("online_dpo", "xpo"), "online-dpo")
 """mlx-lm-lora's training modes that are offered, and the command of each."""
+
+TAKERS = (*dict.fromkeys(COMMANDS.values()), "kto")
+"""The commands that take the peers' files and flags."""
+
+METHODS = (*TAKERS, "distill", "gkd")
+"""The commands that train."""
 
 
 @frozen
@@ -28,6 +35,7 @@ class Key:
         fate: whether a value is passed over, told about or refused where there is no option.
         idle: the values that say nothing.
         switch: the peer's flag takes no value.
+        lacking: what is told in the commands that have not the option and take the key all the same.
     """
 
     text: str = ""
@@ -37,6 +45,7 @@ class Key:
     fate: Literal["ignored", "told", "refused"] = "ignored"
     idle: tuple[Any, ...] = (None, False)
     switch: bool = False
+    lacking: Mapping[str, str] = {}
 
 
 @frozen
@@ -47,7 +56,6 @@ class Peer:
     keys: Mapping[str, Key]
     signs: frozenset[str]
     defaults: Mapping[str, Any]
-    page: str
 
 
 def _same(*names: str) -> dict[str, Key]:
@@ -66,18 +74,26 @@ def _decay(value: Any) -> Options:
     """
     if not isinstance(value, Mapping):
         return {"lr_schedule": value}  # one of ours
-    takes = {
-        "cosine_decay": ("learning_rate", "lr_decay_steps", "lr_end"),
-        "linear_schedule": ("learning_rate", "lr_end", "lr_decay_steps"),
-    }
-    name, arguments = value.get("name"), value.get("arguments") or []
-    if not isinstance(name, str) or name not in takes or not isinstance(arguments, list) or len(arguments) > 3:
-        raise ValueError(f"lr_schedule {plain(name)} is not offered; give cosine_decay or linear_schedule with its arguments")
+    name, arguments = value.get("name"), value.get("arguments")
+    if not isinstance(name, str) or name not in _SCHEDULES:
+        raise ValueError(f"lr_schedule {plain(name)} is not offered; there are {', '.join(_SCHEDULES)}, with their arguments")
     if unknown := value.keys() - {"name", "arguments", "warmup", "warmup_init"}:
         raise ValueError(f"lr_schedule has no {listed(sorted(map(str, unknown)))}; it has name, arguments, warmup and warmup_init")
+    kind, takes, least = _SCHEDULES[name]
+    if not isinstance(arguments, list) or not least <= len(arguments) <= len(takes):
+        raise ValueError(f"lr_schedule.arguments of {name} are [{', '.join(takes)}], got {plain(arguments)}")
+    every_step = {"lr_decay_steps": 1} if name == "exponential_decay" else {}
     rest = {key: value[key] for key in ("warmup", "warmup_init") if value.get(key) is not None}
-    return {"lr_schedule": name.split("_")[0], **dict(zip(takes[name], arguments, strict=False)), **rest}
+    return {"lr_schedule": kind, **dict(zip(takes, arguments, strict=False)), **every_step, **rest}
 
+
+_SCHEDULES: Mapping[str, tuple[str, tuple[str, ...], int]] = {
+    "cosine_decay": ("cosine", ("learning_rate", "lr_decay_steps", "lr_end"), 2),
+    "linear_schedule": ("linear", ("learning_rate", "lr_end", "lr_decay_steps"), 3),
+    "exponential_decay": ("exponential", ("learning_rate", "lr_decay_rate"), 2),
+    "step_decay": ("step", ("learning_rate", "lr_decay_rate", "lr_decay_steps"), 3),
+}
+"""MLX's schedules: each one's name here, what its arguments are, and how many of them it needs."""
 
 _OURS: Mapping[str, Mapping[str, Any]] = {
     "adam": {"bias_correction": True},
@@ -119,12 +135,17 @@ _FEATURES = {
 }
 _FIXED_FEATURES = ("system", "chosen", "rejected", "preference_score", "answer", "type")
 
+HUB = "hf://datasets/"
+"""What precedes the name of a hub data set that has no organisation."""
+
 
 def _hub_data(value: Any) -> Options:
     """mlx-lm's `hf_dataset`: {path, config, *_split, *_feature}.
 
-    >>> _hub_data({"path": "billsum", "train_split": "train[:1000]", "prompt_feature": "text"})
-    {'data': 'billsum', 'train_split': 'train[:1000]', 'prompt_key': 'text'}
+    >>> _hub_data({"path": "org/name", "train_split": "train[:1000]", "prompt_feature": "text"})
+    {'data': 'org/name', 'train_split': 'train[:1000]', 'prompt_key': 'text'}
+    >>> _hub_data({"path": "billsum"})  # alone, such a name is a file's
+    {'data': 'hf://datasets/billsum'}
     """
     value = value[0] if isinstance(value, list) and len(value) == 1 else value
     if not isinstance(value, Mapping) or not (value.get("path") or value.get("name")):
@@ -137,7 +158,8 @@ def _hub_data(value: Any) -> Options:
     if unknown := [*(value.keys() - known - fixed), *(f"config.{name}" for name in config.keys() - {"name"})]:
         told = plain(min(map(str, unknown)))
         raise ValueError(f"hf_dataset.{told} is not offered; write such rows to train.jsonl and name its folder with data")
-    path = str(value.get("path") or value.get("name")) + (f":{config['name']}" if config.get("name") else "")
+    name = str(value.get("path") or value.get("name"))
+    path = ("" if "/" in name else HUB) + name + (f":{config['name']}" if config.get("name") else "")
     splits = {key: value[key] for key in ("train_split", "valid_split", "test_split") if value.get(key) is not None}
     return {"data": path, **splits, **{ours: value[key] for key, ours in _FEATURES.items() if value.get(key) is not None}}
 
@@ -176,24 +198,23 @@ def _judge(value: Any) -> Options:
 
 _SHARED = {
     **_same("model", "data", "seed", "num_layers", "batch_size", "iters", "val_batches", "learning_rate", "steps_per_report"),
-    **_same("steps_per_eval", "resume_adapter_file", "adapter_path", "save_every", "test", "max_seq_length", "grad_checkpoint"),
-    **_same("mask_prompt", "optimizer", "use_chat_template"),
+    **_same("steps_per_eval", "resume_adapter_file", "adapter_path", "save_every", "max_seq_length", "optimizer"),
+    **{name: Key(option=name, switch=True) for name in ("mask_prompt", "test", "grad_checkpoint", "use_chat_template")},
     "train": Key("the command says it; to test alone: `mlxlora eval`", switch=True),
     "config": Key("`-c`, `--config`"),
     "lora_parameters": Key("`rank`, `scale`, `dropout`, `lora_keys`; as it stands in a file"),
     "lora_layers": Key(option="num_layers"),
     "optimizer_config": Key("`betas`, `eps`, `momentum`, `weight_decay`, of the chosen optimiser; as it stands in a file"),
-    "lr_schedule": Key(
-        "`lr_schedule`, `learning_rate`, `lr_decay_steps`, `lr_end`, `warmup`, `warmup_init`; as it stands in a file", turned=_decay
-    ),
+    "lr_schedule": Key("`lr_schedule`, `learning_rate`, `lr_decay_steps`, `lr_decay_rate`, `lr_end`, `warmup`, `warmup_init`; "
+        "as it stands in a file", turned=_decay),
     "hf_dataset": Key("`data`, `train_split`, ..., `prompt_key`, ...; as it stands in a file, one data set", turned=_hub_data),
     "test_batches": Key("the test is of the whole split"),
     **{name: Key(option=ours) for name, ours in _FEATURES.items()},
     **{
-        f"{name}_feature": Key(f"the field is `{name}`; rename another one", fate="refused", idle=(None, name))
+        f"{name}_feature": Key(f"call the field `{name}` in the rows", fate="refused", idle=(None, name))
         for name in _FIXED_FEATURES
     },
-}
+}  # fmt: skip
 
 _MLX_LM = {
     **_SHARED,
@@ -215,8 +236,11 @@ _LORA_MODE = "belongs to a `train_mode` that is not offered"
 
 _MLX_LM_LORA = {
     **_SHARED,
-    **_same("train_type", "epochs", "reference_model_path", "group_size", "epsilon", "epsilon_high", "max_completion_length"),
-    **_same("temperature", "top_p", "top_k", "min_p", "use_prompt"),
+    **_same("train_type", "epochs", "group_size", "epsilon", "epsilon_high", "max_completion_length"),
+    **_same("temperature", "top_p", "top_k", "min_p"),
+    "use_prompt": Key(option="use_prompt", switch=True),
+    "reference_model_path": Key("a note in `cpo` and `orpo`, which have no reference", option="reference_model_path",
+        lacking=dict.fromkeys(("cpo", "orpo"), "this method has no reference")),
     "train_mode": Key("the command: `sft`, `dpo`, `orpo`, `cpo`, `grpo`, `online-dpo` (also for `xpo`); others are not offered"),
     "gradient_accumulation_steps": Key(option="grad_accumulation_steps"),
     "micro_batch_size": Key("memory is bounded without it: `micro_batch`"),
@@ -228,10 +252,10 @@ _MLX_LM_LORA = {
     "beta": Key(option="beta"),
     "delta": Key("in `dpo` and `cpo` with `dpop`, as there; elsewhere it is passed over", option="delta", modes=("dpo", "cpo")),
     "alpha": Key("with `xpo`; in `cpo` it is the weight of the NLL of the chosen", option="xpo_alpha"),
-    "reward_functions": Key("`rewards`; the names of the built-in ones are translated", turned=_reward_names),
+    "reward_functions": Key("the names of the built-in ones are translated", option="rewards", turned=_reward_names),
     "reward_functions_file": Key(option="reward_file"),
     **_same("reward_weights"),
-    "list_reward_functions": Key("the README lists them", switch=True),
+    "list_reward_functions": Key("as a flag it lists them, and nothing runs", switch=True),
     "reward_scaling": Key("does nothing there either"),
     **{f"load_in_{name}": _loaded_in(form) for name, form in (("4bits", "4"), ("6bits", "6"), ("8bits", "8"), ("mxfp4", "mxfp4"))},
     "fuse": Key("run `mlxlora fuse` afterwards", fate="told", switch=True),
@@ -246,8 +270,8 @@ _MLX_LM_LORA = {
     "qat_enable": Key("`qat: 8`, or as `qat_bits` says: what `mlx_lm.convert -q` quantises is rounded, and as it quantises",
         turned=lambda v: {"qat": "8"} if v else {}, switch=True),
     "qat_bits": Key("`qat` with `qat_enable`: 4, 6 or 8", turned=lambda v: {"qat": str(v)}),
-    "qat_group_size": Key("64, as `mlx_lm.convert -q` has it", fate="told", idle=(None, 64)),
-    "qat_mode": Key("`affine`", fate="told", idle=(None, "affine")),
+    "qat_group_size": Key("it is 64 here, as in `mlx_lm.convert -q`", fate="told", idle=(None, 64)),
+    "qat_mode": Key("it is `affine` here", fate="told", idle=(None, "affine")),
     **_ignored("weights are rounded in every step", "qat_start_step", "qat_interval", fate="told", idle=(None, 1)),
     **_ignored(_LORA_MODE, "dsla_loss", "latent_weight", "latent_margin", "latent_gamma", "latent_variant", "latent_pooling"),
     **_ignored(_LORA_MODE, "latent_layer", "lambda_mse_target", "tau_mse_target", "lambda_mse", "clip_epsilon_logits"),
@@ -261,7 +285,6 @@ MLX_LM = Peer(
         {"train", "fine_tune_type", "training_mode", "optimizer_config", "hf_dataset", "test_batches", "clear_cache_threshold"}
     ),
     {"iters": 1000, "weight_decay": 0.01},
-    "docs/from-mlx-lm.md",
 )
 MLX_LM_LORA = Peer(
     "mlx-lm-lora",
@@ -279,16 +302,13 @@ MLX_LM_LORA = Peer(
     }
     - {"top_p", "top_k", "min_p", "use_prompt", "beta", "delta", "alpha", "reward_weights"},
     {"iters": 100, "num_layers": -1, "batch_size": 1, "scale": 10.0, "weight_decay": 0.01, "epsilon": 1e-4},
-    "docs/from-mlx-lm-lora.md",
 )
 PEERS = (MLX_LM_LORA, MLX_LM)
 
-FLAGS = (
-    *("train_mode", "test_batches", "clear_cache_threshold", "project_name", "load_in_4bits", "load_in_6bits", "load_in_8bits"),
-    *("load_in_mxfp4", "fuse", "lm_studio_name", "efficient_long_context", "recurrence_chunk_size", "micro_batch_size", "wandb"),
-    *("reward_functions", "reward_scaling", "sft_loss_type", "judge", "qat_enable", "qat_bits"),
-)
-"""The peers' flags that are no option's name and are taken all the same."""
+_FILES_ONLY = ("config", "lora_parameters", "optimizer_config", "hf_dataset")
+
+LISTING = "list_reward_functions"
+"""mlx-lm-lora's flag that lists what it has."""
 
 
 def peer_of(keys: Collection[str]) -> Peer | None:
@@ -316,14 +336,39 @@ def of(key: Key, command: str | None) -> bool:
     return not key.modes or command in key.modes
 
 
-def settle(values: Mapping[str, Any], peer: Peer | None, keys: Mapping[str, Any]) -> Options:
-    """The options of a peer's file, which has these keys, without those that had no effect there."""
+def flag(name: str) -> Key | None:
+    """The key that a flag stands for, if it can be one: `qat_bits` for `--qat-bits`."""
+    return None if name in _FILES_ONLY else find(name)
+
+
+def command_of(value: Any) -> str | None:
+    """The command that the name of a method is, if it is one.
+
+    >>> command_of("grpo"), command_of("xpo"), command_of("dora")
+    ('grpo', 'online-dpo', None)
+    """
+    name = COMMANDS.get(value, value) if isinstance(value, str) else None
+    return name if name in METHODS else None
+
+
+def settle(values: Mapping[str, Any], peer: Peer | None, keys: Mapping[str, Any], whole: Mapping[str, Any]) -> Options:
+    """The options that were written for a peer, under these keys, without those that have no effect there.
+
+    Args:
+        whole: all options of the run, from wherever they are.
+
+    >>> dpo = {"loss_type": "hinge", "delta": 50.0}
+    >>> settle(dpo, MLX_LM_LORA, {"dpo_cpo_loss_type": "hinge", "delta": 50.0}, dpo)
+    {'loss_type': 'hinge'}
+    >>> settle(dpo, MLX_LM_LORA, {"train_mode": "dpo", "loss_type": "hinge", "delta": 50.0}, dpo)  # our key, so our delta
+    {'loss_type': 'hinge', 'delta': 50.0}
+    """
     if peer is not MLX_LM_LORA:
         return dict(values)
     works = {
-        "delta": values.get("loss_type") == "dpop",
-        "xpo_alpha": keys.get("train_mode") == "xpo",
-        "epochs": "iters" not in values,
+        "delta": whole.get("loss_type") == "dpop" or ("loss_type" in keys and "dpo_cpo_loss_type" not in keys),
+        "xpo_alpha": keys.get("train_mode") == "xpo" or "xpo_alpha" in keys,
+        "epochs": "iters" not in whole,
         "qat": keys.get("qat_enable") or "qat" in keys,
     }
     bits = {"qat": plain(keys["qat_bits"])} if keys.get("qat_enable") and keys.get("qat_bits") else {}
@@ -338,21 +383,22 @@ def check_mode(mode: Any, command: str, run: str) -> None:
         raise ValueError(f"train_mode is {mode}; run `mlxlora {COMMANDS[mode]}{run}`")
 
 
-def notes(peer: Peer, path: str, values: Mapping[str, Any], has: Collection[str]) -> Iterable[str]:
+def notes(peer: Peer, where: str, values: Mapping[str, Any], has: Collection[str]) -> Iterable[str]:
     """What a user of a peer is told once: the differences that touch this run, and defaults that are not theirs."""
     optimizer = values.get("optimizer", "adam")
     differences = {
         "Adam has bias correction": optimizer in ("adam", "adamw"),
-        "gradients are clipped to norm 1 (max_grad_norm: 0 = off)": "max_grad_norm" not in values,
+        "gradients are clipped to norm 1 (max_grad_norm 0 = off)": "max_grad_norm" not in values,
         "iters are optimiser steps, not batches": values.get("grad_accumulation_steps", 1) != 1 and "iters" in values,
         "a loss is one mean over all scored tokens of a step": True,
         "plain-text rows are wrapped in the chat template only with use_chat_template": not values.get("use_chat_template"),
-        "CPO adds the NLL of the chosen (alpha: 0 = off)": "gamma" in has and "alpha" not in values,
+        "CPO adds the NLL of the chosen (alpha 0 = off)": "gamma" in has and "alpha" not in values,
         "dpop's penalty is inside the sigmoid, as published": values.get("loss_type") == "dpop",
     }
-    yield f"{path} is {peer.name}'s. Different here: {'; '.join(text for text, holds in differences.items() if holds)}. {peer.page}"
+    told = "; ".join(text for text, holds in differences.items() if holds)
+    yield f"{where} is {peer.name}'s. Different here: {told}. More in the README: Coming from mlx-lm or mlx-lm-lora"
     decays = optimizer in ("adamw", "muon")
     defaults = {name: value for name, value in peer.defaults.items() if name in has and (name != "weight_decay" or decays)}
     covered = {"iters"} if values.get("epochs") is not None else set()
     if missing := [f"{name} ({value})" for name, value in defaults.items() if name not in values and name not in covered]:
-        yield f"not in {path}, so they have our defaults, not {peer.name}'s: {', '.join(missing)}"
+        yield f"not given, so they have our defaults, not {peer.name}'s: {', '.join(missing)}"

@@ -22,7 +22,7 @@ from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.utils import hf_repo_to_path
 from safetensors import safe_open
 
-from .adapters import CONFIG, attach, is_number, mismatches, prepare, read_arrays, read_config, save, save_arrays
+from .adapters import CONFIG, attach, is_number, mismatches, prepare, read_arrays, read_config, save, save_arrays, sound_arrays
 from .card import CARD, front_matter, portable
 from .config import AdapterOptions, ModelOptions
 from .conversion import layers_to_train, linear_keys
@@ -204,7 +204,7 @@ def from_peft(folder: str | Path, model: str | ModelOptions, output: str | Path,
     target = check_vacant(output, "--adapter-path", overwrite=overwrite, marker=CONFIG, apart_from=(folder,))
     config = read_config(folder)
     _check_importable(config, folder)
-    modules = _modules(read_arrays(Path(folder) / PEFT_WEIGHTS), config, Path(folder) / PEFT_WEIGHTS)
+    modules = _modules(sound_arrays(Path(folder) / PEFT_WEIGHTS), config, Path(folder) / PEFT_WEIGHTS)
     model = evolve(model, model=model.model or config.get("base_model_name_or_path"))
     network, *_ = load_with_config(model)
     options = _options(network, modules, config)

@@ -12,7 +12,7 @@ from .config import Output
 from .errors import InputError
 from .files import sweep
 from .folders import writing
-from .records import METRICS, PAGE, PICTURE, SAMPLES, SETTINGS
+from .records import METRICS, PAGE, PICTURE, SAMPLES, SETTINGS, check_run
 
 PACKAGES = {"plot": "matplotlib", "wandb": "wandb", "swanlab": "swanlab", "trackio": "trackio", "tensorboard": "tensorboardX"}
 """The package that each extra of pyproject.toml brings."""
@@ -32,14 +32,18 @@ def check_extras(output: Output) -> None:
 
 
 @contextmanager
-def claimed(output: Output) -> Iterator[None]:
+def claimed(output: Output, method: str | None) -> Iterator[None]:
     """The folder of a run while nobody else writes there, without what a killed run left half written.
 
     It is checked before anything expensive happens.
 
+    Args:
+        output: names the folder.
+        method: of the run, as `check_run` takes it.
+
     Raises:
-        InputError: an earlier run is there and neither --resume nor --overwrite was given, another one is writing there now,
-            nothing can be written, or a package is missing.
+        InputError: an earlier run is there and neither --resume nor --overwrite was given, none or one of another method is
+            there to be resumed, another one is writing there now, nothing can be written, or a package is missing.
         RunError: the folder can no longer be written, because the disk is full for instance.
     """
     check_extras(output)
@@ -49,21 +53,32 @@ def claimed(output: Output) -> Iterator[None]:
     directory = Path(output.adapter_path)
     _check_writable(directory)
     with writing(directory, "--adapter-path"):
-        _check_unused(directory, output)
+        _check_unused(directory, output, method)
         sweep(directory, WEIGHTS, CONFIG, METRICS, SAMPLES, SETTINGS, CARD, PAGE, PICTURE)
         sweep(directory / "checkpoints", "[0-9]*")
         yield
 
 
-def _check_unused(directory: Path, output: Output) -> None:
+def _check_unused(directory: Path, output: Output, method: str | None) -> None:
     used = [name for name in (WEIGHTS, METRICS, "checkpoints") if (directory / name).exists()]
     if used and not (output.resume or output.overwrite):
         raise InputError(
-            f"--adapter-path {directory} already holds a run ({', '.join(used)}); "
+            f"--adapter-path {directory} already holds a run ({', '.join(used)}); {_how_to_test(directory, output, method)}"
             "continue it with --resume, replace it with --overwrite, or name another folder"
         )
     if output.resume and output.overwrite:
         raise InputError("--resume and --overwrite exclude each other")
+    if output.resume:
+        check_run(directory, method)
+
+
+def _how_to_test(directory: Path, output: Output, method: str | None) -> str:
+    """Who asks for a test may want nothing else: without this advice the other would make them train again."""
+    if not output.test or method is None:
+        return ""
+    of_rows = method in ("sft", "distill")  # the others have a loss of their own
+    command = f"eval --adapter-path {directory} --split test" if of_rows else f"{method} --resume --test --adapter-path {directory}"
+    return f"to test it, `mlxlora {command}`; to train, "
 
 
 def _check_writable(directory: Path) -> None:

@@ -1,7 +1,10 @@
 """Rows before they are trained on: as the model will see them, how long they are, what is cut, dropped and scored."""
 
+import sys
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -35,6 +38,7 @@ class Preview:
         splits: their items.
         tokenizer: the model's.
         parse: a row to its record, as the method reads it.
+        lengths: tokens of every row of all splits, as they were before anything was cut or dropped; of a pair, of the longer side.
     """
 
     source: Source
@@ -42,13 +46,14 @@ class Preview:
     splits: Mapping[str, Split]
     tokenizer: Any
     parse: Callable[[Row], Any]
+    lengths: Sequence[int]
 
 
 def look(method: str, tokenizer: Any, data: RowOptions, *, nll_on_prompt: bool = False) -> Preview:
     """What a method would train on.
 
     Args:
-        method: sft, dpo, orpo, cpo, kto, grpo or online-dpo.
+        method: any of those that train.
         tokenizer: the model's.
         data: options of the method's rows.
         nll_on_prompt: orpo's option.
@@ -57,10 +62,19 @@ def look(method: str, tokenizer: Any, data: RowOptions, *, nll_on_prompt: bool =
         InputError: bad data.
     """
     source, parse = _READ[method](data, nll_on_prompt)
-    rows = sources.read(source.data, 0)
+    whole, _ = _READ[method](attrs.evolve(data, max_seq_length=sys.maxsize), nll_on_prompt)
+    rows, lengths = sources.read(source.data, 0), []
+
+    def prepare(row: Row, _: Any) -> Any:
+        """The item of a row, its whole length put down; only what is too long is read twice."""
+        item = whole.prepare(row, tokenizer)
+        if item is not None:
+            lengths.append(max(map(whole.length, whole.arrange([item]) if whole.arrange else [item])))
+        return source.prepare(row, tokenizer) if item is not None and lengths[-1] > data.max_seq_length else item
+
     keys = {name.removesuffix("_key"): value for name, value in attrs.asdict(data).items() if name.endswith("_key")}
-    splits = sources.tokenize(source, rows, tokenizer)
-    return Preview(source, rows, splits, tokenizer, lambda row: parse(row, {**formats.KEYS, **keys}))
+    splits = sources.tokenize(attrs.evolve(source, prepare=prepare), rows, tokenizer)
+    return Preview(source, rows, splits, tokenizer, lambda row: parse(row, {**formats.KEYS, **keys}), lengths)
 
 
 def _pairs(data: Any, nll_on_prompt: bool) -> tuple[Source, Parse]:
@@ -76,10 +90,10 @@ def _judged(row: Row, keys: Mapping[str, str]) -> Any:
 
 
 _READ: dict[str, Callable[[Any, bool], tuple[Source, Parse]]] = {
-    "sft": lambda data, _: (sources.rows(data), formats.supervised),
+    **dict.fromkeys(("sft", "distill"), lambda data, _: (sources.rows(data), formats.supervised)),
     **dict.fromkeys(("dpo", "orpo", "cpo"), _pairs),
     "kto": lambda data, _: (unpaired(data, reference_point=False), _judged),
-    **dict.fromkeys(("grpo", "online-dpo"), _prompts),
+    **dict.fromkeys(("grpo", "online-dpo", "gkd"), _prompts),
 }
 
 
@@ -98,10 +112,8 @@ def show_preview(preview: Preview, count: int = 3, console: Console | None = Non
     for name, split in preview.splits.items():
         if split.counts.rows:
             _print(console, name, _counted(preview, name, split.counts))
-    lengths = [len(example.tokens) for item in items for example in preview.source.examples(item)]
-    console.print(f"\ntokens in a row: {min(lengths):,} to {max(lengths):,}, median {median(lengths):,.0f}")
-    for line in histogram(lengths, "█" if _unicode(console) else "#"):
-        console.print(f"  {line}", soft_wrap=True)
+    for line in _lengths(preview.lengths, preview.source.data.max_seq_length, "█" if _unicode(console) else "#"):
+        console.print(line, soft_wrap=True)
     for item in items[:count]:
         for text in _shown(preview, item, console):
             console.print(text, soft_wrap=True)
@@ -109,20 +121,36 @@ def show_preview(preview: Preview, count: int = 3, console: Console | None = Non
         console.print(Text("\ngreen: scored; underlined or violet: special tokens", style="dim"))
 
 
-def histogram(lengths: Sequence[int], block: str = "#", bins: int = BINS, width: int = BAR) -> list[str]:
-    """Bars of how many rows have how many tokens.
+def _lengths(lengths: Sequence[int], limit: int, block: str) -> Iterator[str]:
+    """How long rows are, how many of them fit, and which limits would keep them whole."""
+    ordered = sorted(lengths)
+    fit, most = bisect_right(ordered, limit) / len(ordered), ordered[-(len(ordered) // 20) - 1]
+    yield f"\ntokens in a row: {ordered[0]:,} to {ordered[-1]:,}, median {median(ordered):,.0f}"
+    yield from (f"  {line}" for line in histogram(ordered, block, limit=limit))
+    kept = "all rows" if fit == 1 else f"{fit:.1%} of the rows"
+    yield f"--max-seq-length {limit} keeps {kept} whole; {most} would keep 95% of them, {ordered[-1]} all"
+
+
+def histogram(lengths: Sequence[int], block: str = "#", bins: int = BINS, width: int = BAR, limit: int | None = None) -> list[str]:
+    """Bars of how many rows have how many tokens; one line more where the limit is, if some rows are longer.
 
     >>> histogram([1, 2, 2, 9], bins=2, width=6)
     ['1-5  ###### 3', '6-9  ## 1']
+    >>> histogram([1, 2, 9], bins=1, width=2, limit=4)
+    ['1-4  ## 2', '---  --max-seq-length 4', '5-9  # 1']
     """
-    low, high = min(lengths), max(lengths)
-    size = -(-(high - low + 1) // bins)
-    counts = Counter((length - low) // size for length in lengths)
-    ranges = [(low + i * size, min(low + (i + 1) * size - 1, high)) for i in range((high - low) // size + 1)]
+    ordered = sorted(lengths)
+    low, high = ordered[0], ordered[-1]
+    cut = high if limit is None else min(max(limit, low - 1), high)  # the last length that fits
+    starts = {*range(low, high + 1, -(-(high - low + 1) // bins)), *([cut + 1] if cut < high else [])}
+    ranges = [(a, b - 1) for a, b in pairwise([*sorted(starts), high + 1])]
+    counts = [bisect_right(ordered, b) - bisect_left(ordered, a) for a, b in ranges]
     labels = [f"{a:,}-{b:,}" if a != b else f"{a:,}" for a, b in ranges]
-    wide, most = max(map(len, labels)), max(counts.values())
-    bars = [block * -(-counts[i] * width // most) for i in range(len(ranges))]
-    return [f"{label:>{wide}}  {bar} {counts[i]:,}" for i, (label, bar) in enumerate(zip(labels, bars, strict=True))]
+    wide = max(map(len, labels))
+    lines = [f"{label:>{wide}}  {block * -(-n * width // max(counts))} {n:,}" for label, n in zip(labels, counts, strict=True)]
+    if cut < high:
+        lines.insert(sum(b <= cut for _, b in ranges), f"{'-' * wide}  --max-seq-length {limit}")
+    return lines
 
 
 def _print(console: Console, name: str, text: str) -> None:

@@ -1,7 +1,7 @@
 """The methods as users call them: load, prepare, run."""
 
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from .adapters import CONFIG, attach, check_settings, read_config
 from .advantages import advantage
 from .answering import answered
 from .arrays import check_header
+from .card import Card
 from .compose import Objective
 from .config import (
     AdapterOptions,
@@ -52,6 +53,7 @@ from .modes import vocabulary
 from .online import Rollouts, own_answers, prompts
 from .preflight import claimed
 from .quantising import quantise_loaded
+from .records import Method
 from .reference import cache_file
 from .rewards import NamedReward, load_rewards
 from .rollouts import Sampling
@@ -82,7 +84,7 @@ def sft(*groups: Any, **options: Any) -> dict[str, Any]:
     chosen = settings.gather((ModelOptions, DataOptions, AdapterOptions, Training, Output, SFTOptions), groups, options)
     method = chosen[SFTOptions]
     objective = user_objective(method.objective) or objectives.sft(**_named(method, "neftune_noise_alpha"))
-    return _load_and_run(sources.rows(chosen[DataOptions]), objective, chosen, {"noise": method.neftune_noise_alpha})
+    return _load_and_run("sft", sources.rows(chosen[DataOptions]), objective, chosen, {"noise": method.neftune_noise_alpha})
 
 
 def distill(*groups: Any, **options: Any) -> dict[str, Any]:
@@ -90,7 +92,7 @@ def distill(*groups: Any, **options: Any) -> dict[str, Any]:
     chosen = settings.gather((ModelOptions, DataOptions, AdapterOptions, Training, Output, DistillOptions), groups, options)
     if chosen[DataOptions].packing:
         raise InputError("--packing: a teacher reads plain rows; leave it out")
-    return _distilled(sources.rows(chosen[DataOptions]), chosen)
+    return _distilled("distill", sources.rows(chosen[DataOptions]), chosen)
 
 
 def gkd(*groups: Any, **options: Any) -> dict[str, Any]:
@@ -98,17 +100,18 @@ def gkd(*groups: Any, **options: Any) -> dict[str, Any]:
     kinds = (ModelOptions, PromptData, AdapterOptions, Training, Output, OwnSampling, DistillOptions)
     chosen = settings.gather(kinds, groups, options)
     data = chosen[PromptData]
-    return _distilled(own_answers(data, _rollouts(chosen[OwnSampling], RewardOptions(), use_prompt=data.use_prompt)), chosen)
+    source = own_answers(data, _rollouts(chosen[OwnSampling], RewardOptions(), use_prompt=data.use_prompt))
+    return _distilled("gkd", source, chosen)
 
 
-def _distilled(source: Source, chosen: Groups) -> dict[str, Any]:
+def _distilled(method: str, source: Source, chosen: Groups) -> dict[str, Any]:
     m = chosen[DistillOptions]
     if m.teacher_model is None:
         raise InputError("--teacher-model is missing: a model folder or hub name with the vocabulary of --model")
     teacher, measure = _loader(chosen[ModelOptions], m.teacher_model, "--teacher-model"), DIVERGENCES[m.divergence](m.jsd_beta)
     objective = user_objective(m.objective) or objectives.distill(nll_weight=m.nll_weight)
     extend = {"extend": lambda score, tokenizer: taught(score, teacher(tokenizer), measure)}
-    return _load_and_run(source, objective, chosen, extend)
+    return _load_and_run(method, source, objective, chosen, extend)
 
 
 def dpo(*groups: Any, **options: Any) -> dict[str, Any]:
@@ -116,7 +119,7 @@ def dpo(*groups: Any, **options: Any) -> dict[str, Any]:
     chosen = settings.gather((ModelOptions, PairData, AdapterOptions, Training, Output, DPOOptions), groups, options)
     m = chosen[DPOOptions]
     objective = user_objective(m.objective) or objectives.dpo(**_named(m, "reference_model_path", "reference_cache"))
-    return _load_and_run(sources.pairs(chosen[PairData]), objective, chosen, _reference(chosen[ModelOptions], m))
+    return _load_and_run("dpo", sources.pairs(chosen[PairData]), objective, chosen, _reference(chosen[ModelOptions], m))
 
 
 def cpo(*groups: Any, **options: Any) -> dict[str, Any]:
@@ -124,7 +127,7 @@ def cpo(*groups: Any, **options: Any) -> dict[str, Any]:
     chosen = settings.gather((ModelOptions, PairData, AdapterOptions, Training, Output, CPOOptions), groups, options)
     m = chosen[CPOOptions]
     objective = user_objective(m.objective) or objectives.cpo(**_named(m))
-    return _load_and_run(sources.pairs(chosen[PairData]), objective, chosen)
+    return _load_and_run("cpo", sources.pairs(chosen[PairData]), objective, chosen)
 
 
 def orpo(*groups: Any, **options: Any) -> dict[str, Any]:
@@ -132,7 +135,7 @@ def orpo(*groups: Any, **options: Any) -> dict[str, Any]:
     chosen = settings.gather((ModelOptions, PairData, AdapterOptions, Training, Output, ORPOOptions), groups, options)
     m = chosen[ORPOOptions]
     objective = user_objective(m.objective) or objectives.orpo(**_named(m))
-    return _load_and_run(sources.pairs(chosen[PairData], score_prompt=m.nll_on_prompt), objective, chosen)
+    return _load_and_run("orpo", sources.pairs(chosen[PairData], score_prompt=m.nll_on_prompt), objective, chosen)
 
 
 def kto(*groups: Any, **options: Any) -> dict[str, Any]:
@@ -141,7 +144,7 @@ def kto(*groups: Any, **options: Any) -> dict[str, Any]:
     m = chosen[KTOOptions]
     objective = user_objective(m.objective) or objectives.kto(**_named(m, "reference_model_path", "reference_cache"))
     source = unpaired(chosen[RowOptions], reference_point="reference_point" in objective.needs)
-    return _load_and_run(source, objective, chosen, _reference(chosen[ModelOptions], m))
+    return _load_and_run("kto", source, objective, chosen, _reference(chosen[ModelOptions], m))
 
 
 def grpo(*groups: Any, **options: Any) -> dict[str, Any]:
@@ -165,7 +168,7 @@ def grpo(*groups: Any, **options: Any) -> dict[str, Any]:
         keep_logps=m.num_iterations > 1,
     )
     source = prompts(data, rollouts, repeats=m.num_iterations)
-    return _load_and_run(source, objective, chosen, _online_reference(chosen, m.reference_model_path))
+    return _load_and_run("grpo", source, objective, chosen, _online_reference(chosen, m.reference_model_path))
 
 
 def online_dpo(*groups: Any, **options: Any) -> dict[str, Any]:
@@ -181,7 +184,7 @@ def online_dpo(*groups: Any, **options: Any) -> dict[str, Any]:
     rollouts = _rollouts(chosen[ContestSampling], chosen[RewardOptions], judges)
     source = contests(data, rollouts, explore=bool(m.xpo_alpha))
     objective = user_objective(m.objective) or method
-    return _load_and_run(source, objective, chosen, _online_reference(chosen, m.reference_model_path))
+    return _load_and_run("online-dpo", source, objective, chosen, _online_reference(chosen, m.reference_model_path))
 
 
 def _named(options: Any, *others: str) -> dict[str, Any]:
@@ -296,25 +299,29 @@ def run(
         InputError: bad options or data.
         RunError: losses or gradients that are not finite, of five batches in a row; the last good state was saved.
     """
-    files = Output(**output)
-    with claimed(files) if current_ranks().leads else nullcontext():
-        rows = sources.read(source.data, training.seed)
-        groups = {type(group): group for group in (ModelOptions(), source.data, adapter, training, files)}
+    files, ranks = Output(**output), current_ranks()
+    with ExitStack() as held:
+        with ranks.together():
+            if ranks.leads:
+                held.enter_context(claimed(files, None))
+            rows = sources.read(source.data, training.seed)
+        groups = {type(group): group for group in (Method(None), ModelOptions(), source.data, adapter, training, files)}
         return _run(model, tokenizer, objective, source, rows, groups)
 
 
 def evaluate_split(
-    *, model_options: ModelOptions, data_options: DataOptions, adapter_path: str | None, split: str, batch_size: int
+    *, model_options: ModelOptions, data_options: DataOptions, adapter_path: str | None, split: str, batch_size: int, seed: int = 0
 ) -> dict[str, float]:
-    """Loss [nats per scored token] and perplexity of a whole split, every row counted once.
+    """Loss [nats per scored token] and perplexity of a whole split, every row counted once; the model is that of `base_of`.
 
     Raises:
         InputError: no such split, model or adapters.
     """
-    source, rows = sources.rows(data_options), sources.read(data_options, 0)
+    base = base_of(model_options, adapter_path) if adapter_path else model_options
+    source, rows = sources.rows(data_options), sources.read(data_options, seed)
     if not rows.get(split):
         raise InputError(f"{data_options.data}: no {split} split; found {', '.join(k for k in rows if rows[k])}")
-    model, tokenizer = load(model_options, adapter_path)
+    model, tokenizer = load(base, adapter_path)
     splits = sources.tokenize(source, {split: rows[split]}, tokenizer)
     sources.check_tokens(source, splits, vocabulary(model), tokenizer)
     objective = objectives.sft()
@@ -435,16 +442,18 @@ def user_objective(reference: str | None) -> Objective | None:
 # --- what every method does --------------------------------------------------------------------
 
 
-def _load_and_run(source: Source, objective: Objective, groups: Groups, fields: dict[str, Any] | None = None) -> dict[str, Any]:
+def _load_and_run(
+    method: str, source: Source, objective: Objective, groups: Groups, fields: dict[str, Any] | None = None
+) -> dict[str, Any]:
     ranks = current_ranks()
     with ExitStack() as held:
         with ranks.together():
             if ranks.leads:
-                held.enter_context(claimed(groups[Output]))
+                held.enter_context(claimed(groups[Output], method))
             rows = sources.read(source.data, groups[Training].seed)
             model, tokenizer, _ = load_with_config(groups[ModelOptions], lazy=groups[Training].fully_shard)
             layers_to_train(model, groups[AdapterOptions])  # before the rows are tokenised
-        return _run(model, tokenizer, objective, source, rows, groups, **fields or {})
+        return _run(model, tokenizer, objective, source, rows, {Method: Method(method), **groups}, **fields or {})
 
 
 def _run(
@@ -459,6 +468,8 @@ def _run(
         check_options(groups[Training], adapter, online=source.online, taught="extend" in fields)
         splits = sources.tokenize(source, rows, tokenizer, lambda text: [reporter.note(text) for reporter in told])
         sources.check_tokens(source, splits, vocabulary(model), tokenizer)
+    if ranks.leads and not groups[Output].dry_run:
+        told = (*told, Card(Path(groups[Output].adapter_path), {name: split.counts.rows for name, split in splits.items()}))
     whole = Run(
         model=model,
         tokenizer=tokenizer,
@@ -468,7 +479,7 @@ def _run(
         training=groups[Training],
         adapter=adapter,
         output=groups[Output],
-        config=settings.dump(*groups.values()),
+        config={name: value for name, value in settings.dump(*groups.values()).items() if name not in ("resume", "overwrite")},
         name=groups[ModelOptions].model or "",
         reporters=told,
         ranks=ranks,
@@ -477,7 +488,7 @@ def _run(
     introduce(whole)
     if whole.output.dry_run:
         return rehearse(whole)
-    with answered(whole, rows):
-        results = execute(whole)
+    with answered(whole, rows) as asked:
+        results = execute(asked)
     whole.tell("finish", results)
     return results

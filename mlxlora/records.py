@@ -13,10 +13,18 @@ from .errors import InputError, plain, quoted
 
 METRICS, SAMPLES, SETTINGS, PAGE, PICTURE = "metrics.jsonl", "samples.jsonl", "config.yaml", "report.html", "metrics.png"
 SPLITS = ("train", "valid", "test")
+METHOD = "method"
 
 Row = Mapping[str, Any]
 Points = list[tuple[float, float]]
 _PLACE = {"step", "split"}
+
+
+@frozen
+class Method:
+    """What a run stores beside its options: the command that it is one of; None: an objective given in Python."""
+
+    method: str | None
 
 
 @frozen
@@ -27,7 +35,7 @@ class Record:
         name: of its folder.
         config: every option by name.
         metrics: rows of metrics.jsonl, as far as they are whole.
-        samples: rows of samples.jsonl: completions with their rewards.
+        samples: rows of samples.jsonl: completions, with their rewards where they were trained on.
     """
 
     name: str
@@ -142,6 +150,25 @@ def differing(records: Sequence[Record]) -> dict[str, list[Any]]:
 _NO_DIFFERENCE = {"adapter_path", "overwrite", "resume", "quiet", "show_config", "plot", "report_to"}
 
 
+def check_run(directory: str | Path, method: str | None) -> None:
+    """Checks that a folder holds a run to go on with, and one of this method; None: an objective given in Python.
+
+    Raises:
+        InputError: there is none, or it is a run of another method.
+    """
+    file = Path(directory) / SETTINGS
+    if not file.is_file():
+        raise InputError(f"--resume: {directory} holds no run (no {SETTINGS}); leave --resume out, or name the folder of a run")
+    before = read_settings(file)
+    if METHOD not in before or before[METHOD] == method:
+        return
+    name = plain(before[METHOD] or "")
+    told = (
+        f"{name}; go on with `mlxlora {name} --resume --adapter-path {directory}`" if name else "a Python script; go on with that"
+    )
+    raise InputError(f"--resume: {directory} is a run of {told}")
+
+
 def check_same(directory: Path, config: Mapping[str, Any]) -> None:
     """Checks that a resumed run is the run that was stopped.
 
@@ -156,9 +183,30 @@ def check_same(directory: Path, config: Mapping[str, Any]) -> None:
         raise InputError(f"--resume: {told}; give the options of {file}, or start another run")
 
 
+def check_no_adapters(directory: Path, weights: str, first: int) -> None:
+    """Checks that a folder without a checkpoint has no adapters that a new beginning would delete.
+
+    Args:
+        directory: of the run.
+        weights: the file of the adapters.
+        first: step of the first checkpoint, if adapters may be there before it: the best ones of a validation; else 0.
+
+    Raises:
+        InputError: it has, and they are not those of a run that was stopped before its first checkpoint.
+    """
+    if not (directory / weights).exists():
+        return
+    steps = [row.get("step", 0) for row in read_lines(directory / METRICS)]
+    if not steps or max(steps) >= first:
+        raise InputError(
+            f"--resume: {directory} has adapters ({weights}), but no checkpoint to go on from; replace them with --overwrite, "
+            f"or begin with them: --resume-adapter-file {directory / weights} and another --adapter-path"
+        )
+
+
 def clean(directory: Path, *others: str) -> None:
-    """Removes what an earlier run left, and nothing else."""
-    for name in (METRICS, SAMPLES, SETTINGS, PAGE, PICTURE, *others):
+    """Removes what an earlier run left, and nothing else; not its options, which tell that there is a run until others do."""
+    for name in (METRICS, SAMPLES, PAGE, PICTURE, *others):
         (directory / name).unlink(missing_ok=True)
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
 

@@ -34,7 +34,7 @@ class Reporter(Protocol):
         """At every report, validation and test."""
 
     def samples(self, step: int, rows: Sequence[Row]) -> None:
-        """At every report of a run that samples: completions with their rewards."""
+        """At every report of a run that samples: completions with their rewards; else at validations: answers, without."""
 
     def progress(self, step: int, total: int) -> None:
         """After every step, and before the first with the step that the run starts from."""
@@ -79,15 +79,17 @@ class Terminal(Reporter):
             self._refresh()
 
     def samples(self, step: int, rows: Sequence[Row]) -> None:
-        """Prints the best and the worst completion of the last batch."""
+        """Prints the best and the worst completion of the last batch; all, where they have no rewards."""
         if self._quiet or not rows:
             return
-        ranked = sorted(rows, key=lambda row: row["reward"] if row["reward"] is not None else float("-inf"))
-        for row in (ranked[-1], ranked[0]):
+        rewarded = "reward" in rows[0]
+        if rewarded:
+            ranked = sorted(rows, key=lambda row: row["reward"] if row["reward"] is not None else float("-inf"))
+            rows = (ranked[-1], ranked[0])
+        for row in rows:
             answer = shorten(printable(str(row["completion"])), 160)
-            self._print(
-                f"    reward {_value('reward', row['reward'])}  {shorten(str(row['prompt']), 80)!r} -> {answer!r}", style="dim"
-            )
+            reward = f"reward {_value('reward', row['reward'])}  " if rewarded else ""
+            self._print(f"    {reward}{shorten(str(row['prompt']), 80)!r} -> {answer!r}", style="dim")
 
     def progress(self, step: int, total: int) -> None:
         self._step, self._total = step, total
@@ -176,7 +178,7 @@ class MetricsFile(Reporter):
 
 
 class SamplesFile(Reporter):
-    """Appends the completions of every report to samples.jsonl, one JSON object each."""
+    """Appends completions to samples.jsonl, one JSON object each."""
 
     def __init__(self, path: str | Path) -> None:
         self._file = MetricsFile(path)

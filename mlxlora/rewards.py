@@ -5,6 +5,7 @@ import asyncio
 import difflib
 import inspect
 import math
+import sys
 import threading
 import time
 import warnings
@@ -46,10 +47,39 @@ def load_rewards(names: Sequence[str], file: str | None = None, weights: Sequenc
     requests = [request for text in names for request in _parsed(text)]
     if not requests:
         raise InputError(f"--rewards names no reward function; there are {', '.join(sorted(BUILT_IN))}")
-    module = execute(file, "--reward-file") if file else None
+    module = _executed(file) if file else None
     functions = [_resolved(request, module) for request in requests]
     weighted = zip(_labels(requests), functions, _checked_weights(weights, len(functions)), strict=True)
     return tuple(NamedReward(*fields) for fields in weighted)
+
+
+_REGISTRY = "mlx_lm_lora.trainer.grpo_reward_functions"
+
+
+def _executed(file: str) -> ModuleType:
+    """A user's file, which has what it registers as mlx-lm-lora's files do under the names that it gives."""
+    registered: dict[str, Reward] = {}
+    module = execute(file, "--reward-file", _registry(registered))
+    theirs = getattr(sys.modules.get(_REGISTRY), "REWARD_REGISTRY", {})  # of an installed mlx-lm-lora
+    registered |= {name: function for name, function in theirs.items() if function.__module__ == module.__name__}
+    vars(module).update(registered)
+    return module
+
+
+def _registry(registered: dict[str, Reward]) -> dict[str, ModuleType]:
+    """The module that mlx-lm-lora's reward files import `register_reward_function` from, with the packages it is in."""
+
+    def register_reward_function(name: str | None = None) -> Callable[[Reward], Reward]:
+        def register(function: Reward) -> Reward:
+            registered[name or function.__name__] = function
+            return function
+
+        return register
+
+    package, trainer, _ = _REGISTRY.split(".")
+    modules = {name: ModuleType(name) for name in (package, f"{package}.{trainer}", _REGISTRY)}
+    vars(modules[_REGISTRY])["register_reward_function"] = register_reward_function
+    return modules
 
 
 def _parsed(text: str) -> list[ast.Call | ast.Name]:

@@ -16,15 +16,14 @@ from attrs import evolve, field, frozen
 from . import attention
 from .adapters import CONFIG, WEIGHTS, freeze, load_weights, prepare, save
 from .batching import Make, Order, Piece, grouped, read_positions, spread, stream
-from .card import write_card
-from .checkpoint import Progress, load_checkpoint, newest, save_checkpoint
+from .checkpoint import Progress, checkpoints, load_checkpoint, newest, save_checkpoint
 from .compose import Objective
 from .config import AdapterOptions, Output, Training
 from .distributed import Ranks, current_ranks, nothing
 from .errors import InputError, LostError, RunError, SharedError
 from .evaluate import Evaluate, make_evaluate, mean_measures
 from .files import atomic_file
-from .joining import check_ranks, follow_first, led, restore
+from .joining import check_ranks, follow_first, led, mend, restore
 from .logprobs import Scorer, scorer
 from .loop import Abandoned, Every, reported, train
 from .memory import limit_memory
@@ -34,7 +33,7 @@ from .optimisers import make_optimiser
 from .packing import packed
 from .prefetch import prefetched
 from .recompute import checkpointed
-from .records import METRICS, PAGE, SAMPLES, SETTINGS, check_same, clean, read_lines
+from .records import METRICS, PAGE, SAMPLES, SETTINGS, check_no_adapters, check_same, clean
 from .reference import referenced, with_reference
 from .report import Reporter, truncate_after
 from .sharding import shard
@@ -126,6 +125,9 @@ def _execute(run: Run) -> dict[str, Any]:
     run.tell("start", run.config)
     step, evaluate = compiled(run, optimiser)
     follow_first(run.ranks, step, optimiser, progress)
+    if progress.step >= total or progress.stop:  # nothing is left to train
+        best, warn = progress.best if run.output.keep_best else None, partial(run.tell, "note", warning=True)
+        mend(run.ranks, run.model, run.directory, best, partial(_save, run), warn)
     began = time.perf_counter()
     _train(run, step, evaluate, optimiser, progress, total)
     return _finish(run, step, evaluate, progress, time.perf_counter() - began)
@@ -155,12 +157,13 @@ def ready(run: Run, only: Mapping[str, Sequence[int]] | None = None) -> tuple[Ru
     if run.noise:
         noisy(run.model, run.noise)
     run.model.train()
-    score = run.score or scorer(run.model, temperature=run.source.temperature, entropy=entropy_of(run.objective))
-    score = run.extend(score, run.tokenizer) if run.extend else score
+    with run.ranks.computing():
+        score = run.score or scorer(run.model, temperature=run.source.temperature, entropy=entropy_of(run.objective))
+        score = run.extend(score, run.tokenizer) if run.extend else score
+        know_windows(score.forward, run.model)
+        run = _packed(evolve(run, score=score, share=_shares(run, score, saved), micro=_micro(run, limit), makers={}), score)
     if score.split is None:
         run.tell("note", "this model cannot be split into backbone and head: the logits of all tokens are computed", warning=True)
-    know_windows(score.forward, run.model)
-    run = _packed(evolve(run, score=score, share=_shares(run, score, saved), micro=_micro(run, limit), makers={}), score)
     total = total_steps(run.training, len(run.splits["train"].items), run.source.repeats)
     return run, make_optimiser(run.training, total), total
 
@@ -263,6 +266,7 @@ def _start(run: Run, optimiser: Any) -> Progress:
         check_same(run.directory, run.config)
     if path is None:
         if run.output.resume:
+            check_no_adapters(run.directory, WEIGHTS, run.output.save_every if run.output.keep_best else 0)
             run.tell("note", f"no checkpoint in {run.directory}: starting from the beginning", warning=True)
         clean(run.directory, WEIGHTS, CONFIG)
         progress = Progress()
@@ -284,9 +288,12 @@ def _train(run: Run, step: Step, evaluate: Evaluate, optimiser: Any, progress: P
 
     def write() -> None:
         keep = 0 if progress.skipped else run.output.save_total_limit  # no good one makes room for one that nothing proved
-        if not run.output.keep_best or progress.best is None:  # before the checkpoint: after the last one nothing is saved any more
+        stays, begun = run.output.keep_best and progress.best is not None, bool(checkpoints(run.directory))
+        if begun and not stays:  # before the checkpoint: after the last one nothing is saved any more
             _save(run)
         save_checkpoint(run.directory, run.model, optimiser, progress, run.adapter, keep=keep)
+        if not (begun or stays):  # after the first one: adapters alone are nothing to go on from
+            _save(run)
 
     def checkpoint(*_: Any) -> None:
         led(run.ranks, run.model, write, optimiser)
@@ -386,7 +393,8 @@ def _with_reference(run: Run, only: Mapping[str, Sequence[int]] | None, *, share
     """
     model = run.reference(run.tokenizer) if run.reference else run.model
     freeze(model).eval()  # frozen: what looks for gradients finds none
-    score, limits = scorer(model), {"train": _batches(run.training, len(run.splits["train"].items))}
+    with run.ranks.computing():
+        score, limits = scorer(model), {"train": _batches(run.training, len(run.splits["train"].items))}
     if run.source.packing:
         limits["train"] = -1  # a batch of packed rows has more examples
     limits |= {"valid": run.output.val_batches, "test": -1 if run.output.test else 0}
@@ -487,9 +495,6 @@ def _finish(run: Run, step: Step, evaluate: Evaluate, progress: Progress, second
         metrics = evaluate(split_pieces(run, "test"))
         run.tell("record", {"step": progress.step, "split": "test", **metrics})
         results |= {f"test {name}": round(metrics[name], 4) for name in ("loss", "perplexity") if name in metrics}
-    if run.ranks.leads:
-        rows = {name: split.counts.rows for name, split in run.splits.items()}
-        write_card(run.directory, run.config, read_lines(run.directory / METRICS), rows)
     results["adapters"] = str(run.directory)
     results["report"] = str(run.directory / PAGE)
     return results

@@ -12,6 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import attrs
 import yaml
+from attrs import frozen
 
 from . import peers, trust
 from .errors import InputError, listed, plain, quoted
@@ -29,6 +30,9 @@ ALIASES = {
 
 TRAIN = "train"
 """mlx-lm's switch between training and testing: accepted, because the subcommand already says it."""
+
+METHOD = "method"
+"""What a run's own file says that the run is: checked where something is trained, an option of `preview`."""
 
 Fields = Mapping[str, attrs.Attribute]
 Tell = Callable[[str], Any]
@@ -63,8 +67,24 @@ def read(
         InputError: unreadable file, unknown or repeated key, a value that the option does not take, or code that a file which
             came with a model wants to run.
     """
+    return _read(path, fields, strict, command, given or {}, tell, stored).values
+
+
+@frozen
+class _File:
+    """A file's options, its keys as they stand in it, and whose file it is."""
+
+    values: dict[str, Any]
+    keys: dict[str, Any]
+    peer: peers.Peer | None
+
+
+def _read(
+    path: str | Path, fields: Fields, strict: bool, command: str | None, given: Mapping[str, Any], tell: Tell, stored: bool = False
+) -> _File:
     entries = list(_entries(Path(path)))
-    peer = peers.peer_of({key.split(".")[0] for key, _, _ in entries})
+    keys = {key: value for key, value, _ in entries}
+    peer = peers.peer_of({key.split(".")[0] for key in keys})
     names, lines = {**ALIASES, **peers.aliases(command)}, {}
     for key, _, line in entries:
         name = key if key in fields else names.get(key, key)
@@ -72,20 +92,74 @@ def read(
             raise InputError(f"{path}:{line}: {key} is already set in line {lines[name]}; remove one of them")
         lines[name] = line
     placed = [(key, value, f"{path}:{line}") for key, value, line in entries]
+    if command:
+        _check_train(placed, given)
     values = _options(placed, fields, strict, command, peer, given, tell)
-    values = peers.settle(values, peer, {key: value for key, value, _ in entries})
-    trust.check_config(path, values, given or (), lines, stored=stored)
-    if peer and strict:
-        for note in peers.notes(peer, str(path), {**values, **(given or {})}, fields):
+    values = _settled(values, peer, keys, {**values, **given}, tell)
+    trust.check_config(path, values, given, lines, stored=stored)
+    if peer and strict and command:
+        for note in peers.notes(peer, str(path), {**values, **given}, fields):
+            tell(note)
+    return _File(values, keys, peer)
+
+
+@frozen
+class Typed:
+    """A command line.
+
+    Attributes:
+        options: the options that it sets by flags of ours.
+        others: its flags of peers, with their values.
+        names: all its flags, as they are written.
+    """
+
+    options: Mapping[str, Any]
+    others: Mapping[str, Any]
+    names: Sequence[str]
+
+
+def layered(typed: Typed, config: str | None, fields: Fields, strict: bool, command: str | None, tell: Tell) -> dict[str, Any]:
+    """The options of a command line over those of the file of --config.
+
+    A flag that only a peer has says that the line was written for that peer, and then it means what it means there.
+
+    Args:
+        typed: the command line.
+        config: the file, if there is one.
+        fields, strict, command, tell: as in `read`.
+    """
+    peer = peers.peer_of(typed.names)
+    placed = ((key, value, dashed(key)) for key, value in typed.others.items())
+    named = {**_options(placed, fields, True, command, peer, typed.options, tell), **typed.options}
+    file = _read(config, fields, strict, command, named, tell) if config else _File({}, {}, None)
+    keys = {**file.keys, **dict.fromkeys(typed.names, True), **typed.others}
+    named = _settled(named, peer, keys, {**file.values, **named}, tell)
+    values = {**file.values, **named}
+    if peer and not file.peer:
+        sign = next(name for name in typed.names if name in peer.signs)
+        for note in peers.notes(peer, dashed(sign), values, fields):
             tell(note)
     return values
 
 
-def take(entries: Mapping[str, Any], fields: Fields, command: str | None, tell: Tell) -> dict[str, Any]:
-    """The options that flags of a peer stand for, checked as those of a file are."""
-    return _options(
-        ((key, value, "--" + key.replace("_", "-")) for key, value in entries.items()), fields, True, command, tell=tell
-    )
+def dashed(name: str) -> str:
+    """The flag of an option.
+
+    >>> dashed("batch_size")
+    '--batch-size'
+    """
+    return "--" + name.replace("_", "-")
+
+
+def _settled(
+    values: dict[str, Any], peer: peers.Peer | None, keys: Mapping[str, Any], whole: Mapping[str, Any], tell: Tell
+) -> dict[str, Any]:
+    """What a peer's options come to there, and a word on those that come to nothing."""
+    settled = peers.settle(values, peer, keys, whole)
+    moot = [{"qat": "qat_bits", "xpo_alpha": "alpha"}.get(name, name) for name in values if name not in settled]
+    if peer and moot:
+        tell(f"without effect here, as in {peer.name}: {', '.join(moot)}")
+    return settled
 
 
 def _options(
@@ -93,11 +167,11 @@ def _options(
     fields: Fields,
     strict: bool,
     command: str | None,
-    peer: peers.Peer | None = None,
-    given: Mapping[str, Any] | None = None,
-    tell: Tell = lambda _: None,
+    peer: peers.Peer | None,
+    given: Mapping[str, Any],
+    tell: Tell,
 ) -> dict[str, Any]:
-    """The options that entries (key, value, where it stands) set."""
+    """The options that entries (key, value, where it stands: a line of a file or a flag) set."""
     values: dict[str, Any] = {}
     turned: dict[str, Any] = {}  # from a peer's nested keys, which there win over flat ones
     unused: list[str] = []
@@ -105,19 +179,21 @@ def _options(
     for key, value, where in entries:
         known = peers.find(key, peer) or peers.find(key)
         name = _option_of(key, known, fields, command, peer)
-        if name:
+        if key == METHOD and command:
+            _check_method(value, command, where)
+        elif name:
             values |= {} if value is None else {name: _checked(fields[name], key, value, where)}
-        elif known is None or (known.option and not peer and not known.modes and not known.turned):
-            _check_unknown(key, value, fields, where, strict, command)
+        elif known is None or (known.option and not peer and not known.turned and command not in known.lacking):
+            _check_unknown(key, fields, where, strict, command)
         elif key == "optimizer_config":
             optimiser = (value, where)
         else:
             turned |= _turned(key, known, value, fields, command, where, tell)
-            unused += [key] if known.option and known.option not in fields else []
+            unused += [key] if _has_no_place(known, fields, command) else []
     if optimiser[0]:
-        chosen = (given or {}).get("optimizer") or values.get("optimizer") or "adam"
+        chosen = given.get("optimizer") or values.get("optimizer") or "adam"
         turned |= _checked_all("optimizer_config", lambda: peers.optimiser_options(optimiser[0], chosen), fields, optimiser[1])
-    if unused:
+    if unused and strict:
         tell(f"without effect on this command: {', '.join(unused)}")
     return {**values, **turned}
 
@@ -132,25 +208,41 @@ def _option_of(key: str, known: peers.Key | None, fields: Fields, command: str |
     return name if name in fields else None
 
 
+def _has_no_place(known: peers.Key, fields: Fields, command: str | None) -> bool:
+    """Whether a peer's key belongs to other commands; what this one says of it instead is said elsewhere."""
+    if known.option and known.option not in fields:
+        return command not in known.lacking
+    return not peers.of(known, command)
+
+
 def _turned(key: str, known: peers.Key, value: Any, fields: Fields, command: str | None, where: str, tell: Tell) -> dict[str, Any]:
     """What a peer's key that is no option comes to: options, a note, an error or nothing."""
-    if command and key == "train":
-        _check_train(value, where)
+    if key == "train_mode" and METHOD in fields and (method := peers.command_of(value)):
+        return {METHOD: method}
     if command and key == "train_mode" and value is not None:
-        path = f" -c {where.rpartition(':')[0]}" if not where.startswith("--") else ""
+        path = f" -c {where.rpartition(':')[0]}" if not _is_flag(where) else ""
         return _checked_all(key, lambda: peers.check_mode(value, command, path) or {}, fields, where)
     if known.turned and value is not None and peers.of(known, command):
         return _checked_all(key, lambda: known.turned(value), fields, where)  # type: ignore[misc]
-    if (
-        known.fate != "ignored"
-        and (command is None or peers.of(known, command))
-        and not any(value == idle and type(value) is type(idle) for idle in known.idle)
-    ):
-        place = where if where.startswith("--") else f"{where}: {key}"
+    place = where if _is_flag(where) else f"{where}: {key}"
+    if command and command in known.lacking and value is not None:
+        tell(f"{place}: {known.lacking[command]}")
+    elif _speaks(known, value, command, _is_flag(where)):
         if known.fate == "refused":
             raise InputError(f"{place}: {plain(value)} has no counterpart here: {known.text}")
         tell(f"{place}: {known.text}")
     return {}
+
+
+def _speaks(known: peers.Key, value: Any, command: str | None, typed: bool) -> bool:
+    """Whether a peer's key that is no option is to be told about or refused; a flag that does nothing is told about too."""
+    silent = known.fate == "ignored" and (not typed or known.option or known.turned)
+    idle = any(value == idle and type(value) is type(idle) for idle in known.idle)
+    return not silent and not idle and (command is None or peers.of(known, command))
+
+
+def _is_flag(where: str) -> bool:
+    return where.startswith("--")
 
 
 def _checked_all(key: str, turn: Callable[[], dict[str, Any]], fields: Fields, where: str) -> dict[str, Any]:
@@ -159,7 +251,8 @@ def _checked_all(key: str, turn: Callable[[], dict[str, Any]], fields: Fields, w
         options = turn()
     except ValueError as error:
         raise InputError(f"{where}: {error}") from None
-    label = {name: name if name == key else f"{key}: {name}" for name in options}
+    prefix = "" if _is_flag(where) else f"{key}: "
+    label = {name: name if name == key else f"{prefix}{name}" for name in options}
     return {name: _checked(fields[name], label[name], value, where) for name, value in options.items() if name in fields}
 
 
@@ -275,10 +368,13 @@ _PARSERS: dict[type, Callable[[Any], Any]] = {
 
 
 def _checked(field: attrs.Attribute, key: str, value: Any, where: str) -> Any:
+    name = where if dashed(key) == where else f"{where}: {key}"
     try:
         value = coerce(value, field.type)
     except ValueError as error:
-        raise InputError(f"{where}: {key} must be {error}, got {quoted(value)}") from None
+        method = peers.command_of(value) if field.name == "train_type" else None
+        hint = f"; that is a command: `mlxlora {method}`" if method else ""
+        raise InputError(f"{name} must be {error}, got {quoted(value)}{hint}") from None
     try:
         if field.validator:  # attrs keeps an empty list
             field.validator(None, field, value)
@@ -287,14 +383,27 @@ def _checked(field: attrs.Attribute, key: str, value: Any, where: str) -> Any:
     return value
 
 
-def _check_train(value: Any, where: str) -> None:
+def _check_train(entries: Iterable[tuple[str, Any, str]], given: Mapping[str, Any]) -> None:
+    """A peer's file may be for testing alone."""
+    said = {key: (value, where) for key, value, where in entries}
+    value, where = said.get(TRAIN, (True, ""))
     if value not in (True, None):
-        raise InputError(f"{where}: train must be true, got {quoted(value)}; to test without training, run `mlxlora eval`")
+        folder = given.get("adapter_path") or said.get("adapter_path", ("adapters", ""))[0]
+        how = f"mlxlora eval --adapter-path {plain(folder)} --split test -c {where.rpartition(':')[0]}"
+        raise InputError(f"{where}: train must be true, got {quoted(value)}; to test without training, run `{how}`")
 
 
-def _check_unknown(key: str, value: Any, fields: Fields, where: str, strict: bool, command: str | None) -> None:
+def _check_method(value: Any, command: str, where: str) -> None:
+    """The options of another method's run mean something else."""
+    if value not in (command, None):
+        raise InputError(f"{where}: method is {plain(value)}; run `mlxlora {plain(value)} -c {where.rpartition(':')[0]}`")
+
+
+def _check_unknown(key: str, fields: Fields, where: str, strict: bool, command: str | None) -> None:
     if not strict:
         return
+    if _is_flag(where):
+        raise InputError(f"No such option: {where}; see `mlxlora {command} --help`")
     aliases = {**ALIASES, **peers.aliases(command)}
     names = [*fields, *(alias for alias, name in aliases.items() if name in fields)]
     close = difflib.get_close_matches(key, names, n=1)

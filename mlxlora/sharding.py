@@ -8,8 +8,10 @@ here a slice is of the flattened parameter, padded, and every path stays.
 Ranks must gather in one order, so each gathering depends on what the module reads, and what goes on depends on it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import zlib
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -17,17 +19,18 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 import orjson
 from attrs import define, evolve, field, frozen
 from mlx.utils import tree_flatten
 
+from .arrays import bytes_of, counted
 from .config import AdapterOptions, Training
 from .distributed import Ranks
-from .errors import InputError
+from .errors import InputError, SharedError
 
 Shape = tuple[int, ...]
 _WHOLE = ("adafactor", "muon")
+_WITHOUT = "leave the flag out"
 Place = tuple[Any, str]
 """A module and the name of its parameter."""
 
@@ -94,11 +97,13 @@ def shard(model: nn.Module, ranks: Ranks) -> Ranks:
         The ranks, who from now on have slices; unchanged if there is only one.
 
     Raises:
-        InputError: quantised weights, or parameters that are in no module.
+        InputError: quantised weights, parameters that are in no module or in several blocks, or a model that does not call its
+            blocks. SharedError of the last at other ranks.
     """
     if ranks.size == 1:
         return ranks
     _check(model)
+    ranks = evolve(ranks, sharded=True)
     shards, subclasses = Shards(ranks, _scatters(ranks)), {}
     for module, members in _units(model):
         places = tuple((m, name) for m in members for name in _own(m))
@@ -111,7 +116,19 @@ def shard(model: nn.Module, ranks: Ranks) -> Ranks:
             cls = type(module)
             module.__class__ = subclasses.setdefault(cls, type(cls.__name__, (cls,), _gathering(cls)))
     model._shards = shards  # type: ignore[assignment]
-    return evolve(ranks, sharded=True)
+    _try(model, ranks)
+    return ranks
+
+
+def _try(model: nn.Module, ranks: Ranks) -> None:
+    """Calls the model once: a slice that nobody gathered has another shape than what is read there."""
+    try:
+        with ranks.computing():
+            mx.eval(model(mx.array([[1, 2, 3]])))
+    except (ValueError, TypeError, IndexError) as error:
+        refused = InputError if ranks.leads else SharedError
+        reason = " ".join(str(error).split())[:200]
+        raise refused(f"--fully-shard: this model reads parameters of a block without calling it; {_WITHOUT} ({reason})") from error
 
 
 def _check(model: nn.Module) -> None:
@@ -120,7 +137,10 @@ def _check(model: nn.Module) -> None:
     found = {f"{path}.{name}" if path else name for path, m in model.named_modules() for name in _own(m)}
     names: list[str] = [name for name, _ in tree_flatten(model.parameters())]  # type: ignore[misc]
     if others := [name for name in names if name not in found]:
-        raise InputError(f"--fully-shard: {others[0]} is in a list of arrays, which cannot be gathered; leave the flag out")
+        raise InputError(f"--fully-shard: {others[0]} is in a list of arrays, which cannot be gathered; {_WITHOUT}")
+    seen = Counter(id(m) for _, members in _units(model) for m in members)
+    if common := [path for path, m in model.named_modules() if seen[id(m)] > 1 and _own(m)]:
+        raise InputError(f"--fully-shard: {common[0]} is in several blocks, which cannot all gather it; {_WITHOUT}")
 
 
 def _units(model: nn.Module) -> list[tuple[Any, list[Any]]]:
@@ -334,8 +354,14 @@ class Sliced:
         """The whole arrays one after the other; the other ranks have to be in `serve`, or to do the same."""
         if self.ranks.leads:
             self.ranks.told(["give", self.key])
-        for own, shape in zip(self.own(), self.shapes, strict=True):
-            yield joined(self.ranks.stacked(own.reshape(-1)), [shape])[0]
+        pending = zip(self.own(), self.shapes, strict=True)
+        try:
+            for own, shape in pending:
+                yield joined(self.ranks.stacked(own.reshape(-1)), [shape])[0]
+        except GeneratorExit:  # whoever wanted them failed, which the others do not know
+            for own, _ in pending:
+                self.ranks.stacked(own.reshape(-1))
+            raise
 
     def take(self, array: mx.array | None = None) -> None:
         """Puts rank 0's array in place, which the others do not have."""
@@ -369,20 +395,39 @@ def _parameter(model: nn.Module, modules: dict[str, Any], path: str) -> Sliced:
     return Sliced(f"parameter {path}", shape, module[name].dtype, (shape,), ranks, lambda: [module[name]], put)
 
 
-def write_stored(path: Path, arrays: Mapping[str, Any]) -> None:
-    """A safetensors file (https://huggingface.co/docs/safetensors), of which never more than one whole array is in memory."""
-    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
-    end = 0
-    for name, array in arrays.items():
-        start, end = end, end + prod(array.shape) * array.dtype.size
-        header[name] = {"dtype": _CODES[array.dtype], "shape": list(array.shape), "data_offsets": [start, end]}
+def write_stored(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str] | None = None, *, checked: str = "") -> None:
+    """A safetensors file (https://huggingface.co/docs/safetensors), of which never more than one whole array is in memory.
+
+    Args:
+        path: of the file.
+        arrays: arrays of MLX, and `Sliced` ones.
+        metadata: texts in its header.
+        checked: the name of a checksum there, if it is to have one.
+    """
+    unknown, names = "0" * 8, sorted(arrays)
+    header: dict[str, Any] = {"__metadata__": {"format": "mlx", **(metadata or {}), **({checked: unknown} if checked else {})}}
+    end = crc = 0
+    for name in names:
+        start, end = end, end + prod(arrays[name].shape) * arrays[name].dtype.size
+        header[name] = {"dtype": _CODES[arrays[name].dtype], "shape": list(arrays[name].shape), "data_offsets": [start, end]}
     text = orjson.dumps(header)
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for array in arrays.values():
-            for part in array.parts() if isinstance(array, Sliced) else (array,):
-                file.write(np.array(part.reshape(-1).view(mx.uint8)).data)
+        for name in names:
+            crc = counted(crc, name, arrays[name])
+            with closing(_parts(arrays[name])) as parts:  # now, not when it is forgotten: the other ranks wait
+                for part in parts:
+                    data = bytes_of(part)
+                    file.write(data)
+                    crc = zlib.crc32(data, crc)
+        if checked:
+            file.seek(8 + text.index(f'"{checked}":"{unknown}"'.encode()) + len(f'"{checked}":"'))
+            file.write(f"{crc:08x}".encode())
+
+
+def _parts(array: Any) -> Generator[mx.array, None, None]:
+    yield from array.parts() if isinstance(array, Sliced) else (array,)
 
 
 _CODES = {mx.bool_: "BOOL", mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32"}

@@ -175,6 +175,7 @@ def rendering(tokenizer: Any, where: str) -> Iterator[None]:
             "use an instruction-tuned model, add a chat_template.jinja to its folder, or train on text or prompt/completion rows"
         )
     check_template(tokenizer, where)
+    _silence(tokenizer)
     try:
         with at_most(_SECONDS):
             yield
@@ -184,6 +185,11 @@ def rendering(tokenizer: Any, where: str) -> Iterator[None]:
     except Exception as error:  # a template is a program that comes with the model: it may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{where}: the model's chat template rejects this conversation: {reason}") from error
+
+
+def _silence(tokenizer: Any) -> None:
+    """transformers would warn, once, of a row longer than the model's context: rows are cut later, and that is told."""
+    getattr(tokenizer._tokenizer, "deprecation_warnings", {})["sequence-length-is-longer-than-the-specified-maximum"] = True
 
 
 def check_template(tokenizer: Any, where: str) -> None:

@@ -3,6 +3,8 @@
 import importlib.util
 import sys
 import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
@@ -10,9 +12,17 @@ from typing import Any
 
 from .errors import InputError
 
+_PACKAGES = {"PIL": "pillow", "bs4": "beautifulsoup4", "cv2": "opencv-python", "sklearn": "scikit-learn"}
+"""Packages that are not called as their modules are."""
 
-def execute(file: str, flag: str) -> ModuleType:
+
+def execute(file: str, flag: str, stand_ins: Mapping[str, ModuleType] | None = None) -> ModuleType:
     """Runs a Python file as a module; its folder is importable for it.
+
+    Args:
+        file: the Python file.
+        flag: what names it.
+        stand_ins: modules, with the packages that they are in, for it to import where these packages are not installed.
 
     Raises:
         InputError: no such file, or it raised: with the line of the file.
@@ -27,12 +37,39 @@ def execute(file: str, flag: str) -> ModuleType:
     assert spec is not None
     module = sys.modules[loader.name] = importlib.util.module_from_spec(spec)
     try:
-        loader.exec_module(module)
+        with _importable(stand_ins or {}):
+            loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[loader.name]
         line = error.lineno if isinstance(error, SyntaxError) else line_in(error, str(path))
-        raise InputError(f"{file}:{line or 1}: {flag} raised {one_line(error)}") from None
+        raise InputError(f"{file}:{line or 1}: {flag} {_missing(error) or f'raised {one_line(error)}'}") from None
     return module
+
+
+@contextmanager
+def _importable(modules: Mapping[str, ModuleType]) -> Iterator[None]:
+    """Modules that stand in for those that are not installed, while the context lasts."""
+    absent = {name: module for name, module in modules.items() if not _installed(name)}
+    sys.modules.update(absent)
+    try:
+        yield
+    finally:
+        for name in absent:
+            sys.modules.pop(name, None)
+
+
+def _installed(name: str) -> bool:
+    package = name.partition(".")[0]
+    return package in sys.modules or importlib.util.find_spec(package) is not None
+
+
+def _missing(error: BaseException) -> str | None:
+    """What to do about an import of something that is not there; None: the error is another one."""
+    name = error.name.partition(".")[0] if isinstance(error, ImportError) and error.name else ""
+    if not name or _installed(name):
+        return None
+    package = _PACKAGES.get(name, name.replace("_", "-"))
+    return f"imports {name}, which is neither installed (pip install {package}) nor beside the file"
 
 
 def load_object(reference: str, flag: str) -> Any:

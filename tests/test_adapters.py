@@ -121,13 +121,14 @@ def test_a_last_name_stands_for_its_paths(tmp_path: Path) -> None:
     assert all(".q_proj." in name or ".up_proj." in name for name, _ in tree_flatten(model.trainable_parameters()))
 
 
-def test_all_mismatches_are_in_one_message(tmp_path: Path) -> None:
+def test_the_first_mismatches_are_in_one_message(tmp_path: Path) -> None:
     save(prepare(dense(), options(rank=2, lora_keys=("mlp.up_proj", "mlp.gate_proj"))), tmp_path, options())
     with pytest.raises(InputError) as raised:
         load_weights(prepare(dense(), options(lora_keys=("mlp.up_proj", "mlp.down_proj"))), tmp_path)
     message = str(raised.value)
     assert "up_proj.lora_a has shape [64, 2], not [64, 4]" in message
-    assert message.startswith(str(tmp_path)) and message.count("; ") == 11 and "\n" not in message
+    assert message.startswith(str(tmp_path)) and message.count("; ") == 2
+    assert message.endswith(" and 9 more") and "\n" not in message
 
 
 def test_mismatches_are_of_three_kinds() -> None:

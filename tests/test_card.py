@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from mlxlora import settings
-from mlxlora.card import METHODS, card, method_of, portable, write_card
+from mlxlora.card import METHODS, Card, card, method_of, portable, write_card
 from mlxlora.config import AdapterOptions, DataOptions, ModelOptions, Output, Training
 
 METRICS = [
@@ -28,7 +28,7 @@ def config(method: str = "sft", model: str = "org/base", **options: Any) -> dict
         Output(adapter_path="/home/me/adapters"),
         METHODS[method](),
     )
-    return settings.dump(*groups)
+    return settings.dump(*groups) | ({"method": method} if method == "gkd" else {})  # its options are those of distill
 
 
 def test_what_it_says() -> None:
@@ -53,6 +53,20 @@ def test_what_it_says() -> None:
 def test_methods(method: str) -> None:
     assert method_of(config(method)) == method
     assert f"- {method}\n" in card(config(method), [])
+
+
+def test_a_run_says_what_it_is() -> None:
+    assert method_of(config("orpo") | {"method": "dpo"}) == "dpo"
+    assert method_of(config("sft") | {"method": None}) == method_of({"method": ["dpo"]}) == ""
+
+
+def test_a_stopped_run_says_so(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config()), encoding="utf-8")
+    report = Card(tmp_path, {"train": 7})
+    report.finish({"stopped": "after step 3"})
+    assert "on rows.jsonl (7 rows). The run was stopped after step 3." in (tmp_path / "README.md").read_text(encoding="utf-8")
+    report.finish({"steps": 20})
+    assert "stopped" not in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
 def test_other_runs() -> None:

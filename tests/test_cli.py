@@ -163,7 +163,6 @@ def test_alias_flag_over_file(monkeypatch, calls, tmp_path):
         ("iters: 0", ":1: --iters must be >= 1, got 0"),
         ("epochs: 1\nnum-epochs: 2", ":2: num_epochs is already set in line 1; remove one of them"),
         ("iters: 1\niters: 1", ":2: iters is already set in line 1; remove one of them"),
-        ("train: false", ":1: train must be true, got False; to test without training, run `mlxlora eval`"),
         ("- iters", ":1: expected `key: value` lines, got ['iters']"),
         ("iters: [1", ":1: not valid YAML: expected ',' or ']', but got '<stream end>'"),
         ("? [a]\n: 1", ":1: a key must be text, got ['a']"),
@@ -173,6 +172,26 @@ def test_mistakes_in_a_file(monkeypatch, capsys, calls, tmp_path, text, message)
     path = config(tmp_path, text)
     assert failed(monkeypatch, capsys, "sft", *NAMED, "-c", path) == f"{path}{message}"
     assert not calls
+
+
+def test_a_file_for_testing_alone(monkeypatch, capsys, calls, tmp_path):
+    for text, folder in (("test: true\ntrain: false\nadapter_path: mine", "mine"), ("train: false", "adapters")):
+        path = config(tmp_path, text)
+        message = failed(monkeypatch, capsys, "sft", *NAMED, "-c", path)
+        assert message.startswith(f"{path}:{text.count('test') + 1}: train must be true, got False; ")
+        assert message.endswith(f"run `mlxlora eval --adapter-path {folder} --split test -c {path}`")
+    assert "--adapter-path other --split" in failed(monkeypatch, capsys, "sft", "-c", path, "--adapter-path", "other")
+
+
+@pytest.mark.parametrize("command", ["cpo", "gkd", "online-dpo"])
+def test_the_file_of_a_run_of_another_method(monkeypatch, capsys, tmp_path, command):
+    path = config(tmp_path, "method: sft\niters: 3\n")
+    assert failed(monkeypatch, capsys, command, "-c", path) == f"{path}:1: method is sft; run `mlxlora sft -c {path}`"
+
+
+def test_the_file_of_a_run(monkeypatch, calls, tmp_path):
+    for method in ("sft", "null"):  # a run of Python code has no name
+        assert resolved(monkeypatch, calls, *NAMED, "-c", config(tmp_path, f"method: {method}\niters: 3\n"))["iters"] == 3
 
 
 def test_missing_file(monkeypatch, capsys):
@@ -243,10 +262,25 @@ def test_starter(monkeypatch, capsys, calls, starter, tmp_path):
 def test_eval_prints_metrics(monkeypatch, capsys, starter):
     seen = {}
     stub(monkeypatch, "recipes", evaluate_split=lambda **given: seen.update(given) or {"loss": 1.25, "perplexity": 3.4903})
-    assert run(monkeypatch, "eval", "--adapter-path", "a", "--split", "valid", "--mask-prompt") == 0
+    assert run(monkeypatch, "eval", "--split", "valid", "--mask-prompt") == 0
     assert capsys.readouterr().out.splitlines()[1:] == ["loss 1.25", "perplexity 3.4903"]
-    assert (seen["adapter_path"], seen["split"], seen["batch_size"]) == ("a", "valid", 2)
+    assert (seen["adapter_path"], seen["split"], seen["batch_size"]) == (None, "valid", 2)
     assert seen["data_options"] == DataOptions(data="starter-sft", mask_prompt=True)
+
+
+@pytest.mark.parametrize(("method", "found"), [("sft", True), ("distill", True), ("dpo", False), ("null", False), ("[1]", False)])
+def test_eval_takes_the_rows_of_the_adapters_run(monkeypatch, tmp_path, starter, method, found):
+    """With the options that it read them with; not their model, which adapter_config.json names, and not pairs."""
+    seen = {}
+    stub(monkeypatch, "recipes", evaluate_split=lambda **given: seen.update(given) or {})
+    (tmp_path / "config.yaml").write_text(
+        f"method: {method}\nmodel: m\ndata: d\nbatch_size: 9\nmask_prompt: true\npacking: true\nseed: 3\n"
+    )
+    assert run(monkeypatch, "eval", "--adapter-path", tmp_path) == 0
+    assert seen["data_options"] == (DataOptions(data="d", mask_prompt=True, packing=True) if found else DataOptions())
+    assert (seen["model_options"], seen["batch_size"], seen["seed"]) == (ModelOptions(), 4, 3 if found else 0)
+    assert run(monkeypatch, "eval", "--adapter-path", tmp_path, "--data", "other") == 0
+    assert seen["data_options"] == DataOptions(data="other")
 
 
 def test_resolved_configuration_is_a_configuration(monkeypatch, calls, tmp_path):

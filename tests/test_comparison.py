@@ -122,6 +122,14 @@ def test_command(mlxlora: Any, model_folder: Path, tmp_path: Path) -> None:
     assert printed[0]["answers"].keys() == {"base", str(one)}
 
 
+@pytest.mark.parametrize("command", ["compare", "fuse", "export", "eval", "generate", "preview", "gkd", "sft"])
+def test_the_help_says_which_model_is_the_default(command: str, mlxlora: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    told = mlxlora(command, "--help").out
+    assert ("bundled starter is trained" in told) == (command == "sft")
+    assert ("adapters were trained on" in told) == (command in ("compare", "fuse", "export", "generate"))
+
+
 def test_questions_come_from_the_test_split() -> None:
     _, tokenizer = load(ModelOptions(model=str(starter.model_path())))
     found = read_questions(str(starter.data_path("sft")), tokenizer, 3)

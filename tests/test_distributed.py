@@ -22,6 +22,7 @@ from mlxlora.compose import batch_mean, token_mean
 from mlxlora.coupling import coupled
 from mlxlora.distributed import ALONE, Ranks
 from mlxlora.errors import InputError
+from mlxlora.starter import data_path, model_path
 from mlxlora.terms import nll
 
 pytestmark = pytest.mark.skipif(not mx.distributed.is_available("ring"), reason="this MLX was built without the ring backend")
@@ -36,6 +37,12 @@ EVERY_METHOD = {
     "cpo": f"cpo --iters 2 --batch-size 3 {REPORTS}",
     "kto": f"kto --iters 2 --batch-size 5 {REPORTS}",
     "grpo": f"grpo --iters 2 --batch-size 3 --max-completion-length 12 {REPORTS}",
+}
+TAUGHT = f"--model {model_path()} --teacher-model {model_path()} --num-layers -1 --learning-rate 1e-3"
+MORE_METHODS = {
+    "online-dpo": f"online-dpo --iters 2 --batch-size 3 --max-completion-length 12 {REPORTS}",
+    "distill": f"distill {TAUGHT} --data {data_path('sft')} --iters 2 --batch-size 3 {REPORTS}",
+    "gkd": f"gkd {TAUGHT} --data {data_path('grpo')} --iters 2 --batch-size 3 --max-completion-length 8 {REPORTS}",
 }
 WIDE = {
     "sft": f"sft --iters 2 --batch-size 3 --packing --patience 9 --keep-best --test {REPORTS}",
@@ -129,7 +136,9 @@ def to_run(folder, methods, suffix):
 # --- the same metrics ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("ranks", "methods"), [(2, EVERY_METHOD), (4, WIDE)], ids=["2 ranks", "4 ranks"])
+@pytest.mark.parametrize(
+    ("ranks", "methods"), [(2, EVERY_METHOD), (2, MORE_METHODS), (4, WIDE)], ids=["2 ranks", "2 ranks, more methods", "4 ranks"]
+)
 def test_ranks_report_what_one_process_reports(tmp_path, ranks, methods):
     finished(start(tmp_path, 1, *to_run(tmp_path, methods, 1)))
     outcomes = ended(start(tmp_path, ranks, *to_run(tmp_path, methods, ranks)))
@@ -189,6 +198,17 @@ def test_a_rank_that_is_killed_ends_the_others_with_a_good_checkpoint(tmp_path, 
     )
 
 
+def test_the_loss_of_rank_0_is_told_by_another(tmp_path):
+    processes = start(tmp_path, 2, [*LONG.split(), "--adapter-path", tmp_path / "run"])
+    wait_for(tmp_path / "run/metrics.jsonl", '"step":3', processes)
+    processes[0].kill()
+    processes[0].wait()
+    processes[1].send_signal(signal.SIGTERM)  # as mlx.launch does
+    _, (code, said) = ended(processes, 30)
+    assert code == 1
+    assert said.startswith("mlxlora: error: rank 1: ") and "another rank ended" in said and said.count("\n") == 1
+
+
 def test_a_rank_that_is_not_heard_of_does_not_keep_the_others_waiting(tmp_path):
     processes = start(tmp_path, 2, [*LONG.split(), "--adapter-path", tmp_path / "run"], MLXLORA_RANK_TIMEOUT="2")
     wait_for(tmp_path / "run/metrics.jsonl", '"step":3', processes)
@@ -221,6 +241,7 @@ import os, sys
 import mlx.core as mx, numpy as np
 from mlxlora.distributed import current_ranks
 from mlxlora.errors import InputError
+from mlxlora.starter import data_path, model_path
 ranks = current_ranks()
 r, n = ranks.rank, ranks.size
 assert n == 2 and ranks.leads == (r == 0)
@@ -253,15 +274,26 @@ except Exception as error:
     assert "rank 1 has other rows" in str(error)
 else:
     raise AssertionError
+from mlxlora import recipes, sources
+from mlxlora.config import DataOptions
+try:  # only rank 0 looks at the folder
+    recipes.run(None, None, None, sources.rows(DataOptions(data="rows.jsonl")), adapter_path="taken")
+except Exception as error:
+    assert type(error).__name__ == ["InputError", "SharedError"][r] and "taken already holds a run" in str(error), error
+else:
+    raise AssertionError
 print("all", flush=True)
 """
 
 
 def test_what_ranks_say_and_add_up(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/adapters.safetensors").touch()
     hosts = tmp_path / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
     env = environment(tmp_path) | {"MLX_HOSTFILE": str(hosts)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": tmp_path}
     outcomes = ended(
         [subprocess.Popen([sys.executable, "-c", TOGETHER], env=env | {"MLX_RANK": str(r)}, **pipes) for r in range(2)]
     )

@@ -26,11 +26,21 @@ def test_lines_and_remedies(mlxlora, monkeypatch) -> None:
 
 def test_a_slow_blas_has_a_remedy(monkeypatch) -> None:
     monkeypatch.delenv("MLXLORA_BLAS", raising=False)
+    for name in doctor.THREADS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
     slow = doctor.matrix_products(None, 7.0)
     assert not slow.ok and "7 GFLOP/s" in slow.value and "scipy-openblas32" in slow.remedy
     assert doctor.matrix_products("libopenblas.so.0", 200.0) == doctor.Finding("BLAS", "libopenblas.so.0: 200 GFLOP/s in float32")
+    busy = doctor.matrix_products("libopenblas.so.0", 7.0)
+    assert not busy.ok and busy.remedy == "a fast one is loaded: the machine is busy"
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+    assert "OPENBLAS_NUM_THREADS=1 limits it: unset it" in doctor.matrix_products("libopenblas.so.0", 7.0).remedy
+    assert "scipy-openblas32" in doctor.matrix_products(None, 7.0).remedy
     monkeypatch.setenv("MLXLORA_BLAS", "off")
     assert doctor.matrix_products(None, 7.0).remedy == "unset MLXLORA_BLAS"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert "install" not in doctor.matrix_products(None, 7.0).remedy
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="a Mac has a compiler")

@@ -193,13 +193,13 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every model that is loaded."""
     from mlxlora import recipes
 
-    original, seen = recipes.load, []
+    original, seen = recipes.load_with_config, []
 
-    def counted(options: Any, *more: Any) -> Any:
+    def counted(options: Any, **how: Any) -> Any:
         seen.append(str(options.model))
-        return original(options, *more)
+        return original(options, **how)
 
-    monkeypatch.setattr(recipes, "load", counted)
+    monkeypatch.setattr(recipes, "load_with_config", counted)
     return seen
 
 

@@ -88,8 +88,9 @@ def test_b_moves_further() -> None:
 
 @pytest.mark.parametrize(("name", "kind"), [("adam", Vector), ("muon", Separate)])
 def test_layouts(name: str, kind: type) -> None:
-    parameters = adapters().trainable_parameters()
-    found = layout(make_optimiser(options(name), 3), parameters)
+    model = adapters()
+    parameters = model.trainable_parameters()
+    found = layout(make_optimiser(options(name), 3), model)
     assert type(found) is kind
     packed = found.pack(parameters)
     assert kind is Separate or packed.keys() == {"trained", "lora_b"}

@@ -200,6 +200,34 @@ def test_adapters_with_a_nan_are_refused(train: Any, tmp_path: Path) -> None:
     assert message.endswith(f"holds numbers that are not finite: {name}; take an earlier checkpoint")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("generate", "--prompt", "ab", "--adapter-path", "broken"),
+        ("eval", "--data", "data", "--split", "train", "--adapter-path", "broken"),
+        ("compare", "--prompt", "ab", "--adapter-path", "broken"),
+        ("fuse", "--save-path", "new", "--adapter-path", "broken"),
+        ("export", "--peft", "new", "--adapter-path", "broken"),
+        ("merge", "run", "broken", "--save-path", "new"),
+        ("import", "--peft", "broken-peft", "--adapter-path", "new"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_adapters_with_a_nan_are_of_no_use(
+    train: Any, tmp_path: Path, mlxlora: Any, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    """Nothing is made of them, whatever reads them."""
+    assert train("sft", "--iters", 1).code == 0
+    monkeypatch.chdir(tmp_path)
+    assert mlxlora("export", "--adapter-path", "run", "--peft", "run-peft").code == 0
+    for folder, file in (("", "adapters.safetensors"), ("-peft", "adapter_model.safetensors")):
+        weights: Any = mx.load(str(shutil.copytree(f"run{folder}", f"broken{folder}") / Path(file)))
+        mx.save_safetensors(f"broken{folder}/{file}", weights | {min(weights): mx.full(weights[min(weights)].shape, mx.inf)})
+    message = refused(mlxlora(*command), 2)
+    assert message.startswith("broken") and "numbers that are not finite: " in message and "lora_" in message.lower()
+    assert not Path("new").exists()
+
+
 # --- validation -----------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mlxlora import recipes, starter
 from mlxlora.charts import Line, chart, thinned, ticks
-from mlxlora.page import Page, comparison_page, run_page
+from mlxlora.page import Page, comparison_page, reached, run_page
 from mlxlora.plotting import Plot
 from mlxlora.records import Record, differing, outcome, past_run, read_record, short
 from mlxlora.report import MetricsFile
@@ -85,6 +85,7 @@ def test_a_stopped_run_leaves_its_page(tmp_path, eager, monkeypatch):
     text = (tmp_path / "adapters" / "report.html").read_text()
     check(text)
     assert "Stopped after step 3" in text
+    assert "The run was stopped after step 3." in (tmp_path / "adapters" / "README.md").read_text()
 
 
 def test_a_resumed_run_is_shown_whole(tmp_path, eager):
@@ -93,6 +94,32 @@ def test_a_resumed_run_is_shown_whole(tmp_path, eager):
     found = read_record(tmp_path).curves()["loss"]["train"]
     assert [step for step, _ in found] == [2, 4, 6]
     assert "train, step 2: " in (tmp_path / "report.html").read_text()
+
+
+def test_answers_at_the_validations_between(tmp_path, eager, capsys):
+    """As samples; those of the first and the last step are the answers before and after."""
+    options = OPTIONS | {"iters": 6, "steps_per_eval": 2, "answers": 2}
+    recipes.sft(**options, adapter_path=str(tmp_path / "asked"))
+    recipes.sft(**options | {"answers": 0}, adapter_path=str(tmp_path / "not"))
+    samples = read_record(tmp_path / "asked").samples
+    assert [(row["step"], row["prompt"]) for row in samples] == [(s, p) for s in (2, 4) for p in ("add 5 and 3.", "add 21 and 34.")]
+    assert all(row["completion"] and row["expected"] and "reward" not in row for row in samples)
+    assert f"    'add 5 and 3.' -> {samples[0]['completion']!r}" in capsys.readouterr().out.splitlines()
+    text = (tmp_path / "asked" / "report.html").read_text()
+    assert "Completions, first and last" in text and "<th>expected</th><th>completion</th></tr>" in text
+    assert not (tmp_path / "not" / "samples.jsonl").exists()
+    losses = [[row["loss"] for row in read_record(tmp_path / name).metrics] for name in ("asked", "not")]
+    assert losses[0] == losses[1]
+
+
+def test_a_model_that_does_not_generate_is_asked_no_more(tmp_path, eager, capsys, monkeypatch):
+    def fails(*_, **__):
+        raise ValueError("no cache")
+
+    monkeypatch.setattr("mlxlora.answering.generate", fails)
+    recipes.sft(**OPTIONS | {"steps_per_eval": 2}, adapter_path=str(tmp_path))
+    assert capsys.readouterr().out.count("this model does not generate (no cache)") == 1
+    assert "Before and after" not in (tmp_path / "report.html").read_text()
 
 
 def test_no_answers(tmp_path, eager, monkeypatch):
@@ -142,6 +169,19 @@ def test_outcome_and_difference():
     assert outcome(a) == {"valid loss, best": "1 (step 3)", "valid loss": "1", "train grad_norm": "0.5"}
     assert differing([a, b]) == {"iters": [3, 5]}
     assert short(float("1e6")) == "1.0e+06"
+
+
+def test_losses_of_different_methods_stay_apart():
+    """A policy's loss near 0 is no better than a cross entropy; rewards and speed compare."""
+    rows = {"step": 1, "split": "train", "tokens_per_second": 5.0}
+    sampled = [rows | {"reward": 0.5, "loss": -0.25}, {"step": 1, "split": "valid", "loss": -0.5}]
+    runs = [record("a", method="sft"), Record("b", {"method": "grpo"}, sampled), Record("c", {"method": None}, [rows])]
+    found = reached(runs)
+    assert found["valid loss, best (sft)"] == ["1 (step 3)", "", ""] and found["valid loss (grpo)"] == ["", "-0.5", ""]
+    assert found["train tokens_per_second"] == ["", "5", "5"]
+    page = comparison_page(runs)
+    assert "train loss (sft)" in page and "train loss (grpo)" in page and 'aria-label="train tokens_per_second"' in page
+    assert list(reached(runs[:1] * 2)) == ["valid loss, best", "valid loss", "train grad_norm"]
 
 
 def test_half_a_line_is_left_out(tmp_path):

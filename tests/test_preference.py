@@ -379,8 +379,8 @@ def test_names_of_metrics(model_folder: Path, tmp_path: Path, mlxlora: Any) -> N
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The models that were loaded."""
     seen: list[str] = []
-    real = recipes.load
-    monkeypatch.setattr(recipes, "load", lambda options, *rest: (seen.append(options.model), real(options, *rest))[1])
+    real = recipes.load_with_config
+    monkeypatch.setattr(recipes, "load_with_config", lambda options, **how: (seen.append(options.model), real(options, **how))[1])
     return seen
 
 

@@ -16,8 +16,12 @@ import orjson
 import pytest
 from tiny import text_rows
 
+from mlxlora import recipes, sources
 from mlxlora.checkpoint import save_checkpoint
+from mlxlora.config import Training
+from mlxlora.errors import InputError
 from mlxlora.loop import Abandoned, Interruptible
+from mlxlora.objectives import sft
 
 TIMED = re.compile(r"seconds.*|.*_per_second|peak_memory_gb")
 LENGTHS = ("--iters", 24, "--steps-per-report", 2, "--steps-per-eval", 5, "--save-every", 3)
@@ -142,16 +146,17 @@ def test_no_checkpoint_is_good(command: tuple[Any, ...], finished: Path, mlxlora
 def test_the_adapters_are_there_before_the_last_checkpoint(
     command: tuple[Any, ...], tmp_path: Path, mlxlora: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that is killed between the two has nothing left to train and would not save them any more."""
+    """A run that is killed between the two has nothing left to train; before the first one, nothing to go on from but adapters."""
     command, done = (*command, *SHORT, "--adapter-path", tmp_path), []
 
     def killed(folder: Path, *arguments: Any, **options: Any) -> Path:
-        path = save_checkpoint(folder, *arguments, **options)
-        done.append((folder / "adapters.safetensors").read_bytes() == (path / "adapters.safetensors").read_bytes())
+        path, own = save_checkpoint(folder, *arguments, **options), folder / "adapters.safetensors"
+        done.append(own.exists() and own.read_bytes() == (path / own.name).read_bytes())
         return path
 
     monkeypatch.setattr("mlxlora.runs.save_checkpoint", killed)
-    assert mlxlora(*command).code == 0 and done == [True, True]
+    assert mlxlora(*command).code == 0 and done == [False, True]
+    assert (tmp_path / "adapters.safetensors").exists()
 
 
 def test_changed_option(command: tuple[Any, ...], finished: Path, mlxlora: Any) -> None:
@@ -160,6 +165,125 @@ def test_changed_option(command: tuple[Any, ...], finished: Path, mlxlora: Any) 
     assert outcome.code == 2 and outcome.err.count("\n") == 1
     assert "learning_rate was 0.001 and is 0.002" in outcome.err and "rank was 8 and is 4" in outcome.err
     assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def listing(folder: Path) -> list[Any]:
+    return [(file.relative_to(folder), file.stat().st_mtime_ns) for file in sorted(folder.rglob("*"))]
+
+
+@pytest.mark.parametrize("method", ["cpo", "gkd", "grpo"])
+def test_another_method(method: str, finished: Path, mlxlora: Any) -> None:
+    """Said before anything that would fail because its options are those of another method."""
+    before = listing(finished)
+    outcome = mlxlora(method, "--adapter-path", finished, "--resume", "--iters", 9, "--data", finished)
+    told = f"--resume: {finished} is a run of sft; go on with `mlxlora sft --resume --adapter-path {finished}`"
+    assert (outcome.code, outcome.err) == (2, f"mlxlora: error: {told}\n") and listing(finished) == before
+    with pytest.raises(InputError, match="is a run of sft; go on with `mlxlora sft --resume"):
+        recipes.orpo(model="no", data="nothing", adapter_path=str(finished), resume=True)
+
+
+def test_a_run_of_a_python_script(model_folder: Path, rows: Path, tmp_path: Path, mlxlora: Any) -> None:
+    def train(**more: Any) -> Any:
+        model, tokenizer = recipes.load(str(model_folder))
+        training = Training(iters=1, batch_size=2)
+        return recipes.run(
+            model, tokenizer, sft(), sources.rows(str(rows)), training, adapter_path=str(tmp_path), answers=0, **more
+        )
+
+    assert train()["steps"] == train(resume=True)["steps"] == 1
+    refused = mlxlora("sft", "--resume", "--adapter-path", tmp_path)
+    assert refused.code == 2 and "is a run of a Python script; go on with that" in refused.err
+
+
+def test_a_run_that_does_not_say_what_it_is(command: tuple[Any, ...], finished: Path, mlxlora: Any) -> None:
+    """As those of earlier versions; it does afterwards."""
+    file = finished / "config.yaml"
+    method, rest = file.read_text().split("\n", 1)
+    file.write_text(rest)
+    assert method == "method: sft" and mlxlora(*command, *SHORT, "--adapter-path", finished, "--resume").code == 0
+    assert file.read_text().startswith("method: sft\n")
+
+
+@pytest.mark.parametrize("there", [(), ("adapters.safetensors",)], ids=["nothing", "adapters of something else"])
+def test_no_run_there(there: tuple[str, ...], command: tuple[Any, ...], tmp_path: Path, mlxlora: Any) -> None:
+    for name in there:
+        (tmp_path / name).write_bytes(b"mine")
+    before = listing(tmp_path)
+    for flags in (command, ("sft",), ("sft", "--data", tmp_path)):
+        outcome = mlxlora(*flags, "--adapter-path", tmp_path, "--resume")
+        told = f"--resume: {tmp_path} holds no run (no config.yaml); leave --resume out, or name the folder of a run"
+        assert (outcome.code, outcome.out, outcome.err) == (2, "", f"mlxlora: error: {told}\n")
+    with pytest.raises(InputError, match="holds no run"):
+        recipes.sft(model=str(command[2]), data=str(command[4]), adapter_path=str(tmp_path), resume=True)
+    assert listing(tmp_path) == before
+
+
+def test_stopped_before_the_first_checkpoint(command: tuple[Any, ...], finished: Path, tmp_path: Path, mlxlora: Any) -> None:
+    (tmp_path / "early").mkdir()
+    shutil.copy(finished / "config.yaml", tmp_path / "early")
+    outcome = mlxlora(*command, *SHORT, "--adapter-path", tmp_path / "early", "--resume")
+    assert outcome.code == 0 and "starting from the beginning" in outcome.out
+    same_run(tmp_path / "early", finished)
+
+
+def test_adapters_without_a_checkpoint_stay(command: tuple[Any, ...], finished: Path, mlxlora: Any) -> None:
+    """A run whose checkpoints were removed; it would begin anew, and delete what it had made."""
+    shutil.rmtree(finished / "checkpoints")
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    outcome = mlxlora(*command, *SHORT, "--adapter-path", finished, "--resume")
+    assert outcome.code == 2 and outcome.err.count("\n") == 1 and "but no checkpoint to go on from" in outcome.err
+    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+
+
+def test_the_best_of_a_run_that_had_no_checkpoint_yet_is_no_obstacle(
+    command: tuple[Any, ...], tmp_path: Path, mlxlora: Any
+) -> None:
+    best = (*command, *SHORT[2:], "--save-every", 4, "--keep-best", "--steps-per-eval", 1, "--adapter-path", tmp_path / "run")
+    assert mlxlora(*best, "--iters", 3).code == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # as if it had been killed after step 3 of more
+    assert mlxlora(*best, "--iters", 5, "--resume").code == 0
+    assert records(tmp_path / "run")[-1]["step"] == 5
+
+
+def test_what_is_stored_starts_another_run(command: tuple[Any, ...], finished: Path, tmp_path: Path, mlxlora: Any) -> None:
+    """Also after it was resumed: neither --resume nor --overwrite is an option of what it is."""
+    for more in ("--resume", "--overwrite"):
+        assert mlxlora(*command, *SHORT, "--adapter-path", finished, more).code == 0
+    done = mlxlora("sft", "--config", finished / "config.yaml", "--adapter-path", tmp_path / "other")
+    assert done.code == 0, done.err
+    same_run(tmp_path / "other", finished)
+    assert mlxlora("sft", "--config", finished / "config.yaml", "--adapter-path", tmp_path / "other").code == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "advice"), [("sft", "eval --adapter-path {} --split test"), ("dpo", "dpo --resume --test --adapter-path {}")]
+)
+def test_a_finished_run_is_tested_without_training(method: str, advice: str, finished: Path, mlxlora: Any) -> None:
+    outcome = mlxlora(method, "--model", "m", "--data", "d", "--test", "--adapter-path", finished)
+    assert outcome.code == 2 and f"; to test it, `mlxlora {advice.format(finished)}`; to train, " in outcome.err
+    assert "to test" not in mlxlora(method, "--model", "m", "--data", "d", "--adapter-path", finished).err
+
+
+def test_the_advice_scores_the_rows_of_the_run(command: tuple[Any, ...], rows: Path, tmp_path: Path, mlxlora: Any) -> None:
+    shutil.copytree(rows, tmp_path / "rows")
+    shutil.copy(rows / "valid.jsonl", tmp_path / "rows" / "test.jsonl")
+    changes = (
+        "--data",
+        tmp_path / "rows",
+        "--mask-prompt",
+        "--quantize",
+        4,
+        "--iters",
+        2,
+        "--test",
+        "--adapter-path",
+        tmp_path / "run",
+    )
+    assert mlxlora(*command, *changes).code == 0
+    wanted = records(tmp_path / "run")[-1]
+    scored = mlxlora("eval", "--adapter-path", tmp_path / "run", "--split", "test")
+    assert scored.code == 0 and wanted["split"] == "test", scored.err
+    assert scored.out.splitlines()[0] == f"loss {wanted['loss']:.6g}"
 
 
 def test_a_finished_run_goes_on(command: tuple[Any, ...], tmp_path: Path, mlxlora: Any) -> None:

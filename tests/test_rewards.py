@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import sys
 import threading
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mlxlora import reward_functions as rf
+from mlxlora import userfile
 from mlxlora.errors import InputError, RunError
 from mlxlora.rewards import NamedReward, combine, load_rewards, score
 
@@ -279,14 +281,78 @@ def test_a_file_of_wrong_things(tmp_path):
         ("x = 1\n\ny = x / 0\n", "mine.py:3: --reward-file raised ZeroDivisionError: division by zero"),
         ("def f(:\n", "mine.py:1: --reward-file raised SyntaxError"),
         ("import sys\nsys.exit(3)\n", "mine.py:2: --reward-file raised SystemExit: 3"),
-        ("import no_such_package\n", "mine.py:1: --reward-file raised ModuleNotFoundError"),
+        ("import no_such.part\n",
+         "mine.py:1: --reward-file imports no_such, which is neither installed (pip install no-such) nor beside the file"),
+        ("\nfrom no_cv import x\n", "mine.py:2: --reward-file imports no_cv, which is neither installed (pip install opencv)"),
+        ("from json import no_such_name\n", "mine.py:1: --reward-file raised ImportError: cannot import name 'no_such_name'"),
+        ("import json.part\n", "mine.py:1: --reward-file raised ModuleNotFoundError: No module named 'json.part'"),
         ("raise ValueError('two\\nlines')\n", "ValueError: two lines"),
     ],
-)
-def test_a_file_that_raises(tmp_path, text, message):
+)  # fmt: skip
+def test_a_file_that_raises(tmp_path, monkeypatch, text, message):
+    monkeypatch.setitem(userfile._PACKAGES, "no_cv", "opencv")
     with pytest.raises(InputError) as error:
         load_rewards(["f"], mine(tmp_path, text))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+REGISTERED = """
+from mlx_lm_lora.trainer.grpo_reward_functions import register_reward_function
+
+@register_reward_function()
+def plain(prompts: list, completions: list, answer: list, types=None) -> list[float]:
+    return [2.0 * (c == a) for c, a in zip(completions, answer)]
+
+@register_reward_function(name="short")
+def of_another_name(prompts: list, completions: list, answer: list, types=None) -> list[float]:
+    return [-float(len(c)) for c in completions]
+"""
+
+
+@pytest.fixture
+def without_peer(monkeypatch):
+    """As where mlx-lm-lora is not installed."""
+    for name in [name for name in sys.modules if name.startswith("mlx_lm_lora")]:
+        monkeypatch.delitem(sys.modules, name)
+    installed = userfile._installed
+    monkeypatch.setattr(userfile, "_installed", lambda name: not name.startswith("mlx_lm_lora") and installed(name))
+
+
+def test_a_file_of_mlx_lm_lora(tmp_path, without_peer):
+    """It runs without that package, which nothing finds afterwards."""
+    rewards = load_rewards(["plain,short,of_another_name"], mine(tmp_path, REGISTERED))
+    np.testing.assert_array_equal(asked_of(rewards, answer=["a", "x"])["text"], [[2, 0], [-1, -1], [-1, -1]])
+    assert not [name for name in sys.modules if name.startswith("mlx_lm_lora")]
+    with pytest.raises(InputError, match=r"no reward function 'shrt' in .* Did you mean short\?"):
+        load_rewards(["shrt"], mine(tmp_path, REGISTERED))
+
+
+@pytest.mark.parametrize("what", ["trainer.grpo_reward_functions import get_reward_function", "utils import x"])
+def test_no_more_of_mlx_lm_lora_is_there(tmp_path, without_peer, what):
+    with pytest.raises(
+        InputError, match=r"mine.py:1: .* imports mlx_lm_lora, which is neither installed \(pip install mlx-lm-lora\)"
+    ):
+        load_rewards(["f"], mine(tmp_path, f"from mlx_lm_lora.{what}\n"))
+
+
+def test_an_installed_mlx_lm_lora_is_used(tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("mlx_lm_lora")]:
+        monkeypatch.delitem(sys.modules, name)
+    folder = tmp_path / "packages" / "mlx_lm_lora" / "trainer"
+    folder.mkdir(parents=True)
+    (folder / "grpo_reward_functions.py").write_text(
+        "REWARD_REGISTRY = {'theirs': print}\n"
+        "def register_reward_function(name=None):\n"
+        "    return lambda function: REWARD_REGISTRY.setdefault(name or function.__name__, function)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path / "packages"))
+    try:
+        assert [reward.name for reward in load_rewards(["plain,short"], mine(tmp_path, REGISTERED))] == ["plain", "short"]
+        with pytest.raises(InputError, match="no reward function 'theirs'"):
+            load_rewards(["theirs"], mine(tmp_path, REGISTERED))
+    finally:
+        for name in [name for name in sys.modules if name.startswith("mlx_lm_lora")]:
+            del sys.modules[name]
 
 
 def test_a_file_is_executed_only_when_named(tmp_path, monkeypatch):

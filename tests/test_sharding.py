@@ -20,6 +20,8 @@ from mlx_lm import load as load_model
 from test_distributed import assert_same, checkpoints, ended, environment, finished, free_ports, start, to_run, wait_for
 from tiny import dense, quantised
 
+from mlxlora.adapters import check_arrays, save_arrays
+from mlxlora.checkpoint import newest
 from mlxlora.config import AdapterOptions, Training
 from mlxlora.distributed import ALONE, Ranks
 from mlxlora.errors import InputError
@@ -50,6 +52,8 @@ def test_slices_report_what_one_process_reports(tmp_path, ranks, methods):
         a, b = mx.load(str(one / "adapters.safetensors")), mx.load(str(several / "adapters.safetensors"))
         assert a.keys() == b.keys()
         assert all(a[k].shape == b[k].shape and a[k].dtype == b[k].dtype and mx.allclose(a[k], b[k], atol=2e-3) for k in a)
+        assert "crc32" in mx.load(str(several / "adapters.safetensors"), return_metadata=True)[1]
+        check_arrays(several)
     model, tokenizer = load_model(str(model_path()), adapter_path=str(several))
     assert isinstance(generate(model, tokenizer, "add 2 and 3.", max_tokens=3), str)
 
@@ -79,6 +83,24 @@ def test_a_rank_that_is_killed_leaves_the_last_checkpoint(tmp_path):
     assert code not in (0, None) and other not in (0, None)
     assert "another rank ended" in said and "last checkpoint" in said
     assert len(checkpoints(tmp_path / "run")) == 2
+
+
+LOST = """
+import os, signal, sys
+from mlxlora import runs
+if os.environ["MLX_RANK"] == "1":
+    runs.scorer = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+from mlxlora_cli import main
+main()
+"""
+
+
+@needs_ring
+def test_a_rank_that_is_lost_before_the_first_step_does_not_keep_the_others_waiting(tmp_path):
+    run = f"sft --iters 1 {UNSEEN} --fully-shard --adapter-path run"
+    (code, said), _ = processes_of(tmp_path, LOST, run.split(), MLXLORA_RANK_TIMEOUT="2")
+    lines = [line for line in said.splitlines() if not line.startswith("[ring]")]
+    assert code == 1 and len(lines) == 1 and lines[0].startswith("mlxlora: error: "), said
 
 
 HELD = """
@@ -116,21 +138,91 @@ print(held / whole, (start / whole), (mx.get_peak_memory() - start) / whole, out
 """
 
 
-@needs_ring
-def test_a_rank_holds_its_share_of_parameters_and_optimiser(tmp_path, size=2):
+def processes_of(tmp_path, script, arguments, size=2, **variables):
+    """(exit code, output) of each of the ranks that run a script."""
     hosts = tmp_path / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(size)]))
-    env = environment(tmp_path) | {"MLX_HOSTFILE": str(hosts)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    command = [sys.executable, "-c", HELD, str(Path(__file__).parent)]
-    outcomes = ended([subprocess.Popen(command, env=env | {"MLX_RANK": str(r)}, **pipes) for r in range(size)])
+    env = environment(tmp_path) | variables | {"MLX_HOSTFILE": str(hosts)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": tmp_path}
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return ended([subprocess.Popen(command, env=env | {"MLX_RANK": str(r)}, **pipes) for r in range(size)])
+
+
+def run_ranks(tmp_path, script, *arguments, size=2):
+    """The output of each, once all have ended well."""
+    outcomes = processes_of(tmp_path, script, (Path(__file__).parent, *arguments), size)
     assert [code for code, _ in outcomes] == [0] * size, outcomes
-    found = [list(map(float, said.split())) for _, said in outcomes]
+    return [said for _, said in outcomes]
+
+
+@needs_ring
+def test_a_rank_holds_its_share_of_parameters_and_optimiser(tmp_path, size=2):
+    found = [list(map(float, said.split())) for said in run_ranks(tmp_path, HELD, size=size)]
     for held, active, more, total in found:
         assert held == pytest.approx(3 / size, rel=0.01), "parameters and two moments"
         assert active < 3 / size + 0.05
         assert more < 0.5, "one block of eight at a time"
         assert total == found[0][3], "all ranks have rank 0's weights"
+
+
+FAILS = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from tiny import dense
+from mlxlora.adapters import prepare, read_arrays
+from mlxlora.checkpoint import Progress, initial, save_checkpoint
+from mlxlora.config import AdapterOptions, Training
+from mlxlora.distributed import current_ranks
+from mlxlora.joining import led
+from mlxlora.optimisers import make_optimiser
+from mlxlora.sharding import shard
+
+ranks, options, model = current_ranks(), AdapterOptions(train_type="full", num_layers=-1), dense()
+
+class Uncalled(type(model)):
+    def __call__(self, tokens):
+        return self.lm_head(self.model.layers[0].input_layernorm(self.model.embed_tokens(tokens)))
+
+def tell(run):
+    try:
+        run()
+    except Exception as error:
+        print(type(error).__name__, error, flush=True)
+    assert ranks.totals(1.0) == [2.0], "the ranks are no longer in step"
+
+model.__class__ = Uncalled
+tell(lambda: shard(model, ranks))
+model = dense()
+ranks = shard(model, ranks)
+prepare(model, options)
+optimiser = make_optimiser(Training(), 1)
+initial(model, optimiser)
+
+def save(limit, step):
+    if ranks.leads:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    folder = Path(sys.argv[2])
+    led(ranks, model, lambda: save_checkpoint(folder, model, optimiser, Progress(step=step), options), optimiser)
+
+whole = resource.RLIM_INFINITY
+tell(lambda: save(whole, 1))
+size = (Path(sys.argv[2]) / "checkpoints/0000001/adapters.safetensors").stat().st_size
+for part in (0.5, 1.1, 1.9):
+    tell(lambda: save(int(size * part), 2))
+tell(lambda: save(whole, 2))
+"""
+
+
+@needs_ring
+def test_what_rank_0_cannot_do_ends_all_in_step(tmp_path):
+    """A model that does not call its blocks, and a disk that is full in the middle of arrays of which every rank has slices."""
+    first, second = (said.splitlines() for said in run_ranks(tmp_path, FAILS, tmp_path))
+    refused = "--fully-shard: this model reads parameters of a block without calling it; leave the flag out ("
+    assert first[0].startswith(f"InputError {refused}") and second[0].startswith(f"SharedError {refused}")
+    assert [line.split()[0] for line in first[1:]] == ["OSError"] * 3
+    assert second[1:] == ["LostError rank 0 could not read or write its files"] * 3
+    assert checkpoints(tmp_path) == ["0000001", "0000002"] and newest(tmp_path)[1] == []
 
 
 # --- slices -----------------------------------------------------------------------------------
@@ -153,6 +245,21 @@ def test_files_are_those_of_mlx(tmp_path):
     found = mx.load(str(tmp_path / "ours.safetensors"))
     assert found.keys() == arrays.keys()
     assert all(found[k].dtype == a.dtype and found[k].shape == a.shape and mx.array_equal(found[k], a) for k, a in arrays.items())
+
+
+def test_a_checksum_is_in_the_file_whether_arrays_are_whole_or_not(tmp_path):
+    arrays = {"b": mx.arange(6).reshape(2, 3).astype(mx.bfloat16), "a": mx.ones((4,)), "step": mx.array(3)}
+    file = tmp_path / "adapters.safetensors"
+    save_arrays(file, arrays, checked=True)
+    wanted = mx.load(str(file), return_metadata=True)[1]["crc32"]
+    write_stored(file, arrays, {"more": "text"}, checked="crc32")
+    found, metadata = mx.load(str(file), return_metadata=True)
+    assert metadata == {"format": "mlx", "more": "text", "crc32": wanted}
+    assert all(mx.array_equal(found[name], array) for name, array in arrays.items())
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(InputError, match="its checksum does not match"):
+        check_arrays(file)
 
 
 def test_one_process_has_the_whole_model():
@@ -182,6 +289,14 @@ def test_what_has_no_slices_is_refused(training, adapter, how, remedy):
     with pytest.raises(InputError, match=f"--fully-shard.*{remedy}"):
         check_options(Training(fully_shard=True, **training), options, **{"online": False, "taught": False} | how)
     check_options(Training(**training), options, **{"online": False, "taught": False} | how)
+
+
+def test_a_module_of_two_blocks_is_refused():
+    model = dense()
+    first, second = model.layers
+    second.mlp = first.mlp
+    with pytest.raises(InputError, match=r"--fully-shard: model\.layers\.[01]\.mlp\.\w+ is in several blocks.*leave the flag out"):
+        shard(model, Ranks(size=2))
 
 
 def test_quantised_weights_are_refused():

@@ -38,6 +38,7 @@ from mlxlora.optimisers import learning_rate, make_optimiser
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+PAGES = {"mlx-lm": ROOT / "docs" / "from-mlx-lm.md", "mlx-lm-lora": ROOT / "docs" / "from-mlx-lm-lora.md"}
 DATA = Path(__file__).parent / "data" / "switch"
 PAIRS = (ModelOptions, AdapterOptions, PairData, Training, Output)
 GROUPS = {
@@ -85,7 +86,7 @@ def test_every_key_and_flag_has_its_place(peer):
 
 @pytest.mark.parametrize("peer", peers.PEERS, ids=lambda peer: peer.name)
 def test_the_documentation_shows_the_table(peer):
-    assert table(peer) in (ROOT / peer.page).read_text(encoding="utf-8"), "run `python tests/test_switch.py`"
+    assert table(peer) in PAGES[peer.name].read_text(encoding="utf-8"), "run `python tests/test_switch.py`"
 
 
 def test_the_readme_has_every_key_and_flag_of_both():
@@ -119,11 +120,12 @@ def test_the_published_file_of_mlx_lm(tmp_path):
     assert expected.items() <= values.items() and values["lora_keys"] == ("self_attn.q_proj", "self_attn.v_proj")
     assert notes == [
         "peer.yaml is mlx-lm's. Different here: Adam has bias correction; gradients are clipped to norm 1 "
-        "(max_grad_norm: 0 = off); a loss is one mean over all scored tokens of a step; plain-text rows are wrapped "
+        "(max_grad_norm 0 = off); a loss is one mean over all scored tokens of a step; plain-text rows are wrapped "
         "in the chat template only with "
-        "use_chat_template. docs/from-mlx-lm.md",
-        "not in peer.yaml, so they have our defaults, not mlx-lm's: weight_decay (0.01)",
+        "use_chat_template. More in the README: Coming from mlx-lm or mlx-lm-lora",
+        "not given, so they have our defaults, not mlx-lm's: weight_decay (0.01)",
     ]
+    assert "\n## Coming from mlx-lm or mlx-lm-lora\n" in README.read_text(encoding="utf-8")
 
 
 def test_all_that_the_file_of_mlx_lm_shows(tmp_path):
@@ -131,7 +133,8 @@ def test_all_that_the_file_of_mlx_lm_shows(tmp_path):
     assert (values["betas"], values["eps"], values["weight_decay"]) == ((0.9, 0.98), 1e-6, 0.05)
     schedule = ("lr_schedule", "learning_rate", "lr_decay_steps", "lr_end", "warmup", "warmup_init")
     assert [values[name] for name in schedule] == ["cosine", 1e-5, 1000, 1e-7, 100, 1e-7]
-    assert (values["data"], values["train_split"], values["valid_split"]) == ("billsum", "train[:1000]", "train[-100:]")
+    splits = (values["data"], values["train_split"], values["valid_split"])
+    assert splits == ("hf://datasets/billsum", "train[:1000]", "train[-100:]")
     assert (values["prompt_key"], values["completion_key"], values["report_to"]) == ("text", "summary", ("wandb", "swanlab"))
     assert "WANDB_PROJECT" in notes[0] and "iters (1000)" in notes[-1]
 
@@ -153,7 +156,13 @@ def test_all_that_the_file_of_mlx_lm_shows(tmp_path):
         ("lr_schedule: {name: linear_schedule, arguments: [1e-4, 1e-5, 50]}",
          {"lr_schedule": "linear", "learning_rate": 1e-4, "lr_end": 1e-5, "lr_decay_steps": 50}),
         ("hf_dataset: [{path: org/a, config: {name: en}, chat_feature: turns}]", {"data": "org/a:en", "messages_key": "turns"}),
+        ("hf_dataset: {path: squad, config: {name: plain}}", {"data": "hf://datasets/squad:plain"}),
         ("lora_layers: 4\nlora_parameters:", {"num_layers": 4}),
+        ("chosen_feature: chosen\ntraining_mode: normal", {}),
+        ("lr_schedule: {name: exponential_decay, arguments: [1e-4, 0.999]}",
+         {"lr_schedule": "exponential", "learning_rate": 1e-4, "lr_decay_rate": 0.999, "lr_decay_steps": 1}),
+        ("lr_schedule: {name: step_decay, arguments: [1e-4, 0.9, 10], warmup: 5}",
+         {"lr_schedule": "step", "learning_rate": 1e-4, "lr_decay_rate": 0.9, "lr_decay_steps": 10, "warmup": 5}),
     ],
 )  # fmt: skip
 def test_keys_become_options(tmp_path, text, options):
@@ -165,6 +174,7 @@ def test_keys_become_options(tmp_path, text, options):
     [
         ("dpo", "dpo_cpo_loss_type: dpop\ndelta: 50.0", {"loss_type": "dpop", "delta": 50.0}),
         ("cpo", "dpo_cpo_loss_type: hinge\ndelta: 50.0", {"loss_type": "hinge"}),
+        ("cpo", "train_mode: cpo\nloss_type: hinge\ndelta: 2.0", {"loss_type": "hinge", "delta": 2.0}),
         ("grpo", "dpo_cpo_loss_type: sigmoid\ndelta: 50.0\ngrpo_loss_type: dr_grpo", {"loss_type": "dr_grpo"}),
         ("grpo", "delta: 4.0", {"delta": 4.0}),
         ("grpo", "importance_sampling_level: sequence", {"importance_level": "sequence"}),
@@ -186,10 +196,17 @@ def test_keys_of_the_other_methods(tmp_path, command, text, options):
     [
         ("iters: 3\ntrain_mode: dpo", "peer.yaml:2: train_mode is dpo; run `mlxlora dpo -c peer.yaml`"),
         ("train_mode: ppo", "peer.yaml:1: train_mode ppo is not offered; there are sft, dpo, orpo, cpo, grpo, online_dpo, xpo"),
-        ("lr_schedule: {name: step_decay, arguments: [1e-4, 0.9, 10]}",
-         "peer.yaml:1: lr_schedule step_decay is not offered; give cosine_decay or linear_schedule with its arguments"),
-        ("lr_schedule: {name: cosine_decay, arguments: [fast]}",
+        ("lr_schedule: {name: join_schedules, arguments: [1e-4]}",
+         "peer.yaml:1: lr_schedule join_schedules is not offered; there are cosine_decay, linear_schedule, exponential_decay, "
+         "step_decay, with their arguments"),
+        ("lr_schedule: {name: step_decay, arguments: [0.01, 0.9]}",
+         "peer.yaml:1: lr_schedule.arguments of step_decay are [learning_rate, lr_decay_rate, lr_decay_steps], got [0.01, 0.9]"),
+        ("lr_schedule: {name: cosine_decay, arguments: [fast, 9]}",
          "peer.yaml:1: lr_schedule: learning_rate must be a number, got 'fast'"),
+        ("fine_tune_type: grpo",
+         "peer.yaml:1: fine_tune_type must be one of lora, dora, full, got 'grpo'; that is a command: `mlxlora grpo`"),
+        ("training_mode: sft", "peer.yaml:1: training_mode: sft has no counterpart here: the command says it"),
+        ("delta: 3", "peer.yaml:1: unknown key delta; did you mean data?"),
         ("optimizer_config: {adam: {bias_correction: false}}",
          "peer.yaml:1: optimizer_config.adam.bias_correction: False is not offered; it is always true here; remove it"),
         ("optimizer_config: {adam: {beta: 1}}", "peer.yaml:1: optimizer_config.adam.beta: 1 is not offered; remove it"),
@@ -229,16 +246,39 @@ def rates(schedule, steps):
     return [float(schedule(mx.array(step))) for step in steps]
 
 
-@pytest.mark.parametrize("name", ["cosine_decay", "linear_schedule"])
+SCHEDULES = {
+    "cosine_decay": [1e-3, 20, 1e-4],
+    "linear_schedule": [1e-3, 1e-4, 20],
+    "exponential_decay": [1e-3, 0.9],
+    "step_decay": [1e-3, 0.5, 7],
+}
+
+
+def test_every_schedule_of_mlx_is_there():
+    """`join_schedules` takes functions, which no file can name."""
+    module = optim.schedulers
+    found = {name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__}
+    assert found - {"join_schedules"} == SCHEDULES.keys()
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("warmup", [0, 7])
 def test_schedules_are_those_of_mlx(tmp_path, name, warmup):
     """Step for step, but for the peak, which lasts two steps there after a warm-up."""
-    arguments = [1e-3, 20, 1e-4] if name == "cosine_decay" else [1e-3, 1e-4, 20]
-    spec = {"name": name, "warmup": warmup, "warmup_init": 1e-5 * (warmup > 0), "arguments": arguments}
+    spec = {"name": name, "warmup": warmup, "warmup_init": 1e-5 * (warmup > 0), "arguments": SCHEDULES[name]}
     values, _ = read(yaml.safe_dump({"lr_schedule": spec}), tmp_path)
     ours = rates(learning_rate(settings.build(Training, values), 1000), range(40))
     theirs = rates(build_schedule(spec), range(41))
     assert ours == pytest.approx(theirs[:warmup] + theirs[warmup + (warmup > 0) :][: 40 - warmup], rel=1e-5)
+
+
+@pytest.mark.parametrize(("shape", "expected"), [("exponential", [1.0, 0.1**0.5, 0.1, 0.1**1.5]), ("step", [1.0, 1.0, 0.1, 0.1])])
+def test_schedules_take_the_whole_run(shape, expected):
+    """A tenth is left at the end; from then on they go on falling, to `lr_end`."""
+    schedule = learning_rate(Training(learning_rate=1.0, lr_schedule=shape), 10)
+    assert rates(schedule, (0, 5, 10, 15)) == pytest.approx(expected)
+    ended = learning_rate(Training(learning_rate=1.0, lr_schedule=shape, lr_end=0.5, lr_decay_steps=1), 10)
+    assert rates(ended, (0, 1, 50)) == pytest.approx([1.0, 0.55, 0.5])
 
 
 @pytest.mark.parametrize(
@@ -296,13 +336,19 @@ def test_the_published_files_train(mlxlora, eager, folder, name):
 
 
 REWARDS = """
-def exact_match_reward(prompts, completions, answer, types=None):
+from typing import Optional
+from mlx_lm_lora.trainer.grpo_reward_functions import register_reward_function
+
+@register_reward_function()
+def exact_match_reward(prompts: list, completions: list, answer: list, types: Optional[list] = None) -> list[float]:
     return [2.0 if c.strip() == a.strip() else 0.0 for c, a in zip(completions, answer)]
 
-def custom_tag_match_reward(prompts, completions, answer, types=None):
+@register_reward_function("custom_tag_match_reward")
+def tags(prompts: list, completions: list, answer: list, types: Optional[list] = None) -> list[float]:
     return [float("<result>" in c) for c in completions]
 
-def format_adherence_reward(prompts, completions, answer, types=None):
+@register_reward_function()
+def format_adherence_reward(prompts: list, completions: list, answer: list, types: Optional[list] = None) -> list[float]:
     return [len(c) % 7 / 7 for c in completions]
 """
 
@@ -347,8 +393,32 @@ def test_rows_of_a_hub_data_set(monkeypatch):
         "train": {"text": "train[:10]"},
         "valid": {"text": "train[-5:]"},
     }
+    monkeypatch.chdir(DATA)  # a data set without an organisation is no file, even if one is called like it
+    read_splits("hf://datasets/example_lora.yaml:en", {"train": "train"})
+    assert asked[-1] == ("example_lora.yaml", "en", "train")
+    with pytest.raises(InputError, match=r"billsum: no such file; .* or a hub name like org/name or hf://datasets/name$"):
+        read_splits("billsum", {"train": "train"})
     with pytest.raises(InputError, match=r"--train-split is for hub data sets, .* is a local one; leave it out"):
         read_splits(str(DATA), {"train": "train[:10]"})
+
+
+def test_the_data_set_of_the_published_file(monkeypatch, tmp_path):
+    """Whose name, billsum, has no organisation."""
+    import sys
+    import types
+
+    from mlxlora.sources import read as read_rows
+
+    fake = types.ModuleType("datasets")
+    fake.load_dataset = lambda name, split: [{"text": name, "summary": split}]
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    values, _ = read((DATA / "lora_config_all.yaml").read_text(), tmp_path)
+    rows = read_rows(settings.build(DataOptions, values), seed=0)
+    assert {name: [row.fields for row in part] for name, part in rows.items()} == {
+        "train": [{"text": "billsum", "summary": "train[:1000]"}],
+        "valid": [{"text": "billsum", "summary": "train[-100:]"}],
+    }
+    assert rows["train"][0].where == "billsum[train]:1"
 
 
 def table(peer):
@@ -375,13 +445,15 @@ def both():
 def meaning(name, key):
     option = key.option and ("the same" if key.option == name else f"`{key.option}`")
     where = f" (in {', '.join(key.modes)})" if key.modes and not key.text else ""
-    text = {"refused": "an error: ", "told": "a note: "}.get(key.fate, "") + key.text if key.text else ""
+    fate = {"refused": "an error", "told": "a note"}.get(key.fate)
+    idle = [f"`{value}`" if value else "empty" for value in key.idle if value not in (None, False)]
+    text = f"{fate}{f' unless it is {idle[0]}' if idle else ''}: {key.text}" if fate else key.text
     return "; ".join(part for part in (option and option + where, text) if part)
 
 
 def write_tables():
     for peer in peers.PEERS:
-        path = ROOT / peer.page
+        path = PAGES[peer.name]
         before, _ = path.read_text(encoding="utf-8").split("| there | here |")
         path.write_text(before + table(peer) + "\n", encoding="utf-8")
     text = README.read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -13,15 +14,15 @@ import orjson
 import pytest
 import torture
 import torture_faults
-from tiny import dense
+from tiny import dense, text_rows
 
 from mlxlora import folders
-from mlxlora.adapters import prepare, read_arrays, save
-from mlxlora.checkpoint import Progress, load_checkpoint, newest, save_checkpoint
+from mlxlora.adapters import attach, load_weights, prepare, read_arrays, read_config, save
+from mlxlora.checkpoint import Progress, at_best, initial, load_checkpoint, newest, save_checkpoint
 from mlxlora.config import AdapterOptions
 from mlxlora.errors import InputError, RunError
-from mlxlora.files import sweep
-from mlxlora.folders import writing
+from mlxlora.files import atomic_directory, sweep
+from mlxlora.folders import check_vacant, writing
 
 SMALL = AdapterOptions(num_layers=1, rank=1, lora_keys=("self_attn.k_proj",))
 
@@ -55,9 +56,14 @@ def test_every_flip_in_a_checkpoint_is_noticed(model, tmp_path, name):
         load_checkpoint(path, model, optim.Adam(1e-3))
 
 
-def test_a_checkpoint_without_a_digest_of_its_state_is_read(model, tmp_path):
-    adam = optim.Adam(1e-3)
-    adam.init(model.trainable_parameters())
+@pytest.fixture
+def adam(model):
+    optimiser = optim.Adam(1e-3)
+    initial(model, optimiser)
+    return optimiser
+
+
+def test_a_checkpoint_without_a_digest_of_its_state_is_read(model, adam, tmp_path):
     path = save_checkpoint(tmp_path, model, adam, Progress(step=3), SMALL)
     state = (path / "state.json").read_text(encoding="utf-8")
     (path / "state.json").write_text(re.sub(r'"state.json": "\w+",', "", state), encoding="utf-8")
@@ -65,8 +71,44 @@ def test_a_checkpoint_without_a_digest_of_its_state_is_read(model, tmp_path):
     assert orjson.loads((path / "state.json").read_bytes())["sha256"].keys() >= {"optimizer.safetensors"}
 
 
-def test_no_good_checkpoint_makes_room_for_a_damaged_one(model, tmp_path):
-    adam = optim.Adam(1e-3)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("step", value) for value in ("x", -5, 2.5, True, None)),
+        *(
+            ("tokens", "x"),
+            ("waited", -1),
+            ("skipped", []),
+            ("stop", 1),
+            ("best", "low"),
+            ("window", {"loss": "a"}),
+            ("window", []),
+        ),
+        *(("future", 1), ("sha256", {}), ("sha256", {"../../secret": "x"}), ("sha256", [])),
+    ],
+)
+def test_a_state_that_no_run_wrote_is_a_damaged_checkpoint(model, adam, tmp_path, field, value):
+    path = save_checkpoint(tmp_path, model, adam, Progress(step=3), SMALL)
+    state = orjson.loads((path / "state.json").read_bytes())
+    del state["sha256"]["state.json"]
+    (path / "state.json").write_bytes(orjson.dumps(state))
+    assert newest(tmp_path)[0] == path
+    (path / "state.json").write_bytes(orjson.dumps(state | {field: value}))
+    found, (problem,) = newest(tmp_path)
+    assert found is None and problem.startswith(f"{path}: damaged checkpoint (") and "\n" not in problem
+
+
+def test_a_good_checkpoint_is_not_written_again(model, adam, tmp_path):
+    """Whoever is killed while a good one makes room for the same one would lose it."""
+    path = save_checkpoint(tmp_path, model, adam, Progress(step=3), SMALL)
+    first = path.stat().st_ino
+    assert save_checkpoint(tmp_path, model, adam, Progress(step=3), SMALL) == path and path.stat().st_ino == first
+    (path / "state.json").write_bytes(b"")
+    save_checkpoint(tmp_path, model, adam, Progress(step=3), SMALL)
+    assert path.stat().st_ino != first and newest(tmp_path) == (path, [])
+
+
+def test_no_good_checkpoint_makes_room_for_a_damaged_one(model, adam, tmp_path):
     for step in (3, 6, 9, 12):
         save_checkpoint(tmp_path, model, adam, Progress(step=step), SMALL)
     for step in (9, 12):
@@ -75,6 +117,22 @@ def test_no_good_checkpoint_makes_room_for_a_damaged_one(model, tmp_path):
     save_checkpoint(tmp_path, model, adam, Progress(step=8), SMALL, keep=2)
     assert newest(tmp_path)[0] == tmp_path / "checkpoints" / "0000008"
     assert (tmp_path / "checkpoints" / "0000006").is_dir() and not (tmp_path / "checkpoints" / "0000003").exists()
+
+
+def test_damaged_checkpoints_take_no_place_once_an_earlier_one_is_loaded(model, adam, tmp_path):
+    def names():
+        return sorted(path.name.strip(".") for path in (tmp_path / "checkpoints").iterdir())
+
+    for step in (3, 6, 9):
+        save_checkpoint(tmp_path, model, adam, Progress(step=step), SMALL)
+    (tmp_path / "checkpoints" / "0000009" / "state.json").write_bytes(b"")
+    assert load_checkpoint(tmp_path / "checkpoints" / "0000006", model, adam).step == 6
+    assert names() == ["0000003", "0000006", "0000009.damaged.tmp"] and newest(tmp_path)[1] == []
+    assert load_checkpoint(tmp_path / "checkpoints" / "0000003", model, adam).step == 3
+    assert names()[1] == "0000006", "a good one is put aside"
+    save_checkpoint(tmp_path, model, adam, Progress(step=8), SMALL, keep=2)
+    save_checkpoint(tmp_path, model, adam, Progress(step=12), SMALL, keep=2)
+    assert names() == ["0000008", "0000012"]
 
 
 def test_every_flip_in_adapters_is_noticed_or_harmless(model, tmp_path):
@@ -92,20 +150,104 @@ def test_every_flip_in_adapters_is_noticed_or_harmless(model, tmp_path):
     assert noticed > 0.95 * len(content)
 
 
+def test_mlx_opens_files_itself(model, tmp_path, monkeypatch):
+    """A thread of MLX that still holds on to a file of Python's when the interpreter ends would abort it."""
+    save(model, tmp_path, SMALL)
+    opened, load = [], mx.load
+    monkeypatch.setattr(mx, "load", lambda file, *more, **options: opened.append(file) or load(file, *more, **options))
+    read_arrays(tmp_path)
+    assert opened == [str(tmp_path / "adapters.safetensors")]
+
+
+def test_another_configuration_beside_the_adapters_is_named(model, tmp_path, capsys):
+    save(model, tmp_path, SMALL)
+    file = tmp_path / "adapter_config.json"
+    config = read_config(tmp_path)
+    for changed, told in (
+        (config, False),
+        (config | {"model": "elsewhere"}, False),
+        (config | {"lora_parameters": config["lora_parameters"] | {"scale": 6.0}}, True),
+    ):
+        file.write_bytes(orjson.dumps(changed, option=orjson.OPT_SORT_KEYS))  # laid out in another way, too
+        attach(dense(), tmp_path)
+        err = capsys.readouterr().err
+        assert bool(err) == told and err.count("\n") == told
+    assert err.startswith(f"warning: {tmp_path}/adapters.safetensors: adapter_config.json is not the one")
+    load_weights(model, tmp_path)
+    assert capsys.readouterr().err == err
+
+
+RUN = (
+    "--iters",
+    4,
+    "--save-every",
+    2,
+    "--steps-per-eval",
+    2,
+    "--val-batches",
+    1,
+    "--batch-size",
+    1,
+    "--num-layers",
+    1,
+    "--rank",
+    1,
+)
+
+
+@pytest.fixture
+def finish(tmp_path, model_folder, mlxlora):
+    """A run, or the rest of one."""
+    rows = text_rows(tmp_path, longest=2, train=4, valid=2)
+    return lambda *more: mlxlora("sft", "--model", model_folder, "--data", rows, *RUN, "--adapter-path", tmp_path / "run", *more)
+
+
+def test_a_finished_run_writes_damaged_adapters_again(finish, tmp_path):
+    assert finish().code == 0
+    file = tmp_path / "run" / "adapters.safetensors"
+    whole = file.read_bytes()
+    for content in (whole[:-1] + bytes([whole[-1] ^ 1]), b"", None):
+        file.unlink() if content is None else file.write_bytes(content)
+        done = finish("--resume")
+        assert done.code == 0 and "written again from a checkpoint" in done.out, done.err
+        assert file.read_bytes() == whole
+    assert "written again" not in finish("--resume").out
+
+
+def test_the_best_adapters_are_written_again_from_their_checkpoint_or_not_at_all(finish, tmp_path):
+    assert finish("--keep-best", "--learning-rate", 1e-2).code == 0
+    file, (first, last) = tmp_path / "run" / "adapters.safetensors", sorted((tmp_path / "run" / "checkpoints").iterdir())
+    whole = file.read_bytes()
+    assert whole == (last / file.name).read_bytes() != (first / file.name).read_bytes()
+    lines = [orjson.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_bytes().splitlines()]
+    best = min(line["loss"] for line in lines if line["split"] == "valid")
+    assert at_best(tmp_path / "run", best) == last
+    file.write_bytes(b"")
+    assert finish("--resume").code == 0 and file.read_bytes() == whole
+    shutil.rmtree(first)
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(metrics.replace(b'"valid"', b'"other"'))
+    file.write_bytes(b"")
+    done = finish("--resume", "--keep-best")
+    assert done.code == 2 and done.err.count("\n") == 1 and "the best adapters are in no checkpoint: take another" in done.err
+
+
 # --- one run in a folder ---------------------------------------------------------------------------
 
 
 def test_a_second_run_is_refused(tmp_path, mlxlora):
     with writing(tmp_path / "run", "--adapter-path"):
+        (tmp_path / "run" / "config.yaml").touch()
         before = sorted(tmp_path.rglob("*"))
         for more in ((), ("--resume",), ("--overwrite",)):
             outcome = mlxlora("sft", "--iters", 1, "--adapter-path", tmp_path / "run", *more)
             assert outcome.code == 2 and outcome.err.count("\n") == 1 and "another run is writing there" in outcome.err
         assert sorted(tmp_path.rglob("*")) == before
+        (tmp_path / "run" / "config.yaml").unlink()
     assert not (tmp_path / "run").exists(), "a folder in which nothing was written stays"
 
 
-def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch, capsys):
     def none(*_):
         raise OSError(errno.ENOTSUP, "not supported")
 
@@ -113,6 +255,8 @@ def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
     with writing(tmp_path, "--adapter-path"), writing(tmp_path, "--adapter-path"):
         (tmp_path / "file").touch()
     assert (tmp_path / "file").exists()
+    told = f"warning: --adapter-path {tmp_path}: its file system has no locks (not supported); do not start a second run there\n"
+    assert capsys.readouterr().err == told * 2
 
 
 def test_nothing_is_left_of_folders_for_nothing(tmp_path):
@@ -131,7 +275,7 @@ def test_what_cannot_be_written_is_one_line(tmp_path, number, told):
 
 
 def test_what_a_killed_writer_left_is_removed(tmp_path):
-    for name in (".0000003.tmp", ".0000003.before.tmp"):
+    for name in ("0000003", ".0000003.tmp", ".0000003.before.tmp", ".0000006.damaged.tmp"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
     for name in (".mine.tmp", ".x.safetensors.12.tmp", ".y.safetensors.13.tmp"):
@@ -139,7 +283,67 @@ def test_what_a_killed_writer_left_is_removed(tmp_path):
     os.utime(tmp_path / ".x.safetensors.12.tmp", (0, time.time() - 100))
     sweep(tmp_path, "[0-9]*")
     sweep(tmp_path, "*.safetensors", older=50)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.tmp", ".y.safetensors.13.tmp"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.tmp", ".y.safetensors.13.tmp", "0000003"]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL where the test goes on."""
+
+
+def kills(monkeypatch, number):
+    """Nothing is renamed or removed from a rename on, as if the process were gone."""
+    seen, rename, remove = [], Path.replace, shutil.rmtree
+
+    def replace(path, target):
+        seen.append(path)
+        if len(seen) >= number:
+            raise Killed
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    monkeypatch.setattr(shutil, "rmtree", lambda *a, **o: None if len(seen) >= number else remove(*a, **o))
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("again", ["sweep", "check", "fails", "succeeds"])
+def test_a_kill_while_a_folder_is_replaced_loses_neither(tmp_path, monkeypatch, number, again):
+    folder = tmp_path / "0000003"
+
+    def write(text):
+        with atomic_directory(folder) as temporary:
+            (temporary / "file").write_text(text)
+            if text == "never":
+                raise Killed
+
+    write("old")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kills(patch, number)
+        write("new")
+    assert folder.exists() == (number == 1)
+    if again == "check":
+        with pytest.raises(InputError, match="exists and is not empty"):
+            check_vacant(folder, "--save-path", overwrite=False, marker="file")
+    if again in ("check", "sweep"):
+        sweep(tmp_path, "[0-9]*")
+    elif again == "fails":
+        with pytest.raises(Killed):
+            write("never")
+    else:
+        write("newer")
+    assert [path.name for path in tmp_path.iterdir()] == ["0000003"]
+    assert (folder / "file").read_text() == ("newer" if again == "succeeds" else "old")
+
+
+def test_renames_reach_the_disk(tmp_path, monkeypatch):
+    """A folder is synchronised after the rename in it, and its files before."""
+    seen, sync = [], os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: seen.append((os.fstat(handle).st_ino, (tmp_path / "a").exists())) or sync(handle)
+    )
+    with atomic_directory(tmp_path / "a") as temporary:
+        (temporary / "file").touch()
+    wanted = [(tmp_path / "a" / "file", False), (tmp_path / "a", False), (tmp_path, True)]
+    assert seen == [(path.stat().st_ino, there) for path, there in wanted]
 
 
 # --- the script ------------------------------------------------------------------------------------

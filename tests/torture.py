@@ -107,14 +107,16 @@ def report(tallies: dict[str, Tally], command: str, seconds: float) -> str:
 
 
 def updated(text: str, tallies: dict[str, Tally], command: str) -> str:
-    """A report with the rows of some faults, which were tried again."""
-    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
+    """A report with the rows of some faults, which are new or were tried again."""
+    lines = text.splitlines()
+    known = {line.split("|")[1].strip(): line for line in lines if line.startswith("| ")}
     again = {name: tally.row(name) for name, tally in tallies.items()}
-    cells = [(rows | again)[name].split("|") for name in FAULTS]
+    rows = [(known | again)[name] for name in FAULTS if name in known | again]
+    cells = [row.split("|") for row in rows]
     whole = Tally(sum(int(row[2]) for row in cells), sum(int(row[4]) for row in cells))
-    rows |= again | {"all": whole.row("all")}
-    lines = [rows[line.split("|")[1].strip()] if line.startswith("| ") else line for line in text.splitlines()]
-    return "\n".join([*lines, f"- Again, {date.today()}, with its rows above: `{command}`."]) + "\n"
+    start, end = lines.index(HEADING.splitlines()[1]) + 1, lines.index(known["all"])
+    told = f"- Again or for the first time, {date.today()}, with its rows above: `{command}`."
+    return "\n".join([*lines[:start], *rows, whole.row("all"), *lines[end + 1 :], told]) + "\n"
 
 
 def main() -> None:

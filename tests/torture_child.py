@@ -3,8 +3,8 @@
     {"folder": "/tmp/run", "at": 7, "then": "kill"}
 
 The seventh time that something in the folder is about to be written, renamed or removed, the process is killed; with a number
-in place of `kill`, that and all later ones fail with this `errno`. `"count"` names a file for how many there were, `"clock"`
-is the seed of a clock that jumps.
+in place of `kill`, that and all later ones fail with this `errno`. At `"interrupt"` there is a Ctrl-C. `"count"` names a file for
+how many there were, `"clock"` is the seed of a clock that jumps.
 """
 
 import atexit
@@ -21,7 +21,9 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
 
-def watch(folder: str, at: int | None = None, then: int | str = "kill", count: str | None = None) -> None:
+def watch(
+    folder: str, at: int | None = None, then: int | str = "kill", interrupt: int | None = None, count: str | None = None
+) -> None:
     """Counts what happens in the folder, and strikes."""
     seen = 0
 
@@ -32,6 +34,8 @@ def watch(folder: str, at: int | None = None, then: int | str = "kill", count: s
         if not isinstance(arguments[0], str | bytes | os.PathLike) or not os.fsdecode(arguments[0]).startswith(folder):
             return
         seen += 1
+        if seen == interrupt:
+            os.kill(os.getpid(), signal.SIGINT)
         if at is not None and seen > at:
             if then == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -22,12 +22,14 @@ import mlx.core as mx
 import numpy as np
 import orjson
 from attrs import define, field
+from test_distributed import free_ports
 from test_resume import reached, records, same_run
 
 from mlxlora import starter
 from mlxlora.adapters import read_arrays
 from mlxlora.arrays import read_checked, write_arrays
 from mlxlora.errors import InputError
+from mlxlora.records import SETTINGS
 from mlxlora.signatures import LIMIT
 
 CHILD = Path(__file__).with_name("torture_child.py")
@@ -46,7 +48,9 @@ MODES: dict[str, tuple[Any, ...]] = {
     "sft --qat 4": ("sft", "--qat", 4),
     "sft, PiSSA": ("sft", "--init-lora-weights", "pissa"),
     "sft, bfloat16 adapters": ("sft", "--adapter-dtype", "bfloat16", "--optimizer", "muon"),
+    "sft --keep-best": ("sft", "--keep-best"),
     "dpo": ("dpo",),
+    "dpo --reference-model-path": ("dpo", "--reference-model-path", starter.model_path()),
     "orpo": ("orpo",),
     "cpo": ("cpo",),
     "kto": ("kto",),
@@ -55,8 +59,12 @@ MODES: dict[str, tuple[Any, ...]] = {
     "online-dpo": ("online-dpo", *ONLINE),
     "distill": ("distill", *TAUGHT, "--data", starter.data_path("sft")),
     "gkd": ("gkd", *TAUGHT, "--data", starter.data_path("grpo"), "--max-completion-length", 6),
+    "sft, 2 ranks": ("sft",),
+    "sft --fully-shard, 2 ranks": ("sft", "--train-type", "full", "--num-layers", -1, "--fully-shard"),
 }
 """Every way of training, as the beginning of a command line."""
+
+RANKS = {mode: 2 for mode in MODES if mode.endswith("2 ranks")}
 
 
 class Lost(Exception):
@@ -70,6 +78,48 @@ class Skipped(Exception):
 def check(holds: Any, problem: str) -> None:
     if not holds:
         raise Lost(problem)
+
+
+@define
+class Several:
+    """The processes of one run, as `mlx.launch` has them: where one fails, the others are told to end.
+
+    Attributes:
+        processes: by rank.
+        victim: who is killed.
+    """
+
+    processes: list[subprocess.Popen]
+    victim: int
+
+    def poll(self) -> int | None:
+        """None while all of them run."""
+        return next((code for code in (process.poll() for process in self.processes) if code is not None), None)
+
+    def kill(self) -> None:
+        self.processes[self.victim].kill()
+
+    def communicate(self, timeout: float) -> tuple[None, str]:
+        deadline, told = time.monotonic() + timeout, False
+        while any(process.poll() is None for process in self.processes):
+            if not told and any(process.poll() for process in self.processes):
+                told = True
+                _each(self.processes, subprocess.Popen.terminate)
+            if time.monotonic() > deadline:
+                _each(self.processes, subprocess.Popen.kill)
+                raise subprocess.TimeoutExpired("ranks", timeout)
+            time.sleep(0.005)
+        return None, "".join(process.communicate()[1] or "" for process in self.processes)
+
+    @property
+    def returncode(self) -> int:
+        """Of a rank that was killed, else of one that failed."""
+        return min((process.returncode for process in self.processes), key=lambda code: (code >= 0, -abs(code)))
+
+
+def _each(processes: list[subprocess.Popen], do: Callable[[subprocess.Popen], None]) -> None:
+    for process in processes:
+        do(process)  # nothing, where it has ended
 
 
 @define
@@ -104,24 +154,39 @@ class Lab:
                 self.wholes[mode] = (folder, time.monotonic() - began, count)
             return self.wholes[mode]
 
-    def start(self, mode: str, folder: Path, fault: dict[str, Any] | None = None, *more: Any, **popen: Any) -> subprocess.Popen:
-        """A process that runs a mode in a folder; `cache` may be a folder of its own for caches."""
+    def start(self, mode: str, folder: Path, fault: dict[str, Any] | None = None, *more: Any, **popen: Any) -> Any:
+        """A process that runs a mode in a folder, or one for each rank; `cache` may be a folder of its own for caches."""
         line = [sys.executable, str(CHILD), *map(str, (*MODES[mode], *SHORT, *more, "--adapter-path", folder))]
         environment = os.environ | {
             "TORTURE": json.dumps(fault or {}),
             "MLXLORA_CACHE": str(popen.pop("cache", self.root / "cache")),
         }
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "cwd": self.root}
-        return subprocess.Popen(line, env=environment, **(pipes | popen))
+        if mode not in RANKS:
+            return subprocess.Popen(line, env=environment, **(pipes | popen))
+        every = [subprocess.Popen(line, env=environment | own, **(pipes | popen)) for own in self._ranks(RANKS[mode])]
+        return Several(every, sum(folder.name.encode()) % RANKS[mode])
+
+    def _ranks(self, count: int) -> Iterator[dict[str, str]]:
+        """What the environment of each rank has; rank 0 alone writes, and has the fault."""
+        hosts = self.place().with_suffix(".json")
+        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(count)]), encoding="utf-8")
+        for rank in range(count):
+            yield {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank), **({"TORTURE": "{}"} if rank else {})}
 
     def resumes(self, mode: str, folder: Path, *more: Any) -> None:
         """Goes on in a folder, and compares what comes of it with the uninterrupted run."""
-        outcome = ended(self.start(mode, folder, None, "--resume", *more))
+        outcome = ended(self.start(mode, folder, None, *resuming(folder), *more))
         check(outcome == (0, ""), f"{mode}: resumed: {outcome}")
         same(folder, self.whole(mode)[0])
 
 
-def ended(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str]:
+def resuming(folder: Path) -> tuple[str, ...]:
+    """What goes on with a run: it begins with its options in a file, and before that there is nothing to go on with."""
+    return ("--resume",) if (folder / SETTINGS).exists() else ()
+
+
+def ended(process: subprocess.Popen | Several, seconds: float = 120) -> tuple[int, str]:
     """The exit code and standard error of a process."""
     try:
         _, err = process.communicate(timeout=seconds)
@@ -153,7 +218,7 @@ def same(ours: Path, theirs: Path) -> None:
     check(not left, f"{ours}: left {left}")
 
 
-def wait_for(folder: Path, step: int, process: subprocess.Popen, seconds: float = 60) -> None:
+def wait_for(folder: Path, step: int, process: subprocess.Popen | Several, seconds: float = 60) -> None:
     """Until a run has reported a step, or is over."""
     deadline = time.monotonic() + seconds
     while process.poll() is None and not reached(folder, step) and time.monotonic() < deadline:
@@ -171,7 +236,7 @@ def killed(lab: Lab, folder: Path, rng: random.Random, mode: str) -> None:
         while not _killed_once(lab, mode, folder, rng, seconds, operations, more):
             shutil.rmtree(folder, ignore_errors=True)  # it had ended before
             more = ()
-        more = ("--resume",)
+        more = resuming(folder)
     lab.resumes(mode, folder)
 
 
@@ -190,6 +255,16 @@ def _killed_once(
         time.sleep(rng.uniform(0, seconds))
     process.kill()
     return ended(process)[0] == -signal.SIGKILL
+
+
+def interrupted(lab: Lab, folder: Path, rng: random.Random) -> None:
+    """Ctrl-C at any file operation, and SIGKILL at one of the next, while the run saves what it has."""
+    mode = any_mode(rng)
+    first = rng.randrange(lab.whole(mode)[2])
+    fault = {"folder": str(folder), "interrupt": first, "at": first + rng.randrange(1, 12)}
+    code, err = ended(lab.start(mode, folder, fault))
+    check(code in (-signal.SIGKILL, 130) and not err, f"exit code {code}: {err[-300:]}")
+    lab.resumes(mode, folder)
 
 
 # --- what cannot be written ---------------------------------------------------------------------------
@@ -503,6 +578,7 @@ def _resident(pid: int) -> list[float]:
 
 Trial = Callable[[Lab, Path, random.Random], None]
 OTHERS: dict[str, tuple[Trial, int]] = {
+    "Ctrl-C, then kill -9": (interrupted, 20),
     "disk full": (disk_full, 20),
     "quota used up": (quota, 20),
     "errors of the disk": (bad_disk, 20),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 _HERE = Path(__file__).parent
 _DATA = {"sft": "sft", "dpo": "pairs", "orpo": "pairs", "cpo": "pairs", "kto": "pairs", "grpo": "grpo", "online-dpo": "grpo"}
+_ROWS = {"distill": "sft", "gkd": "grpo"}  # modes that need a teacher, and whose rows they read
 
 
 def model_path() -> Path:
@@ -12,14 +13,14 @@ def model_path() -> Path:
 
 
 def data_path(mode: str) -> Path:
-    """The folder with train.jsonl and valid.jsonl for sft, dpo, orpo, cpo, kto, grpo or online-dpo.
+    """The folder with train.jsonl and valid.jsonl for a mode.
 
     >>> data_path("orpo").name
     'pairs'
     """
-    return _HERE / "data" / _DATA[mode]
+    return _HERE / "data" / _DATA[_ROWS.get(mode, mode)]
 
 
 def defaults(mode: str) -> Path:
     """The YAML file with the options of a run in that mode."""
-    return _HERE / f"{mode}.yaml"
+    return _HERE / f"{_ROWS.get(mode, mode)}.yaml"
