@@ -91,7 +91,8 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the rows to this file")
     chosen = parser.parse_args()
     size = chosen.parameters * chosen.bytes
-    here = [measured(ranks, 12 if chosen.quick else chosen.steps, chosen.batch) for ranks in (1, 2)]
+    sizes, steps = ((1, 2), 12) if chosen.quick else ((1, 2, 4), chosen.steps)
+    here = [measured(ranks, steps, chosen.batch) for ranks in sizes]
     there = [modelled(size, chosen.seconds, n, link, chosen.efficiency) for link in LINKS for n in (2, 4, 8)]
     print(f"\nMeasured: {os.cpu_count()} cores shared by all ranks, no speed-up claim\n\n{table(here)}")
     print(f"\nModelled: {size / 1e6:.4g} MB of gradients a step, {chosen.seconds:g} s a step alone\n\n{table(there)}")

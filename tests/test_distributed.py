@@ -53,10 +53,14 @@ WIDE = {
 
 IN_ONE_PROCESS = """
 import json, sys
-from mlxlora_cli import app
+from mlxlora_cli import main
 for arguments in json.loads(sys.argv[1]):
-    if code := app(arguments, prog_name="mlxlora", standalone_mode=False):
-        sys.exit(code)
+    sys.argv = ["mlxlora", *arguments]
+    try:
+        main()
+    except SystemExit as stopped:
+        if stopped.code:
+            raise
 """
 
 
@@ -206,7 +210,8 @@ def test_the_loss_of_rank_0_is_told_by_another(tmp_path):
     processes[1].send_signal(signal.SIGTERM)  # as mlx.launch does
     _, (code, said) = ended(processes, 30)
     assert code == 1
-    assert said.startswith("mlxlora: error: rank 1: ") and "another rank ended" in said and said.count("\n") == 1
+    (line,) = (line for line in said.splitlines() if not line.startswith("[ring]"))  # MLX may notice first
+    assert line.startswith("mlxlora: error: rank 1: ") and "another rank ended" in line
 
 
 def test_a_rank_that_is_not_heard_of_does_not_keep_the_others_waiting(tmp_path):
