@@ -21,8 +21,8 @@ from .data import Counts, Example, Pair
 from .files import cache_folder
 from .formats import Row
 
-WORTH_KEEPING = 1 << 16  # bytes of rows; tokenising them takes some 0.1 s
-FILES = 64  # the latest used are kept
+WORTH_KEEPING = 1 << 20  # bytes of rows; tokenising them takes about half a second
+FILES = 16  # the latest used are kept
 
 Made = tuple[list[Any], Counts]
 
