@@ -8,6 +8,7 @@ rows in one process, compiled, and take turns. Theirs is the compiled step of `m
 """
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -157,15 +158,12 @@ def our_epoch(case: Case, rows: Sequence[Example], *, wait: bool = False) -> tup
     step = make_step(checkpointed(model) if case.limit else model, optim.Adam(learning_rate=1e-5), objectives.sft())
 
     def epoch() -> None:  # as the loop of a run does: a step begins before the one before is read
-        metrics = None
+        begun = deque[Any]()
         for batch in batches:
-            following = step.begin(batch)
-            if metrics:
-                step.ended(metrics, whole=False)
-            metrics = None if wait else following
-            if wait:
-                step.ended(following)
-        step.ended(metrics or {})
+            begun.append(step.begin(batch))
+            while len(begun) > (0 if wait else 1):
+                step.ended(begun.popleft(), whole=wait)
+        step.ended(begun.pop() if begun else {})
 
     loss = step(collate(rows[: case.batch_size]))["loss"].item()
     return partial(limited, case.limit, epoch), loss

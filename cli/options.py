@@ -245,9 +245,11 @@ def _of_run(fields: settings.Fields, values: Mapping[str, Any], method: str | No
 
 def _rows_of_run(values: Mapping[str, Any], seeded: bool) -> dict[str, Any]:
     """Where no data is named, that of the run which left the adapters, with its options, if it is rows of `sft`."""
+    if values.get("data") is not None:
+        return {}
     file = Path(values["adapter_path"]) / SETTINGS
     run = read_settings(file)
-    if values.get("data") is not None or run.get(settings.METHOD) not in ("sft", "distill"):
+    if run.get(settings.METHOD) not in ("sft", "distill"):
         return {}
     seed = {"seed": run["seed"]} if seeded and type(run.get("seed")) is int else {}
     return settings.read(file, settings.fields_of(DataOptions), strict=False, given=values, stored=True) | seed

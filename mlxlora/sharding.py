@@ -221,14 +221,16 @@ def is_sharded(model: nn.Module) -> bool:
 
 def count(model: nn.Module, *, trainable: bool = False) -> int:
     """Numbers in the parameters as they are whole."""
-    seen = ((m, name) for m in model.modules() for name in _own(m) if not (trainable and name in m._no_grad))
-    return sum(prod(shape_of(m, name)) for m, name in seen)
+    return sum(prod(shape_of(m, name)) for m, name in _places(model, trainable))
 
 
 def nbytes(model: nn.Module, *, trainable: bool = False) -> int:
     """Bytes of the parameters as they are whole."""
-    seen = ((m, name) for m in model.modules() for name in _own(m) if not (trainable and name in m._no_grad))
-    return sum(prod(shape_of(m, name)) * m[name].dtype.size for m, name in seen)
+    return sum(prod(shape_of(m, name)) * m[name].dtype.size for m, name in _places(model, trainable))
+
+
+def _places(model: nn.Module, trainable: bool) -> Iterator[Place]:
+    return ((m, name) for m in model.modules() for name in _own(m) if not (trainable and name in m._no_grad))
 
 
 # --- gathering --------------------------------------------------------------------------------

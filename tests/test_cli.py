@@ -281,6 +281,8 @@ def test_eval_takes_the_rows_of_the_adapters_run(monkeypatch, tmp_path, starter,
     assert (seen["model_options"], seen["batch_size"], seen["seed"]) == (ModelOptions(), 4, 3 if found else 0)
     assert run(monkeypatch, "eval", "--adapter-path", tmp_path, "--data", "other") == 0
     assert seen["data_options"] == DataOptions(data="other")
+    (tmp_path / "config.yaml").write_text("{")  # nobody reads it where the rows are named
+    assert run(monkeypatch, "eval", "--adapter-path", tmp_path, "--data", "other") == 0
 
 
 def test_resolved_configuration_is_a_configuration(monkeypatch, calls, tmp_path):
