@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from mlxlora.blas import load_fast_blas
+from mlxlora.utils.blas import load_fast_blas
 
 load_fast_blas()
 
@@ -33,12 +33,13 @@ from mlx_lm.tuner.utils import load_adapters  # noqa: E402
 
 from benchmarks.common import markdown, setting, write_json  # noqa: E402
 from benchmarks.small import UNADAPTED, VOCABULARY, architectures, build  # noqa: E402
-from mlxlora import AdapterOptions, Batch, attention, disabled, make_step, objectives, prepare, save  # noqa: E402
-from mlxlora.batching import collate  # noqa: E402
-from mlxlora.data import Example  # noqa: E402
-from mlxlora.logprobs import Scorer, scorer  # noqa: E402
-from mlxlora.recompute import checkpointed  # noqa: E402
-from mlxlora.sharing import obstacle, packed_layout  # noqa: E402
+from mlxlora import AdapterOptions, Batch, disabled, make_step, objectives, prepare, save  # noqa: E402
+from mlxlora.data.batching import collate  # noqa: E402
+from mlxlora.data.tokenize import Example  # noqa: E402
+from mlxlora.models import attention  # noqa: E402
+from mlxlora.models.grad_checkpoint import checkpointed  # noqa: E402
+from mlxlora.models.logprobs import Scorer, scorer  # noqa: E402
+from mlxlora.models.row_layouts import obstacle, packed_layout  # noqa: E402
 
 STEPS = 4
 COLUMNS = {

@@ -13,7 +13,7 @@ benchmark's dtype, so 0 in float32. Speed and memory above 1 and below 1 are goo
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mlxlora.blas import load_fast_blas
+from mlxlora.utils.blas import load_fast_blas
 
 load_fast_blas()
 
@@ -21,8 +21,8 @@ import mlx.core as mx  # noqa: E402
 from attrs import frozen  # noqa: E402
 
 from benchmarks.common import flags, interleaved, parsed, ratios, run  # noqa: E402
-from mlxlora.attention import CHUNK, blockwise, in_chunks, visible  # noqa: E402
-from mlxlora.machine import backend  # noqa: E402
+from mlxlora.models.attention import CHUNK, blockwise, in_chunks, visible  # noqa: E402
+from mlxlora.utils.device import backend  # noqa: E402
 
 COLUMNS = {
     "case": "case",

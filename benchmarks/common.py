@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from mlx_lm.models import llama, qwen3
 
-from mlxlora.machine import package_version
+from mlxlora.utils.device import package_version
 
 
 class Cost(NamedTuple):

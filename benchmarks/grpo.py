@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any
 
-from mlxlora.blas import load_fast_blas
+from mlxlora.utils.blas import load_fast_blas
 
 load_fast_blas()
 
@@ -25,18 +25,20 @@ from attrs import frozen  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
 from benchmarks.common import Cost, flags, interleaved, parsed, qwen3_600m, ratios, small_llama, tell  # noqa: E402
-from mlxlora.adapters import prepare  # noqa: E402
-from mlxlora.batching import Make, Piece  # noqa: E402
-from mlxlora.config import AdapterOptions, PromptData  # noqa: E402
-from mlxlora.data import Prompt  # noqa: E402
-from mlxlora.logprobs import scorer  # noqa: E402
-from mlxlora.online import Rollouts, prompts  # noqa: E402
-from mlxlora.policy import grpo  # noqa: E402
-from mlxlora.reference import referenced  # noqa: E402
-from mlxlora.rewards import NamedReward  # noqa: E402
-from mlxlora.rollouts import Sampling, find_route, sample  # noqa: E402
-from mlxlora.sources import Context  # noqa: E402
-from mlxlora.step import entropy_of, make_step  # noqa: E402
+from mlxlora.adapters.prepare import prepare  # noqa: E402
+from mlxlora.config.options import AdapterOptions, PromptData  # noqa: E402
+from mlxlora.data.batching import Make, Piece  # noqa: E402
+from mlxlora.data.sources import Context  # noqa: E402
+from mlxlora.data.tokenize import Prompt  # noqa: E402
+from mlxlora.models.logprobs import scorer  # noqa: E402
+from mlxlora.objectives.grpo import grpo  # noqa: E402
+from mlxlora.rollouts.engine import sample  # noqa: E402
+from mlxlora.rollouts.kv_cache import find_route  # noqa: E402
+from mlxlora.rollouts.rewards import NamedReward  # noqa: E402
+from mlxlora.rollouts.sampling import Sampling  # noqa: E402
+from mlxlora.rollouts.source import Rollouts, prompts  # noqa: E402
+from mlxlora.training.reference import referenced  # noqa: E402
+from mlxlora.training.step import entropy_of, make_step  # noqa: E402
 
 try:
     from mlx_lm_lora.trainer import grpo_trainer

@@ -117,7 +117,7 @@ def block(shape: Shape, rows: int, length: int) -> list[Kernel]:
 
 
 def head(shape: Shape, n: int, chunk: int) -> list[Kernel]:
-    from mlxlora.logprobs import _dlogps_again
+    from mlxlora.models.logprobs import _dlogps_again
 
     D, V = shape.hidden, shape.vocabulary
     h, w, logits, y = noise(chunk, D), noise(V, D), noise(chunk, V), mx.random.randint(0, V, (chunk,))

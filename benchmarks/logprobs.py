@@ -11,7 +11,7 @@ all logits at once. Both are compiled and take turns in one process. The error i
 from collections.abc import Callable
 from typing import Any
 
-from mlxlora.blas import load_fast_blas
+from mlxlora.utils.blas import load_fast_blas
 
 load_fast_blas()
 
@@ -21,8 +21,8 @@ from attrs import frozen  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
 from benchmarks.common import flags, interleaved, parsed, ratios, run  # noqa: E402
-from mlxlora.logprobs import Scorer, affordable_chunk  # noqa: E402
-from mlxlora.types import Batch  # noqa: E402
+from mlxlora.batch import Batch  # noqa: E402
+from mlxlora.models.logprobs import Scorer, affordable_chunk  # noqa: E402
 
 COLUMNS = {
     "case": "case",

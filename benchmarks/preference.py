@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from mlxlora.blas import load_fast_blas
+from mlxlora.utils.blas import load_fast_blas
 
 load_fast_blas()
 
@@ -34,12 +34,12 @@ from mlx.utils import tree_map  # noqa: E402
 
 from benchmarks.common import flags, interleaved, limited, parsed, qwen3_600m, ratios, run, small_llama  # noqa: E402
 from mlxlora import AdapterOptions, Objective, disabled, make_step, objectives, prepare  # noqa: E402
-from mlxlora.batching import pair_piece, read_positions  # noqa: E402
-from mlxlora.data import Example, Pair  # noqa: E402
-from mlxlora.logprobs import scorer  # noqa: E402
-from mlxlora.recompute import checkpointed  # noqa: E402
-from mlxlora.reference import log_probabilities  # noqa: E402
-from mlxlora.sharing import pays  # noqa: E402
+from mlxlora.data.batching import pair_piece, read_positions  # noqa: E402
+from mlxlora.data.tokenize import Example, Pair  # noqa: E402
+from mlxlora.models.grad_checkpoint import checkpointed  # noqa: E402
+from mlxlora.models.logprobs import scorer  # noqa: E402
+from mlxlora.models.row_layouts import pays  # noqa: E402
+from mlxlora.training.reference import log_probabilities  # noqa: E402
 
 dpo_trainer: Any
 try:

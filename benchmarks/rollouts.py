@@ -16,7 +16,7 @@ from itertools import islice
 from types import SimpleNamespace
 from typing import Any
 
-from mlxlora.blas import load_fast_blas
+from mlxlora.utils.blas import load_fast_blas
 
 load_fast_blas()
 
@@ -30,7 +30,9 @@ from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 from mlx_lm.sample_utils import make_sampler  # noqa: E402
 
 from benchmarks.common import flags, interleaved, parsed, qwen3_600m, tell  # noqa: E402
-from mlxlora.rollouts import Route, Sampling, find_route, sample  # noqa: E402
+from mlxlora.rollouts.engine import sample  # noqa: E402
+from mlxlora.rollouts.kv_cache import Route, find_route  # noqa: E402
+from mlxlora.rollouts.sampling import Sampling  # noqa: E402
 
 COLUMNS = {
     "case": "case",

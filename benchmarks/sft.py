@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlxlora.blas import load_fast_blas
+from mlxlora.utils.blas import load_fast_blas
 
 load_fast_blas()
 
@@ -28,9 +28,9 @@ from mlx_lm.tuner.trainer import default_loss, iterate_batches  # noqa: E402
 
 from benchmarks.common import flags, interleaved, limited, parsed, qwen3_600m, ratios, run, small_llama  # noqa: E402
 from mlxlora import AdapterOptions, make_step, objectives, prepare  # noqa: E402
-from mlxlora.batching import Order, collate  # noqa: E402
-from mlxlora.data import Example  # noqa: E402
-from mlxlora.recompute import checkpointed  # noqa: E402
+from mlxlora.data.batching import Order, collate  # noqa: E402
+from mlxlora.data.tokenize import Example  # noqa: E402
+from mlxlora.models.grad_checkpoint import checkpointed  # noqa: E402
 
 COLUMNS = {
     "case": "case",

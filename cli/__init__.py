@@ -11,7 +11,7 @@ import typer
 
 from mlxlora import __version__
 from mlxlora.errors import InputError, RunError, SharedError
-from mlxlora.launched import launched_rank
+from mlxlora.utils.launch import launched_rank
 
 from .compare import compare
 from .cpo import cpo
@@ -102,7 +102,7 @@ def main() -> None:
     try:
         code = _named(sys.argv[1:2])(prog_name="mlxlora", standalone_mode=False)
     except SharedError as error:
-        from mlxlora.distributed import current_ranks
+        from mlxlora.distributed.ranks import current_ranks
 
         _fail(str(error), 1, said_elsewhere=not current_ranks().says(error))
     except (InputError, RunError) as error:

@@ -8,7 +8,7 @@ import typer
 from attrs import asdict, frozen
 from attrs import validators as v
 
-from mlxlora.config import ModelOptions, option
+from mlxlora.config.options import ModelOptions, option
 from mlxlora.errors import InputError
 
 from .generate import BASE, Answering
@@ -33,8 +33,8 @@ def compare(model: ModelOptions, comparison: CompareOptions) -> None:
         raise InputError("name either --prompt or --data")
     if not comparison.adapter_path:
         raise InputError("--adapter-path is missing: one or more folders of adapters")
-    from mlxlora import comparison as library
-    from mlxlora.recipes import base_of, load
+    from mlxlora.adapters import compare as library
+    from mlxlora.adapters.prepare import base_of, load
 
     network, tokenizer = load(base_of(model, comparison.adapter_path[0]))
     how = {name: getattr(comparison, name) for name in ("max_tokens", "temperature", "top_p", "seed")}
@@ -47,8 +47,8 @@ def compare(model: ModelOptions, comparison: CompareOptions) -> None:
 
 
 def _questions(comparison: CompareOptions, tokenizer: Any) -> list[Any]:
-    from mlxlora.formats import Row
-    from mlxlora.questions import question, read_questions
+    from mlxlora.data.prompts import question, read_questions
+    from mlxlora.data.rows import Row
 
     how: dict[str, Any] = {"use_chat_template": comparison.use_chat_template, "system": comparison.system}
     if comparison.data is not None:
@@ -61,7 +61,7 @@ def _print(rows: Sequence[Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from mlxlora.report import printable
+    from mlxlora.reporting.text import printable
 
     expected = any(row.expected for row in rows)
     table = Table(show_lines=True)

@@ -35,6 +35,6 @@ def _of(names: tuple[str, ...]) -> Callable[[str], list[str]]:
 
 
 def _rewards(incomplete: str) -> list[str]:
-    from mlxlora.reward_functions import BUILT_IN
+    from mlxlora.rollouts.reward_functions import BUILT_IN
 
     return _of(tuple(BUILT_IN))(incomplete)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from mlxlora.blas import load_fast_blas
+from mlxlora.utils.blas import load_fast_blas
 
 
 def doctor(
@@ -15,7 +15,7 @@ def doctor(
     import attrs
     import orjson
 
-    from mlxlora.doctor import examine
+    from mlxlora.utils.doctor import examine
 
     findings = examine(blas)
     if as_json:

@@ -1,6 +1,6 @@
 """`mlxlora dpo`."""
 
-from mlxlora.config import AdapterOptions, DPOOptions, ModelOptions, Output, PairData, Training
+from mlxlora.config.options import AdapterOptions, DPOOptions, ModelOptions, Output, PairData, Training
 
 from .options import flags
 
@@ -10,6 +10,6 @@ def dpo(
     model: ModelOptions, adapter: AdapterOptions, data: PairData, training: Training, output: Output, objective: DPOOptions
 ) -> None:
     """Direct preference optimisation: prefer the chosen completion, held to a reference."""
-    from mlxlora import recipes
+    from mlxlora import methods as recipes
 
     recipes.dpo(model, adapter, data, training, output, objective)

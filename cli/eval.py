@@ -6,7 +6,7 @@ import typer
 from attrs import frozen
 from attrs import validators as v
 
-from mlxlora.config import DataOptions, ModelOptions, option
+from mlxlora.config.options import DataOptions, ModelOptions, option
 
 from .options import flags
 
@@ -31,8 +31,8 @@ _TEXTS = {
 @flags(starter="sft", texts=_TEXTS)
 def evaluate(model: ModelOptions, data: DataOptions, evaluation: EvalOptions) -> None:
     """Loss (nats per scored token) and perplexity of a whole split."""
-    from mlxlora import recipes
-    from mlxlora.distributed import current_ranks
+    from mlxlora import methods as recipes
+    from mlxlora.distributed.ranks import current_ranks
 
     metrics = recipes.evaluate_split(
         model_options=model,

@@ -3,7 +3,7 @@
 import typer
 from attrs import frozen
 
-from mlxlora.config import BaseOptions, option
+from mlxlora.config.options import BaseOptions, option
 from mlxlora.errors import InputError
 
 from .fuse import HubOptions, ready, upload
@@ -24,8 +24,8 @@ class ExportOptions:
 @flags(texts={"model": BASE})
 def export(model: BaseOptions, exporting: ExportOptions, hub: HubOptions) -> None:
     """Write adapters in the format of the peft library, for transformers, vLLM and others."""
-    from mlxlora.peft import to_peft
-    from mlxlora.recipes import base_of
+    from mlxlora.adapters.peft import to_peft
+    from mlxlora.adapters.prepare import base_of
 
     if exporting.peft is None:
         raise InputError("--peft is missing: the folder to write")

@@ -6,7 +6,7 @@ import typer
 from attrs import frozen
 from attrs import validators as v
 
-from mlxlora.config import BaseOptions, option
+from mlxlora.config.options import BaseOptions, option
 
 from .generate import BASE
 from .options import flags
@@ -39,9 +39,9 @@ class HubOptions:
 @flags(texts={"model": BASE})
 def fuse(model: BaseOptions, fusing: FuseOptions, hub: HubOptions) -> None:
     """Add adapters to the weights of their model: a model folder that needs no adapter files."""
-    from mlxlora.fusing import fuse as run
-    from mlxlora.fusing import warning
-    from mlxlora.recipes import base_of
+    from mlxlora.adapters.fuse import fuse as run
+    from mlxlora.adapters.fuse import warning
+    from mlxlora.adapters.prepare import base_of
 
     ready(hub)
     rounding = run(
@@ -66,7 +66,7 @@ def fuse(model: BaseOptions, fusing: FuseOptions, hub: HubOptions) -> None:
 def ready(hub: HubOptions) -> None:
     """Fails early where the upload would."""
     if hub.push_to_hub:
-        from mlxlora.hub import connect
+        from mlxlora.adapters.hub import connect
 
         connect(hub.push_to_hub)
 
@@ -74,6 +74,6 @@ def ready(hub: HubOptions) -> None:
 def upload(folder: str, hub: HubOptions) -> None:
     """Uploads a folder, if that was asked for."""
     if hub.push_to_hub:
-        from mlxlora.hub import push
+        from mlxlora.adapters.hub import push
 
         typer.echo(f"hub    {push(folder, hub.push_to_hub, public=hub.public)}")

@@ -7,7 +7,7 @@ import typer
 from attrs import evolve, frozen
 from attrs import validators as v
 
-from mlxlora.config import ModelOptions, option
+from mlxlora.config.options import ModelOptions, option
 from mlxlora.errors import InputError
 
 from .options import flags
@@ -51,7 +51,7 @@ def _model(model: ModelOptions, generation: Generation) -> ModelOptions:
         from mlxlora import starter
 
         return evolve(model, model=str(starter.model_path()))
-    from mlxlora.recipes import base_of
+    from mlxlora.adapters.prepare import base_of
 
     return base_of(model, generation.adapter_path or "")
 
@@ -61,9 +61,9 @@ def _stream(model: ModelOptions, generation: Generation) -> Iterator[str]:
     from mlx_lm import stream_generate
     from mlx_lm.sample_utils import make_sampler
 
-    from mlxlora.formats import Row
-    from mlxlora.questions import question
-    from mlxlora.recipes import load
+    from mlxlora.adapters.prepare import load
+    from mlxlora.data.prompts import question
+    from mlxlora.data.rows import Row
 
     network, tokenizer = load(model, generation.adapter_path)
     mx.random.seed(generation.seed)

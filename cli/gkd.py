@@ -1,6 +1,6 @@
 """`mlxlora gkd`."""
 
-from mlxlora.config import AdapterOptions, DistillOptions, ModelOptions, Output, OwnSampling, PromptData, Training
+from mlxlora.config.options import AdapterOptions, DistillOptions, ModelOptions, Output, OwnSampling, PromptData, Training
 
 from .options import flags
 
@@ -16,6 +16,6 @@ def gkd(
     objective: DistillOptions,
 ) -> None:
     """On-policy distillation: the distribution of a teacher at every token that the student samples itself."""
-    from mlxlora import recipes
+    from mlxlora import methods as recipes
 
     recipes.gkd(model, adapter, data, training, output, sampling, objective)

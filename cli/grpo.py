@@ -1,6 +1,6 @@
 """`mlxlora grpo`."""
 
-from mlxlora.config import (
+from mlxlora.config.options import (
     AdapterOptions,
     GRPOOptions,
     ModelOptions,
@@ -26,6 +26,6 @@ def grpo(
     objective: GRPOOptions,
 ) -> None:
     """Group-relative policy optimisation: sample, reward, and prefer what did better than its group."""
-    from mlxlora import recipes
+    from mlxlora import methods as recipes
 
     recipes.grpo(model, adapter, data, training, output, sampling, rewards, objective)

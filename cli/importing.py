@@ -3,7 +3,7 @@
 import typer
 from attrs import frozen
 
-from mlxlora.config import BaseOptions, ModelOptions, option
+from mlxlora.config.options import BaseOptions, ModelOptions, option
 from mlxlora.errors import InputError
 
 from .options import flags
@@ -21,7 +21,7 @@ class ImportOptions:
 @flags()
 def import_adapters(model: BaseOptions, importing: ImportOptions) -> None:
     """Write adapters of the peft library as an adapter folder, to generate with or to train on."""
-    from mlxlora.peft import from_peft
+    from mlxlora.adapters.peft import from_peft
 
     if importing.peft is None:
         raise InputError("--peft is missing: the folder to read")

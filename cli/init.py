@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from mlxlora.blas import load_fast_blas
+from mlxlora.utils.blas import load_fast_blas
 
 
 def init(
@@ -17,7 +17,7 @@ def init(
 ) -> None:
     """Write a model with random weights, to train from scratch with `mlxlora sft --train-type full`."""
     load_fast_blas()
-    from mlxlora.initialise import init_model
+    from mlxlora.models.initialize import init_model
 
     parameters = init_model(config_file, tokenizer, output, seed, dtype)
     typer.echo(f"{output}: {parameters:,} parameters, {dtype}")

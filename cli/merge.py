@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from mlxlora.blas import load_fast_blas
 from mlxlora.errors import InputError
+from mlxlora.utils.blas import load_fast_blas
 
 
 def merge(
@@ -17,7 +17,7 @@ def merge(
 ) -> None:
     """Add up adapters: one folder whose update is the exact weighted sum of theirs, its rank the sum of their ranks."""
     load_fast_blas()
-    from mlxlora import merging
+    from mlxlora.adapters import merge as merging
 
     rank = merging.merge(adapters, save_path, weights=_numbers(weights), model=model, overwrite=overwrite)
     typer.echo(f"merged  {save_path} (rank {rank})")

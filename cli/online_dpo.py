@@ -1,6 +1,6 @@
 """`mlxlora online-dpo`."""
 
-from mlxlora.config import (
+from mlxlora.config.options import (
     AdapterOptions,
     ContestSampling,
     ModelOptions,
@@ -26,6 +26,6 @@ def online_dpo(
     objective: OnlineDPOOptions,
 ) -> None:
     """DPO on pairs that the policy samples and rewards choose from; with --xpo-alpha XPO."""
-    from mlxlora import recipes
+    from mlxlora import methods as recipes
 
     recipes.online_dpo(model, adapter, data, training, output, sampling, rewards, objective)

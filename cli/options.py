@@ -16,12 +16,14 @@ import attrs
 import typer
 import yaml
 
-from mlxlora import peers, settings
-from mlxlora.blas import load_fast_blas
-from mlxlora.config import DataOptions, Training
+from mlxlora.config import config_file as settings
+from mlxlora.config import mlx_lm_compat as peers
+from mlxlora.config.options import DataOptions, Training
 from mlxlora.errors import InputError
-from mlxlora.launched import launched_rank
-from mlxlora.records import SETTINGS, check_run, read_settings
+from mlxlora.reporting.history import SETTINGS, read_settings
+from mlxlora.training.run_folder import check_run
+from mlxlora.utils.blas import load_fast_blas
+from mlxlora.utils.launch import launched_rank
 
 from .completion import completer
 
@@ -90,7 +92,7 @@ def _import_recipes() -> None:
     """Imports what commands run, without looking for garbage meanwhile: there is none, and looking takes 0.08 s."""
     gc.disable()
     try:
-        import_module("mlxlora.recipes")
+        import_module("mlxlora.methods")
     finally:
         gc.enable()
 
@@ -136,7 +138,7 @@ def _value(key: peers.Key, text: str) -> Any:
 
 
 def _list_rewards() -> None:
-    from mlxlora.reward_functions import BUILT_IN
+    from mlxlora.rollouts.reward_functions import BUILT_IN
 
     typer.echo("\n".join(sorted(BUILT_IN)))
 

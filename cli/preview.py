@@ -6,7 +6,7 @@ import attrs
 from attrs import frozen
 from attrs import validators as v
 
-from mlxlora.config import BaseOptions, DataOptions, PairData, PromptData, RowOptions, option
+from mlxlora.config.options import BaseOptions, DataOptions, PairData, PromptData, RowOptions, option
 
 from .options import flags
 
@@ -36,8 +36,9 @@ class PreviewOptions(DataOptions):
 @flags(starter="sft", others=True, texts=_TEXTS)
 def preview(model: BaseOptions, options: PreviewOptions) -> None:
     """Show the first rows as a model will see them, which tokens are scored, and what is cut or dropped."""
-    from mlxlora.preview import look, show_preview
-    from mlxlora.recipes import load_tokenizer
+    from mlxlora.methods import look
+    from mlxlora.models.loading import load_tokenizer
+    from mlxlora.reporting.preview import show_preview
 
     kind = METHODS[options.method]
     data = kind(**{field.name: getattr(options, field.name) for field in attrs.fields(kind) if hasattr(options, field.name)})

@@ -11,6 +11,6 @@ def push(
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public; default: private.")] = False,
 ) -> None:
     """Upload a finished folder to the Hugging Face hub, with its card, without checkpoints and samples."""
-    from mlxlora.hub import push as run
+    from mlxlora.adapters.hub import push as run
 
     typer.echo(run(folder, repository, public=public))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mlxlora.blas import load_fast_blas
+from mlxlora.utils.blas import load_fast_blas
 
 _WIDE = 1000  # columns, where nobody looks: one line a metric
 
@@ -17,9 +17,9 @@ def report(
 ) -> None:
     """Compare runs: what they reached, and where their options differ."""
     load_fast_blas()
-    from mlxlora.card import portable
-    from mlxlora.page import comparison_page, differences, reached, run_page, write
-    from mlxlora.records import past_run
+    from mlxlora.reporting.card import portable
+    from mlxlora.reporting.history import past_run
+    from mlxlora.reporting.html import comparison_page, differences, reached, run_page, write
 
     records = [past_run(directory) for directory in directories]
     _print("metric", directories, reached(records))

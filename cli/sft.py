@@ -1,6 +1,6 @@
 """`mlxlora sft`."""
 
-from mlxlora.config import AdapterOptions, DataOptions, ModelOptions, Output, SFTOptions, Training
+from mlxlora.config.options import AdapterOptions, DataOptions, ModelOptions, Output, SFTOptions, Training
 
 from .options import flags
 
@@ -10,6 +10,6 @@ def sft(
     model: ModelOptions, adapter: AdapterOptions, data: DataOptions, training: Training, output: Output, objective: SFTOptions
 ) -> None:
     """Supervised fine-tuning: raise the likelihood of completions, conversations or plain text."""
-    from mlxlora import recipes
+    from mlxlora import methods as recipes
 
     recipes.sft(model, adapter, data, training, output, objective)

@@ -1,8 +1,8 @@
 """What a user sees instead of a traceback: one line that says what is wrong, where, the value and the remedy."""
 
 import reprlib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 _BRIEF = reprlib.Repr()
 _BRIEF.maxlevel, _BRIEF.maxlist, _BRIEF.maxtuple, _BRIEF.maxdict = 3, 20, 20, 20
@@ -53,3 +53,21 @@ def plain(value: Any) -> str:
     """
     text = " ".join(value.split()) if isinstance(value, str) else quoted(value)
     return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+Entry = TypeVar("Entry")
+
+
+def choose(table: Mapping[str, Entry], name: str, option: str) -> Entry:
+    """The entry of a table of names.
+
+    >>> choose({"token": 1, "sequence": 2}, "tokens", "importance-level")
+    Traceback (most recent call last):
+    mlxlora.errors.InputError: --importance-level must be one of token, sequence, got 'tokens'
+
+    Raises:
+        InputError: no such name; the message lists the accepted ones.
+    """
+    if name not in table:
+        raise InputError(f"--{option} must be one of {', '.join(table)}, got {quoted(name)}")
+    return table[name]

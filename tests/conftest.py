@@ -3,16 +3,14 @@
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import orjson
 import pytest
 
-from mlxlora.blas import load_fast_blas
+from mlxlora.utils.blas import load_fast_blas
+from tests.support.paths import SHARED, Outcome
 
 load_fast_blas()  # before MLX is imported, which then resolves its matrix products
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 @pytest.fixture
@@ -38,14 +36,6 @@ def eager() -> Iterator[None]:
     mx.enable_compile()
 
 
-class Outcome(NamedTuple):
-    """What `mlxlora ARGUMENTS` did: its exit code, standard output and standard error."""
-
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
 def mlxlora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """`mlxlora("sft", "--iters", 3)`: the whole command line, without the price of a new process."""
@@ -63,9 +53,8 @@ def mlxlora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A llama of two blocks and a byte-level tokenizer, as files."""
-    from tiny import LLAMA, byte_tokenizer
-
-    from mlxlora.initialise import init_model
+    from mlxlora.models.initialize import init_model
+    from tests.support.tiny import LLAMA, byte_tokenizer
 
     folder = tmp_path_factory.mktemp("model")
     byte_tokenizer().save_pretrained(folder / "tokenizer")

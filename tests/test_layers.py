@@ -10,50 +10,24 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-LAYERS = (
-    "machine errors",
-    "types files chance launched peers split shim prefetch modes attention lora memory limits",
-    "trust",
-    "blas arrays config settings folders tables losses advantages "
-    "distributed templates userfile sharing decode report records reward_functions initialise quantising principal",
-    "ranks sharding",
-    "conversion",
-    "charts trackers plotting doctor compose card logprobs scores "
-    "kv adapters optimisers formats rewards sampling recompute neftune",
-    "merging terms surrogates vector coupling data rollouts judges distilling page preflight",
-    "step checkpoint tokencache questions",
-    "policy batching",
-    "signatures",
-    "micro objectives evaluate reference sources watchers",
-    "loop joining",
-    "online packing labels",
-    "runs contests preview",
-    "dryrun introduction answering",
-    "recipes",
-    "fusing peft comparison",
-    "hub",
-)
-"""From the bottom to the top: a module imports modules of lower layers, never of its own."""
-
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
-MATHEMATICS = {
-    "types",
-    "losses",
-    "advantages",
-    "scores",
-    "compose",
-    "terms",
-    "surrogates",
-    "policy",
-    "objectives",
-    "tables",
+FLOORS = (
     "errors",
-}
-"""What an objective is made of: log-probabilities and columns, no model, no rows, no files."""
+    "batch utils",
+    "objectives config distributed",
+    "data",
+    "models reporting",
+    "adapters",
+    "training",
+    "rollouts",
+    "methods",
+)
+"""The rooms from the ground up: a room imports rooms of lower floors, never of its own floor or above."""
 
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 HEAVY = {"mlx", "mlx_lm", "transformers", "tokenizers", "numpy", "torch", "datasets"}
-MODULES = sorted((ROOT / "mlxlora").glob("*.py"))
-SOURCES = [*MODULES, *sorted((ROOT / "cli").glob("*.py"))]
+PACKAGE = ROOT / "mlxlora"
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+SOURCES = [*sorted(PACKAGE.rglob("*.py")), *sorted((ROOT / "cli").glob("*.py"))]
 
 
 @cache
@@ -62,37 +36,53 @@ def parsed(path):
 
 
 def imported(path, whole=True):
-    """Modules that a file imports: ours as `mlxlora.x` or `cli.x`, others by their first name.
+    """Modules that a file imports: ours as `mlxlora.room.module` or `cli.x`, others by their first name.
 
     Args:
         whole: also those that a function imports when it runs.
     """
     statements = ast.walk(parsed(path)) if whole else top_level(parsed(path))
-    return {name for node in statements for name in names_of(node, path.parent.name)}
+    return {name for node in statements for name in names_of(node, path)}
 
 
 def top_level(tree):
     """The statements that run at import time, those under `if` and `try` among them, not those of functions."""
     for node in tree.body:
         yield node
-        if isinstance(node, ast.If | ast.Try | ast.With):
+        if isinstance(node, ast.If | ast.Try | ast.With) and not is_type_checking(node):
             yield from (inner for inner in ast.walk(node) if isinstance(inner, ast.Import | ast.ImportFrom))
 
 
-def names_of(node, package):
+def is_type_checking(node):
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+def names_of(node, path):
     if isinstance(node, ast.Import):
-        return [ours(alias.name) for alias in node.names]
+        return [alias.name if alias.name.startswith("mlxlora.") else alias.name.split(".")[0] for alias in node.names]
     if not isinstance(node, ast.ImportFrom):
         return []
+    base = node.module or ""
     if node.level:
-        return [f"{package}.{name}" for name in ([node.module.split(".")[0]] if node.module else [a.name for a in node.names])]
-    if node.module == "mlxlora":
-        return [f"mlxlora.{alias.name}" for alias in node.names]
-    return [ours(node.module or "")]
+        folder = path.relative_to(ROOT).parent.parts
+        base = ".".join([*folder[: len(folder) - node.level + 1], *([base] if base else [])])
+    if base.split(".")[0] not in ("mlxlora", "cli"):
+        return [base.split(".")[0]]
+    return [inner if is_module(inner := f"{base}.{alias.name}") else base for alias in node.names]
 
 
-def ours(name):
-    return ".".join(name.split(".")[:2]) if name.startswith("mlxlora.") else name.split(".")[0]
+def is_module(name):
+    place = ROOT / name.replace(".", "/")
+    return place.is_dir() or place.with_suffix(".py").is_file()
+
+
+def module_of(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def room_of(name):
+    """The folder, or the file at the top, that a module is in."""
+    return name.removeprefix("mlxlora.").split(".")[0]
 
 
 def functions(path):
@@ -111,22 +101,49 @@ def lines(function):
     return function.end_lineno - function.lineno + 1 - documented
 
 
-def test_every_module_has_its_layer():
-    here = {path.stem for path in MODULES} - {"__init__"}
-    assert here <= RANK.keys(), f"say in tests/test_layers.py where {', '.join(here - RANK.keys())} belongs"
+def test_every_room_has_its_floor_and_its_purpose():
+    folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()} - {"starter"}
+    files = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    assert folders | files == FLOOR.keys()
+    assert len(folders) == 10
+    for name in folders:
+        purpose = ast.get_docstring(ast.parse((PACKAGE / name / "__init__.py").read_text(encoding="utf-8")))
+        assert purpose and len(purpose.splitlines()) == 1, f"mlxlora/{name}/__init__.py: say in one line what the room is for"
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if path.stem != "__init__"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES, ids=module_of)
 def test_imports_point_down(path):
-    used = {name.removeprefix("mlxlora.") for name in imported(path) if name.startswith("mlxlora.")}
-    upwards = {name for name in used & RANK.keys() if RANK[name] >= RANK.get(path.stem, 0)}
-    assert not upwards, f"{path.stem} imports {', '.join(sorted(upwards))} from its own layer or from above"
-    if path.stem in MATHEMATICS:
-        assert used <= MATHEMATICS, f"{path.stem} is mathematics; it imports {', '.join(sorted(used - MATHEMATICS))}"
+    own = room_of(module_of(path))
+    used = {name for name in imported(path) if name.startswith("mlxlora.")}
+    upwards = {name for name in used if room_of(name) != own and FLOOR.get(room_of(name), -1) >= FLOOR[own]}
+    assert not upwards, f"{module_of(path)} imports {', '.join(sorted(upwards))} from its own floor or from above"
+
+
+def test_objectives_know_batches_and_errors_alone():
+    for path in sorted((PACKAGE / "objectives").glob("*.py")):
+        used = {room_of(name) for name in imported(path) if name.startswith("mlxlora.")} - {"objectives"}
+        assert used <= {"batch", "errors"}, f"{path.name} imports {used}"
         assert not imported(path) & {"mlx_lm", "transformers", "pathlib", "os", "typer"}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_no_module_imports_itself_through_others():
+    graph = {module_of(path): imported(path) for path in MODULES}
+    done, circles = set(), []
+
+    def visit(name, trail):
+        if name in trail:
+            circles.append(" -> ".join([*trail[trail.index(name) :], name]))
+        elif name not in done:
+            for other in graph.get(name, ()):
+                visit(other, [*trail, name])
+            done.add(name)
+
+    for name in graph:
+        visit(name, [])
+    assert not circles, circles
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_of)
 def test_the_library_does_not_know_the_command_line(path):
     assert not {name for name in imported(path) if name.startswith(("cli", "mlxlora_cli", "typer"))}
 
@@ -139,12 +156,12 @@ def test_help_needs_nothing_heavy():
         seen.add(path)
         names = imported(path, whole=False)
         assert not names & HEAVY, f"{path.relative_to(ROOT)} imports {', '.join(sorted(names & HEAVY))} at module level"
-        found = {ROOT / f"{name.replace('.', '/')}.py" for name in names if name.startswith("mlxlora.")}
+        found = {ROOT / f"{name.replace('.', '/')}.py" for name in names if name.startswith(("mlxlora.", "cli."))}
         pending += [file for file in found if file.is_file() and file not in seen]
-    assert {"config", "settings", "errors"} <= {path.stem for path in seen}, "the test follows no imports"
+    assert {"options", "config_file", "errors"} <= {path.stem for path in seen}, "the test follows no imports"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}.{path.stem}")
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
 def test_nothing_is_long(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
     long = {function.name: lines(function) for function in functions(path) if lines(function) > 60}

@@ -1,0 +1,314 @@
+"""Adapters in the format of Hugging Face's peft library, there and back, bit for bit.
+
+    mlx-lm   y = W x + scale · (x A) B          A [in, r]   B [r, out]   adapters.safetensors
+    peft     y = W x + alpha / r · B' A' x      A' [r, in]  B' [out, r]  adapter_model.safetensors
+
+So A' = Aᵀ, B' = Bᵀ and alpha = scale · r (rank-stabilised LoRA: alpha / √r). DoRA's magnitudes are the same in both.
+"""
+
+from attrs import evolve
+from attrs import frozen
+from collections.abc import Iterable
+from collections.abc import Mapping
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.dora import DoRALinear
+from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.utils import hf_repo_to_path
+from pathlib import Path
+from safetensors import safe_open
+from typing import Any
+import math
+import mlx.core as mx
+import mlx.nn as nn
+import orjson
+import re
+from .files import CONFIG, is_number, mismatches, read_arrays, read_config, save, save_arrays, sound_arrays
+from ..config.options import AdapterOptions, ModelOptions
+from ..utils.files import atomic_directory
+from ..reporting.card import CARD, front_matter, portable
+from ..utils.folders import check_vacant
+from ..models.loading import load_with_config, model_options
+from .prepare import attach, prepare
+from ..errors import InputError, listed, quoted
+from .rank_scale import IN_BLOCK, resized
+from .lora import rank_of
+from .inject import layers_to_train, linear_keys
+
+PEFT_WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_PARTS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
+_KEY = re.compile(
+    rf"{re.escape(_PREFIX)}(?P<path>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(?:\.(?!weight$)\w+)?(?:\.weight)?"
+)
+_NAMES = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m"}
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that subtract something from the base
+
+Arrays = dict[str, mx.array]
+
+
+# --- to peft ----------------------------------------------------------------------------------
+
+
+def to_peft(
+    model: str | ModelOptions,
+    adapter_path: str | Path,
+    output: str | Path,
+    *,
+    base_model: str | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Writes adapters as a folder that `peft.PeftModel.from_pretrained` reads, `mlxlora export` in Python.
+
+    Args:
+        model: the base; its weights are not read.
+        adapter_path: folder of the adapters.
+        output: the folder to write; it appears whole or not at all.
+        base_model: how transformers is to find the base, if not under the name in `model`.
+        overwrite: replace such a folder.
+
+    Returns:
+        The number of modules.
+
+    Raises:
+        InputError: an adapter that peft does not have, or a module that transformers calls otherwise; the message names it.
+    """
+    model = model_options(model)
+    folder = check_vacant(output, "--peft", overwrite=overwrite, marker=PEFT_WEIGHTS, apart_from=(adapter_path,))
+    configuration = read_config(adapter_path)
+    network, *_ = load_with_config(evolve(model, quantize=None), lazy=True)
+    names = _checkpoint_names(str(model.model))
+    attach(network, adapter_path)
+    adapters = {path: m for path, m in network.named_modules() if "lora_a" in m}
+    _check_exportable(adapters, names, configuration)
+    base = base_model or str(model.model)
+    with atomic_directory(folder) as temporary:
+        save_arrays(temporary / PEFT_WEIGHTS, peft_arrays(read_arrays(adapter_path)), {"format": "pt"})
+        described = peft_config(configuration, adapters, base)
+        (temporary / CONFIG).write_bytes(orjson.dumps(described, option=orjson.OPT_INDENT_2))
+        (temporary / CARD).write_text(_card(base, described), encoding="utf-8")
+    return len(adapters)
+
+
+def _checkpoint_names(model: str) -> set[str]:
+    """Names of the weights of an original checkpoint; none of one that mlx-lm has converted, which may have renamed them."""
+    files = (Path(model) if Path(model).exists() else hf_repo_to_path(model)).glob("*.safetensors")
+    names: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="np") as header:
+            if (header.metadata() or {}).get("format") == "mlx":
+                return set()
+            names |= set(header.keys())
+    return names
+
+
+def _check_exportable(adapters: Mapping[str, nn.Module], names: set[str], config: Mapping[str, Any]) -> None:
+    if not adapters:
+        raise InputError(f"these are no LoRA or DoRA adapters (fine_tune_type {config.get('fine_tune_type')}); use `mlxlora fuse`")
+    for path, module in adapters.items():
+        if not isinstance(module, LoRALinear | DoRALinear):
+            raise InputError(f"{path}: peft has no counterpart of mlx-lm's {type(module).__name__}; use `mlxlora fuse`")
+        if names and f"{path}.weight" not in names:
+            raise InputError(f"{path}: the checkpoint has no {path}.weight, so transformers names this module otherwise")
+
+
+def peft_arrays(arrays: Mapping[str, mx.array]) -> Arrays:
+    """mlx-lm's adapter weights under peft's names and in its orientation.
+
+    >>> [(name, array.shape) for name, array in peft_arrays({"layers.0.up_proj.lora_a": mx.zeros((64, 8))}).items()]
+    [('base_model.model.layers.0.up_proj.lora_A.weight', (8, 64))]
+    """
+    split = ((*name.rpartition(".")[::2], array) for name, array in arrays.items())
+    return {f"{_PREFIX}{path}.{_PARTS[part]}": array.T if array.ndim == 2 else array for path, part, array in split}
+
+
+def peft_config(config: Mapping[str, Any], paths: Iterable[str], base: str) -> dict[str, Any]:
+    """peft's adapter_config.json for an mlx-lm one."""
+    parameters = config["lora_parameters"]
+    targets, blocks = _targets(list(paths))
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": parameters["rank"],
+        "lora_alpha": alpha(parameters["scale"], parameters["rank"]),
+        "lora_dropout": parameters["dropout"],
+        "target_modules": targets,
+        "layers_to_transform": blocks,
+        "use_dora": config.get("fine_tune_type") == "dora",
+        "use_rslora": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+
+
+def alpha(scale: float, rank: int) -> float:
+    """scale · rank; of the numbers next to it, the one that divided by rank is `scale` again, if there is one.
+
+    >>> alpha(20.0, 8), alpha(0.07, 100) / 100
+    (160, 0.07)
+    """
+    found = next((value for value in _near(scale * rank) if value / rank == scale), scale * rank)
+    return int(found) if found == int(found) else found
+
+
+def _near(value: float) -> tuple[float, float, float]:
+    return value, math.nextafter(value, math.inf), math.nextafter(value, -math.inf)
+
+
+def _targets(paths: list[str]) -> tuple[list[str], list[int] | None]:
+    """peft's target_modules and layers_to_transform: the same modules of some blocks, else every module by its whole path."""
+    found = [IN_BLOCK.fullmatch(path) for path in paths]
+    inside = {(int(match["block"]), match["path"]) for match in found if match}
+    blocks, names = sorted({block for block, _ in inside}), sorted({name for _, name in inside})
+    if len(inside) == len(paths) == len(blocks) * len(names):
+        return names, blocks
+    return sorted(paths), None
+
+
+def _card(base: str, config: Mapping[str, Any]) -> str:
+    name = portable(base)
+    kind = "DoRA" if config["use_dora"] else "LoRA"
+    code = (
+        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{name}"), ".")'
+    )
+    head = front_matter(name, ["mlxlora", kind.lower()], adapter=True, library="peft")
+    return f"{head}\n\n# {kind} adapters for {name}\n\nTrained on MLX, in the format of peft.\n\n```python\n{code}\n```\n"
+
+
+# --- from peft --------------------------------------------------------------------------------
+
+
+def from_peft(folder: str | Path, model: str | ModelOptions, output: str | Path, *, overwrite: bool = False) -> int:
+    """Writes adapters of the peft library as an adapter folder of mlx-lm, `mlxlora import` in Python.
+
+    Ranks and scales that differ between modules become one: smaller ranks are filled up with zeros and scales go into B.
+
+    Args:
+        folder: adapter_config.json and adapter_model.safetensors, LoRA, rank-stabilised LoRA or DoRA.
+        model: the base; by default the one that the folder names.
+        output: the folder to write; it appears whole or not at all.
+        overwrite: replace such a folder.
+
+    Returns:
+        The number of modules.
+
+    Raises:
+        InputError: adapters that mlx-lm does not have, or that do not fit the model; the message names them.
+    """
+    model = model_options(model)
+    target = check_vacant(output, "--adapter-path", overwrite=overwrite, marker=CONFIG, apart_from=(folder,))
+    config = read_config(folder)
+    _check_importable(config, folder)
+    modules = _modules(sound_arrays(Path(folder) / PEFT_WEIGHTS), config, Path(folder) / PEFT_WEIGHTS)
+    model = evolve(model, model=model.model or config.get("base_model_name_or_path"))
+    network, *_ = load_with_config(model)
+    options = _options(network, modules, config)
+    _fill(network, options, modules, folder)
+    with atomic_directory(target) as temporary:
+        save(network, temporary, options, str(model.model))
+    return len(modules)
+
+
+def _check_importable(config: Mapping[str, Any], folder: str | Path) -> None:
+    if config.get("peft_type") != "LORA":
+        raise InputError(f"{folder}: peft_type is {quoted(config.get('peft_type'))}; mlx-lm has LORA, with or without use_dora")
+    if not isinstance(config.get("base_model_name_or_path"), str | None):
+        raise InputError(f"{folder}: base_model_name_or_path in its {CONFIG} must be text")
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict) or not all(map(is_number, (config.get("lora_alpha"), *patterns.values()))):
+        raise InputError(f"{folder}: lora_alpha and every alpha_pattern in its {CONFIG} must be numbers")
+    if hard := [pattern for pattern in patterns if not _is_easy(pattern)]:
+        raise InputError(f"{folder}: alpha_pattern {hard[0][:60]!r} is no expression that this import can match; name the modules")
+    if not is_number(config.get("lora_dropout", 0.0)) or not 0 <= config.get("lora_dropout", 0.0) < 1:
+        raise InputError(f"{folder}: lora_dropout in its {CONFIG} must be a number from 0 to below 1")
+    initial = str(config.get("init_lora_weights")).lower()
+    if initial.startswith(_CHANGES_BASE):
+        raise InputError(f"{folder}: init_lora_weights {initial[:60]} changed the base; let peft convert them to plain LoRA first")
+
+
+def _is_easy(pattern: str) -> bool:
+    """Whether a regular expression from elsewhere is one, and cannot take forever: few repetitions, none of a group."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return len(pattern) <= 200 and not re.search(r"\)\s*[*+{]", pattern) and len(re.findall(r"[*+{]", pattern)) <= 3
+
+
+@frozen
+class Module:
+    """One adapted module: its arrays under mlx-lm's names, and the factor of its update."""
+
+    arrays: Arrays
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """Of the update."""
+        return rank_of(self.arrays)
+
+    def resized(self, rank: int, scale: float) -> Arrays:
+        """The same update with another rank, not smaller, and another factor; unchanged arrays where both are the same."""
+        return resized(self.arrays, rank, self.scale / scale)
+
+
+def _modules(arrays: Arrays, config: Mapping[str, Any], file: Path) -> dict[str, Module]:
+    """The adapted modules by path, in the file's order."""
+    parts: dict[str, Arrays] = {}
+    for key, array in arrays.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise InputError(f"{file}: {listed([key])} is no weight of LoRA or DoRA on a linear module, all that mlx-lm has")
+        parts.setdefault(match["path"], {})[_NAMES[match["part"]]] = array.T if array.ndim == 2 else array
+    for path, found in parts.items():
+        if not {"lora_a", "lora_b"} <= found.keys() or any(found[part].ndim != 2 for part in ("lora_a", "lora_b")):
+            raise InputError(f"{file}: {listed([path])} needs two matrices, lora_A and lora_B")
+    return {path: Module(found, _scale(path, found["lora_a"].shape[1], config)) for path, found in parts.items()}
+
+
+def _scale(path: str, rank: int, config: Mapping[str, Any]) -> float:
+    patterns = config.get("alpha_pattern") or {}
+    pattern = next((p for p in patterns if re.fullmatch(rf"(.*\.)?({p})", path)), None)
+    numerator = config["lora_alpha"] if pattern is None else patterns[pattern]
+    quotient = numerator / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return min(_near(quotient), key=lambda value: len(repr(value)))  # 0.07, not 0.07000000000000002
+
+
+def _options(network: nn.Module, modules: Mapping[str, Module], config: Mapping[str, Any]) -> AdapterOptions:
+    """The options under which mlx-lm adapts all of the modules; perhaps more, which then change nothing."""
+    found = {path: IN_BLOCK.fullmatch(path) for path in modules}
+    keys = {match["path"] if match else path for path, match in found.items()}
+    blocks = [int(match["block"]) for match in found.values() if match]
+    depth = layers_to_train(network, AdapterOptions(num_layers=-1))
+    largest = max(modules.values(), key=lambda module: module.rank)
+    return AdapterOptions(
+        train_type="dora" if config.get("use_dora") else "lora",
+        num_layers=min(max(depth - min(blocks, default=depth - 1), 1), depth),
+        rank=largest.rank,
+        scale=largest.scale,
+        dropout=config.get("lora_dropout", 0.0),
+        lora_keys=None if keys == linear_keys(network) else tuple(sorted(keys)),
+    )
+
+
+def _fill(network: nn.Module, options: AdapterOptions, modules: Mapping[str, Module], folder: str | Path) -> None:
+    """Fresh adapters on the model, then the weights of those that are there."""
+    known = {name for name, _ in network.named_modules()}
+    if missing := [path for path in modules if path not in known]:
+        raise InputError(f"{folder} does not fit the model: it has no module {', '.join(missing[:5])}")
+    prepare(network, options)
+    wanted = dict(tree_flatten(network.trainable_parameters()))
+    arrays = {
+        f"{path}.{part}": array
+        for path, module in modules.items()
+        for part, array in module.resized(options.rank, options.scale).items()
+    }
+    if problems := mismatches(arrays, {name: wanted[name] for name in wanted if name in arrays}):
+        raise InputError(f"{folder} does not fit the model: {problems}")
+    network.load_weights(list(arrays.items()), strict=False)

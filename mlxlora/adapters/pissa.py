@@ -1,0 +1,78 @@
+"""Adapters that start from the principal components of the weights (PiSSA, Meng et al., 2024, https://arxiv.org/abs/2404.02948)."""
+
+from typing import Any
+import mlx.core as mx
+from .lora import LeanLoRALinear, concatenated, with_update
+
+
+class PrincipalLoRALinear(LeanLoRALinear):
+    """y = W x + s·(A B - A₀ B₀)x, where s·A₀ B₀ are the first components of W and A, B start there.
+
+    The paper's W_res = W - s·A₀ B₀, without touching W: the model before training is still there, as it was, quantised or not.
+    """
+
+    _start_a: mx.array
+    _start_b: mx.array
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """[..., in] to [..., out]."""
+        a, b = self.as_lora().values()
+        if not a.dtype == b.dtype == x.dtype:
+            return self.linear(x) + (self.scale * ((x @ a) @ b)).astype(x.dtype)
+        return with_update(self.linear, x, self.scale * a, b)
+
+    def as_lora(self) -> dict[str, mx.array]:
+        """The same update with twice the rank and nothing taken away from the weights: [A A₀], [B; -B₀]."""
+        start = {"lora_a": self._start_a.astype(self.lora_a.dtype), "lora_b": -self._start_b.astype(self.lora_b.dtype)}
+        return concatenated([{"lora_a": self.lora_a, "lora_b": self.lora_b}, start])
+
+    def own_arrays(self) -> dict[str, mx.array]:
+        """What a checkpoint keeps besides the trained arrays."""
+        return {name: self[name] for name in ("_start_a", "_start_b")}
+
+
+def principal(module: Any, weight: mx.array, iterations: int | None) -> PrincipalLoRALinear:
+    """A LoRALinear that starts from the first components of `weight` [out, in]: A = √(S/s) of V, B = √(S/s) of U."""
+    u, s, vt = components(weight.astype(mx.float32), module.lora_a.shape[1], iterations)
+    root = mx.sqrt(s / module.scale)
+    module.__class__ = PrincipalLoRALinear
+    module.lora_a, module.lora_b = vt.T * root, root[:, None] * u.T
+    module._start_a, module._start_b = module.lora_a, module.lora_b
+    return module
+
+
+def components(weight: mx.array, rank: int, iterations: int | None = None) -> tuple[mx.array, mx.array, mx.array]:
+    """U [out, r], S [r], Vᵀ [r, in] of the first singular values.
+
+    Args:
+        weight: [out, in] float32.
+        rank: r.
+        iterations: of a randomised subspace (Halko et al., 2011, https://arxiv.org/abs/0909.4061), which is faster; None: exact.
+    """
+    with mx.stream(mx.cpu):  # MLX decomposes there only
+        if iterations is None:
+            u, s, vt = mx.linalg.svd(weight)
+        else:
+            basis = _subspace(weight, min(2 * rank, *weight.shape), iterations)
+            u, s, vt = mx.linalg.svd(basis.T @ weight)
+            u = basis @ u
+        first = u[:, :rank], s[:rank], vt[:rank]
+        mx.eval(first)
+    return first
+
+
+def _subspace(weight: mx.array, size: int, iterations: int) -> mx.array:
+    """[out, size] with orthonormal columns that nearly span the first left singular vectors."""
+    basis = mx.linalg.qr(weight @ mx.random.normal((weight.shape[1], size)))[0]
+    for _ in range(iterations):
+        basis = mx.linalg.qr(weight @ mx.linalg.qr(weight.T @ basis)[0])[0]
+    return basis
+
+
+def iterations_of(option: str) -> int | None:
+    """Of `pissa_niter_N`; None for `pissa`, which is exact.
+
+    >>> iterations_of("pissa_niter_8"), iterations_of("pissa")
+    (8, None)
+    """
+    return int(option.rpartition("_")[2]) if "niter" in option else None

@@ -1,0 +1,1 @@
+"""Options, configuration files, and the spellings of mlx-lm."""

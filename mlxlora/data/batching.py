@@ -1,0 +1,259 @@
+"""Examples to batches: what goes together, in which order and in which shape."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from attrs import frozen
+
+from ..batch import Batch
+from ..distributed.ranks import Ranks
+from .tokenize import Example, Pair
+
+ALIGN = 32
+
+
+class Piece(NamedTuple):
+    """A batch with what is known about it outside the compiled step.
+
+    Attributes:
+        batch: the arrays.
+        tokens: tokens of the sequences, without padding.
+        rows: where the rows came from, as `file:line`.
+        metrics: what the source measured while it made the batch, such as rewards.
+        samples: what a person may want to read, such as completions with their rewards.
+        units: the sequences that have to stay together if the piece is divided: a row, a pair, a prompt's group.
+        mute: it stands where a rank has no row of a batch, and must not count.
+    """
+
+    batch: Batch
+    tokens: int
+    rows: tuple[str, ...]
+    metrics: Mapping[str, float] = {}
+    samples: tuple[Mapping[str, Any], ...] = ()
+    units: tuple[tuple[int, ...], ...] = ()
+    mute: bool = False
+
+
+# --- shapes ---------------------------------------------------------------------------------
+
+
+def bucket(size: int) -> int:
+    """The smallest of 4, 5, 6, 7 times a power of two that holds `size`, from 32 on: few shapes are compiled.
+
+    They are multiples of 32, from 256 on of 64, from 1024 on of 256: lengths that GPU kernels like (CUDA: one that is
+    no multiple of 8 costs 2.5x). At most 25 % is filler, 11 % on average.
+
+    >>> [bucket(n) for n in (1, 33, 300, 1000, 1025, 2048)]
+    [32, 64, 320, 1024, 1280, 2048]
+    """
+    step = max(ALIGN, 1 << max((size - 1).bit_length() - 3, 0))
+    return -(-max(size, 1) // step) * step
+
+
+def collate(examples: Sequence[Example], *, groups: Sequence[Sequence[int]] = (), **columns: Any) -> Batch:
+    """Right-pads the examples into one batch; sequence s is example s.
+
+    Args:
+        examples: S rows.
+        groups: numbers of the examples that share a prompt, which is then computed once; all of one size. Empty: whole rows.
+        columns: further columns of the batch, as arrays.
+
+    Returns:
+        A batch whose T, N and K are on the ladder: padding and filler change no result.
+    """
+    prefixes = [examples[group[0]].tokens[: shared_tokens([examples[s] for s in group])] for group in groups]
+    if not any(map(len, prefixes)):
+        groups, prefixes = (), []
+    order = [s for group in groups for s in group] or range(len(examples))
+    starts = [len(p) for p, group in zip(prefixes, groups, strict=True) for _ in group] or [0] * len(examples)
+    tokens = _padded([examples[s].tokens[start:-1] for s, start in zip(order, starts, strict=True)])  # the last is a target only
+    begin = {s: row * tokens.shape[1] - start for row, (s, start) in enumerate(zip(order, starts, strict=True))}
+    if groups:
+        columns |= {"prefix": mx.array(_padded(prefixes)), "prefix_lengths": mx.array([len(p) for p in prefixes], mx.int32)}
+    return laid_out(examples, tokens, begin, **columns)
+
+
+def laid_out(examples: Sequence[Example], tokens: np.ndarray, begin: Mapping[int, int], **columns: Any) -> Batch:
+    """The batch of token rows [R, T] in which example s, if it were whole, would begin at place `begin[s]` of the R*T."""
+    parts = []
+    for s, e in enumerate(examples):
+        at = np.flatnonzero(e.scored)
+        parts.append((begin[s] + at - 1, e.tokens[at], np.full(len(at), s)))
+    where, targets, sequence = (np.concatenate(part).astype(np.int32) for part in zip(*parts, strict=True))
+    size = scored_size(len(where), tokens.size)
+    filler = size - len(where)
+    return Batch(
+        tokens=mx.array(tokens),
+        where=mx.array(np.pad(where, (0, filler))),
+        targets=mx.array(np.pad(targets, (0, filler))),
+        sequence=mx.array(np.pad(sequence, (0, filler), constant_values=len(examples))),
+        lengths=mx.array(np.array([completion_tokens(e) for e in examples], np.int32)),
+        prompt=_prompt(examples, filler),
+        ref_logps=_ref_logps(examples, filler),
+        **columns,
+    )
+
+
+def scored_size(count: int, positions: int) -> int:
+    """N of a batch with so many scored tokens: on the ladder, but no more than all of its positions."""
+    return min(bucket(count), _up(positions))
+
+
+def shared_tokens(examples: Sequence[Example]) -> int:
+    """Tokens that the examples have in common before the one that predicts the first scored token of any of them."""
+    limit = min(int(e.scored.argmax() if e.scored.any() else len(e.tokens)) - 1 for e in examples)
+    heads = np.stack([e.tokens[:limit] for e in examples])
+    differ = (heads != heads[0]).any(axis=0)
+    return int(differ.argmax()) if differ.any() else limit
+
+
+def read_positions(groups: Iterable[Sequence[Example]]) -> tuple[int, int]:
+    """Positions that the model computes, padding included, if every row is whole, and if each group's prompt is read once."""
+    plain = shared = 0
+    for group in groups:
+        start = shared_tokens(group)
+        plain += sum(bucket(len(e.tokens) - 1) for e in group)
+        shared += (bucket(start) if start else 0) + sum(bucket(len(e.tokens) - 1 - start) for e in group)
+    return plain, shared
+
+
+def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows of the next length on the ladder, filled with 0."""
+    padded = np.zeros((len(rows), bucket(max(map(len, rows)))), np.int32)
+    for place, row in zip(padded, rows, strict=True):
+        place[: len(row)] = row
+    return padded
+
+
+def completion_tokens(example: Example) -> int:
+    """Scored tokens that do not belong to the prompt."""
+    scored = example.scored if example.prompt is None else example.scored & ~example.prompt
+    return int(scored.sum())
+
+
+def _prompt(examples: Sequence[Example], filler: int) -> mx.array | None:
+    if all(e.prompt is None for e in examples):
+        return None
+    marks = [np.zeros(int(e.scored.sum()), bool) if e.prompt is None else e.prompt[e.scored] for e in examples]
+    return mx.array(np.pad(np.concatenate(marks), (0, filler)))
+
+
+def _ref_logps(examples: Sequence[Example], filler: int) -> mx.array | None:
+    if any(e.ref_logps is None for e in examples):
+        return None
+    return mx.array(np.pad(np.concatenate([e.ref_logps for e in examples]), (0, filler)))  # type: ignore[arg-type]
+
+
+def _up(size: int) -> int:
+    return -(-size // ALIGN) * ALIGN
+
+
+# --- order ----------------------------------------------------------------------------------
+
+
+@frozen
+class Order:
+    """Which rows make the k-th batch: a pure function of the seed, so that a run resumes by counting.
+
+    Every row comes once an epoch. Shuffled rows are sorted by padded length within windows of 16 batches, so that a
+    batch pads little, and the batches are shuffled again. Rows of one padded length stay in random order: sorting
+    them further would save nothing and make batches of look-alikes.
+
+    Attributes:
+        lengths: of the rows, in tokens.
+        batch_size: rows in a batch; the last one of an epoch may be smaller.
+        seed: of the shuffling; None keeps the order of the file.
+    """
+
+    lengths: tuple[int, ...]
+    batch_size: int
+    seed: int | None = None
+
+    def per_epoch(self) -> int:
+        """Batches in an epoch."""
+        return -(-len(self.lengths) // self.batch_size)
+
+    def batches(self, start: int = 0) -> Iterator[list[int]]:
+        """Row numbers of batch `start` and of those after it, without end."""
+        epoch, skip = divmod(start, self.per_epoch())
+        while True:
+            yield from self._epoch(epoch)[skip:]
+            epoch, skip = epoch + 1, 0
+
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        rows, size = list(range(len(self.lengths))), self.batch_size
+        if self.seed is None:
+            return _cut(rows, size)
+        rng = np.random.default_rng((self.seed, epoch))
+        rows = rng.permutation(rows).tolist()
+        padded = [bucket(length) for length in self.lengths]
+        batches = [b for window in _cut(rows, 16 * size) for b in _cut(sorted(window, key=padded.__getitem__), size)]
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def _cut(rows: list[int], size: int) -> list[list[int]]:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def grouped(pieces: Iterator[Piece], size: int) -> Iterator[tuple[Piece, ...]]:
+    """`size` pieces at a time: the batches of one optimiser step."""
+    while group := tuple(islice(pieces, size)):
+        yield group
+
+
+Make = Callable[[Sequence[Any], int], Piece]
+"""(items, number of the batch) -> its piece; the number seeds whatever is random in it."""
+
+
+def stream(items: Sequence[Any], order: Order, make: Make, start: int = 0) -> Iterator[Piece]:
+    """The pieces of batch `start` and of those after it, without end."""
+    for index, rows in enumerate(order.batches(start), start):
+        yield make([items[i] for i in rows], index)
+
+
+def spread(make: Make, ranks: Ranks) -> Make:
+    """This rank's share of every batch; where there are fewer rows than ranks, a row without weight stands in."""
+    if ranks.size == 1:
+        return make
+
+    def own(items: Sequence[Any], index: int) -> Piece:
+        share = ranks.share(items)
+        return make(share, index) if share else muted(make(items[:1], index))
+
+    return own
+
+
+def muted(piece: Piece) -> Piece:
+    """The piece as a stand-in."""
+    return piece._replace(tokens=0, rows=(), samples=(), mute=True)
+
+
+def example_piece(examples: Sequence[Example]) -> Piece:
+    """Supervised rows: each is one sequence."""
+    return Piece(collate(examples), token_count(examples), tuple(e.where for e in examples), units=singles(len(examples)))
+
+
+def singles(sequences: int) -> tuple[tuple[int, ...], ...]:
+    """Every sequence alone."""
+    return tuple((s,) for s in range(sequences))
+
+
+def pair_piece(pairs: Sequence[Pair], *, share: bool = False) -> Piece:
+    """Preference pairs: S = 2P sequences, all chosen, then all rejected, in one forward pass.
+
+    `share` computes a pair's prompt once.
+    """
+    examples = [p.chosen for p in pairs] + [p.rejected for p in pairs]
+    scores = [p.preference_score for p in pairs]
+    weights = None if all(s is None for s in scores) else mx.array([1.0 if s is None else s for s in scores])
+    units = tuple((p, len(pairs) + p) for p in range(len(pairs)))
+    batch = collate(examples, groups=units if share else (), preference_score=weights)
+    return Piece(batch, token_count(examples), tuple(p.chosen.where for p in pairs), units=units)
+
+
+def token_count(examples: Sequence[Example]) -> int:
+    """Tokens of the examples, without padding."""
+    return sum(len(e.tokens) for e in examples)

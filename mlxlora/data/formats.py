@@ -1,0 +1,299 @@
+"""Rows of JSONL, JSON and hub data sets, and the canonical record that each format stands for."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from attrs import frozen
+
+from ..errors import InputError, listed
+from .chat_template import common_prefix
+from .messages import Message, as_messages, as_tools, short, with_system
+from .rows import Row
+
+KEYS: Mapping[str, str] = {"text": "text", "messages": "messages", "prompt": "prompt", "completion": "completion"}
+"""What the fields are called that --text-key and its like rename."""
+
+
+@frozen
+class Text:
+    """Plain text."""
+
+    text: str
+    where: str
+
+
+@frozen
+class Completion:
+    """What follows a prompt: both strings or both messages."""
+
+    prompt: str | list[Message]
+    completion: str | list[Message]
+    where: str
+    system: str | None = None
+    tools: list[Message] | None = None
+
+
+@frozen
+class Chat:
+    """A conversation."""
+
+    messages: list[Message]
+    where: str
+    tools: list[Message] | None = None
+
+
+@frozen
+class Preference:
+    """Two completions of one prompt: all strings or all messages."""
+
+    prompt: str | list[Message]
+    chosen: str | list[Message]
+    rejected: str | list[Message]
+    where: str
+    system: str | None = None
+    tools: list[Message] | None = None
+    preference_score: float | None = None
+
+
+@frozen
+class Labelled:
+    """A completion that is good or bad on its own (KTO)."""
+
+    completion: Completion
+    label: bool
+
+
+@frozen
+class PromptRow:
+    """What a policy is to answer, and the columns that rewards read."""
+
+    prompt: str | list[Message]
+    columns: dict[str, Any]
+    where: str
+    system: str | None = None
+    tools: list[Message] | None = None
+
+
+def supervised(row: Row, keys: Mapping[str, str] = KEYS) -> Text | Completion | Chat:
+    """The record of an SFT row: messages, ShareGPT, prompt + completion, text or Alpaca.
+
+    >>> supervised(Row({"text": "Hi"}, "a.jsonl", 1))
+    Text(text='Hi', where='a.jsonl:1')
+    """
+    names = {**KEYS, **keys}
+    readers: tuple[Callable[[Row, Mapping[str, str]], Text | Completion | Chat | None], ...] = (_chat, _completion, _text, _alpaca)
+    record = next((record for read in readers if (record := read(row, names)) is not None), None)
+    if record is None:
+        raise _unrecognised(
+            row,
+            f"'{names['messages']}', 'conversations', '{names['prompt']}' + '{names['completion']}', '{names['text']}', "
+            "or 'instruction' + 'output'; --messages-key, --prompt-key, --completion-key and --text-key rename them",
+        )
+    return record
+
+
+def preference(row: Row, keys: Mapping[str, str] = KEYS) -> Preference:
+    """The record of a preference row: chosen and rejected, with their prompt in a field of its own or as their shared start."""
+    names = {**KEYS, **keys}
+    if not _has(row, "chosen", "rejected"):
+        raise _unrecognised(
+            row, f"'{names['prompt']}' + 'chosen' + 'rejected', or 'chosen' + 'rejected' that start with the prompt"
+        )
+    chosen, rejected = (_strings_or_messages(row, name) for name in ("chosen", "rejected"))
+    prompt, chosen, rejected = _pair(row, _preference_prompt(row, names), chosen, rejected)
+    system = _optional_string(row, "system")
+    if not isinstance(prompt, str):
+        prompt, system = with_system(prompt, system), None
+    return Preference(prompt, chosen, rejected, row.where, system, _tools(row), _score(row))
+
+
+def labelled(row: Row, keys: Mapping[str, str] = KEYS) -> Labelled:
+    """The record of an unpaired preference row: prompt + completion, or messages that end with an answer, and a boolean label."""
+    names = {**KEYS, **keys}
+    record = _chat(row, names) or _completion(row, names)
+    if record is None or not _has(row, "label"):
+        raise _unrecognised(row, f"'label' with '{names['messages']}' or with '{names['prompt']}' + '{names['completion']}'")
+    if not isinstance(row.fields["label"], bool):
+        raise InputError(f"{row.where}: 'label' must be true or false, got {short(row.fields['label'])}")
+    if isinstance(record, Chat):
+        if len(record.messages) < 2 or record.messages[-1]["role"] != "assistant":
+            raise InputError(f"{row.where}: labelled messages must be a prompt and an assistant's answer")
+        record = Completion(record.messages[:-1], record.messages[-1:], row.where, tools=record.tools)
+    return Labelled(record, row.fields["label"])
+
+
+def prompt_row(row: Row, keys: Mapping[str, str] = KEYS) -> PromptRow:
+    """The record of a prompt to sample from: prompt (or GSM8K's question), and every other field as a column.
+
+    >>> prompt_row(Row({"question": "1+1?", "answer": "2"}, "a.jsonl", 1)).columns
+    {'answer': '2'}
+    """
+    names = {**KEYS, **keys}
+    field = names["prompt"] if _has(row, names["prompt"]) else "question"
+    if not _has(row, field):
+        raise _unrecognised(row, f"'{names['prompt']}' or 'question', and any columns that the rewards read")
+    prompt, system = _strings_or_messages(row, field), _optional_string(row, "system")
+    if not prompt:
+        raise InputError(f"{row.where}: '{field}' is empty; write a prompt or remove the row")
+    if not isinstance(prompt, str):
+        prompt, system = with_system(prompt, system), None
+    columns = {name: value for name, value in row.fields.items() if name not in (field, "system", "tools")}
+    return PromptRow(prompt, columns, row.where, system, _tools(row))
+
+
+def _chat(row: Row, names: Mapping[str, str]) -> Chat | None:
+    field = next((name for name in (names["messages"], "conversations") if _has(row, name)), None)
+    if field is None:
+        return None
+    messages = as_messages(row.fields[field], row.where, field)
+    return Chat(with_system(messages, _optional_string(row, "system")), row.where, _tools(row))
+
+
+def _completion(row: Row, names: Mapping[str, str]) -> Completion | None:
+    if not _has(row, names["prompt"], names["completion"]):
+        return None
+    prompt, completion = (_strings_or_messages(row, names[name]) for name in ("prompt", "completion"))
+    system = _optional_string(row, "system")
+    if not completion:
+        raise InputError(f"{row.where}: '{names['completion']}' is empty; write a completion or remove the row")
+    if not isinstance(prompt, str) or not isinstance(completion, str):
+        prompt, completion = with_system(_as_turn(prompt, "user"), system), _as_turn(completion, "assistant")
+        _check_answers(row, completion, names["completion"])
+        system = None
+    return Completion(prompt, completion, row.where, system, _tools(row))
+
+
+def _text(row: Row, names: Mapping[str, str]) -> Text | None:
+    if not _has(row, names["text"]):
+        return None
+    text = _string(row, names["text"])
+    if not text:
+        raise InputError(f"{row.where}: '{names['text']}' is empty; write a text or remove the row")
+    return Text(text, row.where)
+
+
+def _alpaca(row: Row, names: Mapping[str, str]) -> Completion | None:
+    if not _has(row, "instruction", "output"):
+        return None
+    completion = _string(row, "output")
+    if not completion:
+        raise InputError(f"{row.where}: 'output' is empty; write an answer or remove the row")
+    return Completion(_alpaca_prompt(row), completion, row.where, _optional_string(row, "system"))
+
+
+def _alpaca_prompt(row: Row) -> str:
+    """The prompt of Stanford Alpaca's train.py; the answer follows it at once."""
+    instruction, extra = _string(row, "instruction"), _optional_string(row, "input")
+    task = "Below is an instruction that describes a task"
+    asked = "Write a response that appropriately completes the request."
+    if not extra:
+        return f"{task}. {asked}\n\n### Instruction:\n{instruction}\n\n### Response:"
+    context = f"{task}, paired with an input that provides further context. {asked}"
+    return f"{context}\n\n### Instruction:\n{instruction}\n\n### Input:\n{extra}\n\n### Response:"
+
+
+def _preference_prompt(row: Row, names: Mapping[str, str]) -> str | list[Message] | None:
+    field = next((name for name in (names["prompt"], names["messages"], "conversations") if _has(row, name)), None)
+    if field is not None:
+        return _strings_or_messages(row, field)
+    return _alpaca_prompt(row) if _has(row, "instruction") else None
+
+
+def _pair(
+    row: Row, prompt: str | list[Message] | None, chosen: str | list[Message], rejected: str | list[Message]
+) -> tuple[str | list[Message], str | list[Message], str | list[Message]]:
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if prompt is None:
+            return _split_dialogue(row, chosen, rejected)
+        if isinstance(prompt, str):
+            return prompt, chosen, rejected
+    return _message_pair(row, prompt, _as_turn(chosen, "assistant"), _as_turn(rejected, "assistant"))
+
+
+def _split_dialogue(row: Row, chosen: str, rejected: str) -> tuple[str, str, str]:
+    """HH-RLHF's full dialogues: the prompt runs to the last assistant turn that both have in common."""
+    turn = "\n\nAssistant:"
+    last = chosen.rfind(turn, 0, common_prefix(chosen, rejected))
+    if last < 0:
+        raise InputError(
+            f"{row.where}: without 'prompt', chosen and rejected must share a start that ends with {turn!r}; add a 'prompt' field"
+        )
+    start = last + len(turn)
+    return chosen[:start], chosen[start:], rejected[start:]
+
+
+def _message_pair(
+    row: Row, prompt: str | list[Message] | None, chosen: list[Message], rejected: list[Message]
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """Full conversations give up their shared start, whether or not a `prompt` field repeats it."""
+    shared = min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+    if isinstance(prompt, list):
+        shared = len(prompt) if chosen[: len(prompt)] == prompt and len(prompt) <= shared else 0
+    if shared:
+        prompt = chosen[:shared]
+    if prompt is None:
+        raise InputError(f"{row.where}: chosen and rejected share no first message; add a 'prompt' field")
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        _check_answers(row, side[shared:], name)
+    return _as_turn(prompt, "user"), chosen[shared:], rejected[shared:]
+
+
+def _as_turn(value: str | list[Message], role: str) -> list[Message]:
+    return [{"role": role, "content": value}] if isinstance(value, str) else value
+
+
+def _check_answers(row: Row, messages: list[Message], field: str) -> None:
+    if not any(message["role"] == "assistant" for message in messages):
+        raise InputError(f"{row.where}: '{field}' has no assistant message; roles found: {listed(m['role'] for m in messages)}")
+
+
+def _has(row: Row, *names: str) -> bool:
+    return all(row.fields.get(name) is not None for name in names)  # data sets fill absent columns with null
+
+
+def _string(row: Row, name: str) -> str:
+    value = row.fields[name]
+    if not isinstance(value, str):
+        raise InputError(f"{row.where}: '{name}' must be a string, got {short(value)}")
+    return value
+
+
+def _optional_string(row: Row, name: str) -> str | None:
+    return _string(row, name) if _has(row, name) else None
+
+
+def _strings_or_messages(row: Row, name: str) -> str | list[Message]:
+    value = row.fields[name]
+    if isinstance(value, dict) and "messages" in value:
+        value = value["messages"]
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (list, dict)):
+        return as_messages(value, row.where, name)
+    raise InputError(f"{row.where}: '{name}' must be a string or a list of messages, got {short(value)}")
+
+
+def _tools(row: Row) -> list[Message] | None:
+    return as_tools(row.fields["tools"], row.where) if _has(row, "tools") else None
+
+
+def _score(row: Row) -> float | None:
+    value = row.fields.get("preference_score")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise InputError(f"{row.where}: 'preference_score' must be a finite number, got {short(value)}")
+    return float(value)
+
+
+def _unrecognised(row: Row, accepted: str) -> InputError:
+    found = listed(sorted(row.fields), 50) or "none"
+    return InputError(f"{row.where}: fields not recognised: found {found}; accepted are {accepted}")
+
+
+def last_text(value: Any) -> str:
+    """What to show of a prompt or an answer: the last message of a conversation."""
+    if isinstance(value, list):
+        return str(value[-1].get("content") or "") if value else ""
+    return str(value)

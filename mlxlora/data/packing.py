@@ -1,0 +1,93 @@
+"""Several examples to a row: what is computed is tokens, not padding, and every batch has one shape.
+
+A layout below the objective: an example stays a sequence of its own, and attention keeps it from seeing its neighbours.
+Rotary positions are relative, so they need no reset. Which examples share a row is decided once; rows are then shuffled
+and resumed as any items are.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import mlx.core as mx
+import numpy as np
+from attrs import evolve
+
+from .batching import Make, Piece, bucket, example_piece, laid_out, token_count
+from .sources import Context, Source, Split
+from .tokenize import Example
+
+ROW = 256  # positions that a row has at least, so that several short examples fit
+WINDOW = 1024  # examples that rows are filled from at once
+
+Pack = tuple[Example, ...]
+
+
+def best_fit(sizes: Sequence[int], room: int, seed: int | None = None) -> list[list[int]]:
+    """Numbers of the items that share a row of `room` positions: each, the longest first, where it leaves least room.
+
+    Items are taken from windows of `WINDOW`, in an order that `seed` shuffles (None: as they are), so that long and short
+    ones stay mixed.
+
+    >>> best_fit([5, 3, 6, 2], 8)
+    [[2, 3], [0, 1]]
+    """
+    order = list(range(len(sizes))) if seed is None else np.random.default_rng(seed).permutation(len(sizes)).tolist()
+    windows = [order[start : start + WINDOW] for start in range(0, len(order), WINDOW)]
+    return [row for window in windows for row in _filled(sorted(window, key=lambda i: -sizes[i]), sizes, room)]
+
+
+def _filled(order: Sequence[int], sizes: Sequence[int], room: int) -> list[list[int]]:
+    rows: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (room left, row), in order
+    for item in order:
+        place = bisect_left(free, (sizes[item], 0))
+        left, row = free.pop(place) if place < len(free) else (room, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(item)
+        insort(free, (left - sizes[item], row))
+    return rows
+
+
+def row_length(examples: Sequence[Example], longest_allowed: int) -> int:
+    """Positions of a row: the longest example's, and `ROW` where examples may be that long."""
+    return max(bucket(max(len(e.tokens) for e in examples) - 1), min(ROW, bucket(longest_allowed - 1)))
+
+
+def packed_piece(packs: Sequence[Pack], length: int) -> Piece:
+    """Rows of `length` positions; sequence s is the s-th example of all."""
+    examples = [example for pack in packs for example in pack]
+    tokens, segments = np.zeros((2, len(packs), length), np.int32)
+    begin: dict[int, int] = {}
+    units: list[tuple[int, ...]] = []
+    for row, pack in enumerate(packs):
+        place = 0
+        units.append(tuple(range(len(begin), len(begin) + len(pack))))
+        for number, example in enumerate(pack, 1):
+            end = place + len(example.tokens) - 1  # the last is a target only
+            tokens[row, place:end], segments[row, place:end] = example.tokens[:-1], number
+            begin[len(begin)] = row * length + place
+            place = end
+    batch = laid_out(examples, tokens, begin, segments=mx.array(segments))
+    return Piece(batch, token_count(examples), tuple(e.where for e in examples), units=tuple(units))
+
+
+def packed(source: Source, splits: Mapping[str, Split], seed: int) -> tuple[Source, dict[str, Split]]:
+    """The source and the splits with training examples packed into rows; those of the other splits stay rows of their own."""
+    examples: Sequence[Example] = splits["train"].items
+    length = row_length(examples, source.data.max_seq_length)
+    rows = best_fit([len(e.tokens) - 1 for e in examples], length, seed if source.data.shuffle else None)
+    items: dict[str, list[Pack]] = {name: [(example,) for example in split.items] for name, split in splits.items()}
+    items["train"] = [tuple(examples[i] for i in row) for row in rows]
+
+    def make(context: Context) -> Make:
+        piece = _alone if context.validation else partial(packed_piece, length=length)
+        return lambda packs, _: piece(packs)
+
+    made = evolve(source, make=make, examples=tuple, rebuild=lambda _, examples: tuple(examples))
+    return made, {name: evolve(split, items=items[name]) for name, split in splits.items()}
+
+
+def _alone(packs: Sequence[Pack]) -> Piece:
+    return example_piece([example for pack in packs for example in pack])

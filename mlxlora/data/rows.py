@@ -1,0 +1,167 @@
+"""Reads rows from JSONL and JSON files, folders and hub data sets."""
+
+import gzip
+import random
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+from attrs import frozen
+
+from ..config.mlx_lm_compat import HUB
+from ..errors import InputError
+from .messages import short
+
+_SUFFIXES = (".jsonl", ".json", ".jsonl.gz")
+_SPLITS = {"train": ("train",), "valid": ("valid", "validation", "dev"), "test": ("test",)}
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+_SAID_TO_BE_ONE = re.compile(rf"{HUB}((?:[\w.-]+/)?[\w.-]+(?::[\w.-]+)?)")
+
+
+@frozen
+class Row:
+    """One JSON object and where it came from; lines count from 1."""
+
+    fields: dict[str, Any]
+    file: str
+    line: int
+
+    @property
+    def where(self) -> str:
+        """ "file:line", the start of every message about the row."""
+        return f"{self.file}:{self.line}"
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """The rows of a .jsonl, .jsonl.gz or .json file (a list of objects, whose lines are their positions).
+
+    Raises:
+        InputError: the file is missing, empty, not UTF-8, or holds something other than JSON objects (NaN is not JSON).
+    """
+    path = Path(path)
+    if not path.is_file():
+        hub = f"a hub name like org/name or {HUB}name"
+        raise InputError(f"{path}: no such file; --data takes a folder with train.jsonl, a file, or {hub}")
+    if not path.name.endswith(_SUFFIXES):
+        raise InputError(f"{path}: unknown kind of file; use one of {', '.join(_SUFFIXES)}")
+    try:
+        rows = list(_json_rows(path) if path.suffix == ".json" else _jsonl_rows(path))
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    if not rows:
+        raise InputError(f"{path}: no rows; write at least one JSON object")
+    return rows
+
+
+def _jsonl_rows(path: Path) -> Iterator[Row]:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield _row(_parse(line, f"{path}:{number}", "write one JSON object per line"), path, number)
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    content = path.read_bytes()
+    values = _parse(content, f"{path}:1", "write a list of objects, or one object per line as .jsonl") if content.strip() else []
+    if not isinstance(values, list):
+        raise InputError(f"{path}:1: must be a list of objects, got {short(values)}")
+    for number, value in enumerate(values, 1):
+        yield _row(value, path, number)
+
+
+def _row(value: Any, path: Path, number: int) -> Row:
+    if not isinstance(value, dict):
+        raise InputError(f"{path}:{number}: a row must be a JSON object, got {short(value)}")
+    return Row(value, str(path), number)
+
+
+def _parse(content: bytes, where: str, remedy: str) -> Any:
+    try:
+        return orjson.loads(content.removeprefix(b"\xef\xbb\xbf").strip())
+    except orjson.JSONDecodeError as error:
+        start = content[:60].decode("utf-8", "replace").strip()
+        reason = "not UTF-8" if "UTF-8" in error.msg else f"not JSON ({error.msg}, column {error.colno})"
+        raise InputError(f"{where}: {reason}: {start!r}; {remedy}") from None
+
+
+def read_splits(data: str | Path, asked: Mapping[str, str] | None = None) -> dict[str, list[Row]]:
+    """The splits "train", "valid" and "test" that a folder, a file (train only) or a hub data set has.
+
+    A hub name may carry a configuration: `org/name:config`; one without an organisation is `hf://datasets/name`. Hub data sets
+    need `datasets`. `asked` says which rows of a hub data set a split is, such as `{"train": "train[:1000]"}`; the others are
+    then left out.
+
+    Raises:
+        InputError: nothing of that name, no training rows, or broken rows.
+    """
+    path = Path(data)
+    if named := _SAID_TO_BE_ONE.fullmatch(str(data)):
+        return _read_with_datasets(named[1], asked)
+    if asked and path.exists():
+        raise InputError(f"--{next(iter(asked))}-split is for hub data sets, {data} is a local one; leave it out")
+    if path.is_file():
+        return {"train": read_rows(path)}
+    if path.is_dir():
+        return _read_folder(path)
+    if not _HUB_NAME.fullmatch(str(data)) or str(data).endswith(_SUFFIXES) or str(data).startswith("."):
+        return {"train": read_rows(path)}  # which says that there is no such file
+    return _read_with_datasets(str(data), asked)
+
+
+def _read_folder(folder: Path) -> dict[str, list[Row]]:
+    files = {split: _split_file(folder, names) for split, names in _SPLITS.items()}
+    if files["train"] is not None:
+        return {split: read_rows(file) for split, file in files.items() if file is not None}
+    found = sorted(entry.name for entry in folder.iterdir())
+    if any(name.endswith((".parquet", ".arrow", ".csv")) or name in ("dataset_dict.json", "data") for name in found):
+        return _read_with_datasets(str(folder))
+    raise InputError(f"{folder}: no train.jsonl in this folder; found {', '.join(found[:10]) or 'nothing'}")
+
+
+def _split_file(folder: Path, names: tuple[str, ...]) -> Path | None:
+    candidates = (folder / f"{name}{suffix}" for name in names for suffix in _SUFFIXES)
+    return next((file for file in candidates if file.is_file()), None)
+
+
+def _read_with_datasets(name: str, asked: Mapping[str, str] | None = None) -> dict[str, list[Row]]:
+    try:
+        import datasets  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise InputError(f"{name}: reading this data set needs the datasets package: pip install 'mlxlora[datasets]'") from None
+    try:
+        if (Path(name) / "dataset_dict.json").is_file():
+            splits = datasets.load_from_disk(name)
+        else:
+            place = [name] if Path(name).exists() else name.split(":")
+            some = {name: datasets.load_dataset(*place, split=rows) for name, rows in (asked or {}).items()}
+            splits = some or datasets.load_dataset(*place)
+    except Exception as error:  # the hub, the network and any loader: the user can act on each of their messages
+        raise InputError(f"{name}: cannot be loaded: {' '.join(str(error).split())}") from error
+    found = {split: next((splits[given] for given in names if given in splits), None) for split, names in _SPLITS.items()}
+    if found["train"] is None:
+        raise InputError(f"{name}: no train split; found {', '.join(sorted(splits))}")
+    return {
+        split: [Row(dict(fields), f"{name}[{split}]", number) for number, fields in enumerate(rows, 1)]
+        for split, rows in found.items()
+        if rows is not None
+    }
+
+
+def split_off(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """(training, validation) rows in their order: a random share, the same for the same seed, at least one row on either side.
+
+    Raises:
+        InputError: fewer than two rows.
+
+    >>> rows = [Row({}, "a.jsonl", line) for line in range(1, 5)]
+    >>> [len(part) for part in split_off(rows, 0.01, seed=0)]
+    [3, 1]
+    """
+    if len(rows) < 2:
+        raise InputError(f"--valid-fraction needs at least 2 rows, got {len(rows)}")
+    count = min(max(1, round(len(rows) * fraction)), len(rows) - 1)
+    held_out = set(random.Random(seed).sample(range(len(rows)), count))
+    return [row for i, row in enumerate(rows) if i not in held_out], [rows[i] for i in sorted(held_out)]

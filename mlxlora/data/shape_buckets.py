@@ -1,0 +1,103 @@
+"""A bound on the shapes that a run compiles: every new one is traced anew, and hundreds of them crash Metal.
+
+The ladder of lengths leaves a few shapes of rows, but as many as the product of all ladders where scored tokens and shared
+prompts vary too. From a number on, a batch is padded to a shape that was there before.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from attrs import define, field
+
+from ..batch import Batch
+from .batching import Make, Piece
+
+LIMIT = 64
+_OWN = 48  # batches have shapes of their own; the others are for batches larger than all before
+
+Sizes = tuple[int, int, int]
+"""T, N and K (0: no shared prompts), which padding may raise."""
+
+_FILLER = {"where": 0, "targets": 0, "prompt": False, "ref_logps": 0.0, "old_logps": 0.0}
+"""[N] columns and what fills them; `sequence` is filled with S."""
+_ROWS = ("tokens", "segments")  # [R, T], filled with 0
+
+
+@define
+class Signatures:
+    """`fit(batch)`: the batch, padded to a shape that was there before once there were `own` of them; changes no result.
+
+    The smallest one that holds it; if none does, one that is twice as large as all before where it has to be, so that
+    sizes of up to 2¹⁶ times the largest of the first ones stay below `LIMIT`. Shapes depend on the batches since the start
+    of the process: a resumed run may round differently in the last bit once the bound was reached.
+    """
+
+    own: int = _OWN
+    seen: dict[Any, list[Sizes]] = field(factory=dict)
+
+    def fit(self, batch: Batch) -> Batch:
+        fixed, sizes = _signature(batch)
+        known = self.seen.setdefault(fixed, [])
+        if sizes in known:
+            return batch
+        if sum(map(len, self.seen.values())) < self.own:
+            known.append(sizes)
+            return batch
+        holding = [other for other in known if all(a >= b for a, b in zip(other, sizes, strict=True))]
+        if not holding:
+            holding = [_larger(known, sizes)]
+            known += holding
+        return padded(batch, min(holding, key=lambda other: _work(batch, other)))
+
+
+def capped(make: Make) -> Make:
+    """Pieces whose batches have a bounded number of shapes."""
+    signatures = Signatures()
+
+    def fitted(items: Sequence[Any], index: int) -> Piece:
+        piece = make(items, index)
+        return piece._replace(batch=signatures.fit(piece.batch))
+
+    return fitted
+
+
+def padded(batch: Batch, sizes: Sizes) -> Batch:
+    """The same batch with longer rows, more filler among the scored tokens and longer shared prompts."""
+    before, (after, scored, prompts) = batch.tokens.shape[1], sizes
+    where = np.array(batch.where)
+    columns = {name: np.array(value) for name in _FILLER if (value := getattr(batch, name)) is not None}
+    columns["where"] = where // before * after + where % before
+    extra = scored - len(where)
+    filled = {name: np.pad(value, (0, extra), constant_values=_FILLER[name]) for name, value in columns.items()}
+    filled["sequence"] = np.pad(np.array(batch.sequence), (0, extra), constant_values=batch.sequences)
+    rows = {name: value for name in _ROWS if (value := getattr(batch, name)) is not None}
+    filled |= {name: np.pad(np.array(value), ((0, 0), (0, after - before))) for name, value in rows.items()}
+    if batch.prefix is not None:
+        filled["prefix"] = np.pad(np.array(batch.prefix), ((0, 0), (0, prompts - batch.prefix.shape[1])))
+    return batch._replace(**{name: mx.array(value) for name, value in filled.items()})
+
+
+def _signature(batch: Batch) -> tuple[Any, Sizes]:
+    """(what padding cannot change, what it can)."""
+    raised = {*_FILLER, *_ROWS, "sequence", "prefix"}
+    columns = [(name, value) for name, value in batch._asdict().items() if value is not None]
+    fixed = tuple((name, None if name in raised else value.shape) for name, value in columns)
+    rows, length = batch.tokens.shape
+    groups, prompt = batch.prefix.shape if batch.prefix is not None else (0, 0)
+    return (rows, groups, *fixed), (length, batch.where.size, prompt)
+
+
+def _larger(known: Sequence[Sizes], sizes: Sizes) -> Sizes:
+    """What holds everything before, and `sizes`, with room to grow where it did not."""
+    most = [max(column) for column in zip(*known, (0, 0, 0), strict=True)]
+    length, scored, prompt = (a if a >= b else 1 << (b - 1).bit_length() for a, b in zip(most, sizes, strict=True))
+    return length, scored, prompt
+
+
+def _work(batch: Batch, sizes: Sizes) -> int:
+    """Positions to compute, and scored ones once more for the head."""
+    length, scored, prompt = sizes
+    prompts = batch.prefix.shape[0] * prompt if batch.prefix is not None else 0
+    return batch.tokens.shape[0] * length + prompts + scored

@@ -1,0 +1,167 @@
+"""Token ids on disk: a data set is tokenised once, not once a run.
+
+A file holds what was made of some rows. Its name is a digest of all that had a part in it: the rows, the tokenizer, the
+options, our code and the versions of what it calls. So nothing is ever stale; what changed is simply not found.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from datetime import date
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from ..utils.files import cache_folder
+from ..utils.safetensors import Arrays, read_checked, write_arrays
+from . import chat_template, formats, messages, rows, tokenize
+from .rows import Row
+from .tokenize import Counts, Example, Pair
+
+WORTH_KEEPING = 1 << 20  # bytes of rows; tokenising them takes about half a second
+FILES = 16  # the latest used are kept
+
+Made = tuple[list[Any], Counts]
+
+
+def remembered(
+    rows: Sequence[Row],
+    make: Callable[[Sequence[Row]], Made],
+    prepare: Callable[..., Any],
+    tokenizer: Any,
+    note: Callable[[str], Any],
+) -> Made:
+    """`make(rows)`, or what an earlier run kept of the same; bit for bit the same.
+
+    Args:
+        rows: of one split.
+        make: rows to items and their counts.
+        prepare: what `make` does to one row: a partial of a function of this package, else nothing is kept.
+        tokenizer: mlx-lm's TokenizerWrapper.
+        note: is told where items came from, and that a file was damaged.
+    """
+    path = cache_file(rows, prepare, tokenizer)
+    found = _trusted(path, rows, note) if path else None
+    if found:
+        return found
+    made = make(rows)
+    if path:
+        _keep(path, made[0], rows, note)
+    return made
+
+
+def cache_file(rows: Sequence[Row], prepare: Callable[..., Any], tokenizer: Any) -> Path | None:
+    """Where the items of these rows are kept; None if they are few, or if what makes them cannot be named."""
+    try:
+        written = [orjson.dumps(row.fields) for row in rows]
+    except TypeError:  # a hub data set may hold more than JSON
+        return None
+    if sum(map(len, written)) < WORTH_KEEPING:
+        return None
+    maker = _prepare_identity(prepare)
+    reader = tokenizer_identity(tokenizer)
+    if maker is None or reader is None:
+        return None
+    digest = hashlib.sha256(b"\n".join([_code_identity(), maker, reader, *written])).hexdigest()
+    return cache_folder("tokens") / f"{digest[:32]}.safetensors"
+
+
+def tokenizer_identity(tokenizer: Any) -> bytes | None:
+    """All that decides which tokens a text or a conversation has; None if Python code that came with a model takes part."""
+    inner = tokenizer._tokenizer
+    if not type(inner).__module__.startswith(("transformers.", "mlx_lm.")) or not getattr(inner, "is_fast", False):
+        return None
+    own = tokenizer._chat_template  # mlx-lm's, in Python
+    template = inner.chat_template
+    settings = {
+        "class": type(inner).__qualname__,
+        "template": template,
+        "own template": getattr(own, "__module__", None) and f"{own.__module__}.{own.__qualname__}",
+        "special": {name: str(token) for name, token in inner.special_tokens_map.items()},
+        "ends": sorted(tokenizer.eos_token_ids),
+        "adds": [getattr(inner, "add_bos_token", None), getattr(inner, "add_eos_token", None)],
+        "today": date.today().isoformat() if "strftime_now" in str(template) else None,  # Llama 3 tells the model the date
+    }
+    return orjson.dumps(settings, option=orjson.OPT_SORT_KEYS) + b"\n" + inner.backend_tokenizer.to_str().encode()
+
+
+def _prepare_identity(prepare: Callable[..., Any]) -> bytes | None:
+    if not isinstance(prepare, partial) or prepare.args or prepare.func.__module__ != tokenize.__name__:
+        return None
+    return orjson.dumps([prepare.func.__qualname__, prepare.keywords], option=orjson.OPT_SORT_KEYS)
+
+
+def _code_identity() -> bytes:
+    """The code that tokenises: ours as it is, that of others by version."""
+    ours = [Path(module.__file__ or "").read_bytes() for module in (chat_template, formats, messages, rows, tokenize)]
+    others = [f"{name} {version(name)}".encode() for name in ("transformers", "tokenizers", "mlx-lm", "jinja2")]
+    return b"\n".join([*ours, *others, Path(__file__).read_bytes()])
+
+
+# --- the file: sequences behind one another, with a digest of all of it ------------------------
+
+
+def _trusted(path: Path, rows: Sequence[Row], note: Callable[[str], Any]) -> Made | None:
+    """What the file holds; None if there is none, or if it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        items = _unpacked(read_checked(path), rows)
+        path.touch()
+    except (OSError, KeyError, ValueError) as error:
+        note(f"tokens: the cache {path} is damaged ({error}); it is built again")
+        return None
+    note(f"{len(rows)} rows were tokenised by an earlier run; their token ids come from {path}")
+    return items, Counts(len(rows), sum(item.truncated for item in items), len(rows) - len(items))
+
+
+def _keep(path: Path, items: Sequence[Any], rows: Sequence[Row], note: Callable[[str], Any]) -> None:
+    """Writes the file and removes those not used for longest; a run does not depend on it."""
+    try:
+        write_arrays(path, _packed(items, {row.where: i for i, row in enumerate(rows)}))
+        files = sorted(path.parent.glob("*.safetensors"), key=lambda file: file.stat().st_mtime)
+        for file in files[:-FILES]:
+            file.unlink(missing_ok=True)
+    except OSError as error:
+        note(f"tokens: the cache {path} cannot be written ({error})")
+
+
+def _packed(items: Sequence[Example | Pair], row_of: dict[str, int]) -> Arrays:
+    """Items as flat arrays; whatever is True or False is packed to bits."""
+    examples = [example for item in items for example in _sides(item)]
+    prompts = [example.prompt for example in examples]
+    scores = [item.preference_score if isinstance(item, Pair) else None for item in items]
+    return {
+        "rows": np.array([row_of[_sides(item)[0].where] for item in items], np.int64),
+        "ends": np.cumsum([len(e.tokens) for e in examples]).astype(np.int64),
+        "tokens": np.concatenate([e.tokens for e in examples]),
+        "scored": np.packbits(np.concatenate([e.scored for e in examples])),
+        "prompt": np.packbits(np.concatenate([e.scored & False if e.prompt is None else e.prompt for e in examples])),
+        "has_prompt": np.array([prompt is not None for prompt in prompts], np.uint8),
+        "truncated": np.array([e.truncated for e in examples], np.uint8),
+        "scores": np.array([np.nan if score is None else score for score in scores], np.float64),
+    }
+
+
+def _unpacked(arrays: Arrays, rows: Sequence[Row]) -> list[Any]:
+    """The items again, their sequences as views of the flat arrays."""
+    numbers, ends = arrays["rows"].tolist(), arrays["ends"].tolist()
+    sides = len(ends) // len(numbers)
+    wheres = [rows[number].where for number in numbers for _ in range(sides)]
+    scored, prompt = (np.unpackbits(arrays[name], count=ends[-1]).view(bool) for name in ("scored", "prompt"))
+    flags = zip([0, *ends], ends, wheres, arrays["has_prompt"].tolist(), arrays["truncated"].tolist(), strict=False)
+    examples = [
+        Example(arrays["tokens"][start:end], scored[start:end], prompt[start:end] if has_prompt else None, where, bool(truncated))
+        for start, end, where, has_prompt, truncated in flags
+    ]
+    if sides == 1:
+        return examples
+    scores = [None if np.isnan(score) else score for score in arrays["scores"].tolist()]
+    return [Pair(*pair) for pair in zip(examples[::2], examples[1::2], scores, strict=True)]
+
+
+def _sides(item: Example | Pair) -> tuple[Example, ...]:
+    return (item.chosen, item.rejected) if isinstance(item, Pair) else (item,)

@@ -1,0 +1,1 @@
+"""An mlx-lm model as log-probabilities: loading, scoring, attention, memory in training."""

@@ -1,0 +1,132 @@
+"""A model folder with random weights, for training from scratch."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map_with_path
+
+from ..errors import InputError
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "generation_config.json",
+)
+
+
+def init_model(config_file: str | Path, tokenizer: str | Path, output: str | Path, seed: int = 0, dtype: str = "float32") -> int:
+    """Writes config.json, model.safetensors and the tokenizer's files to a new folder that mlx-lm loads.
+
+    Weights of linear layers (of experts too) and embeddings ~ N(0, σ²), σ = `initializer_range` of the configuration or
+    0.02, their biases 0; every other parameter keeps its module's own initialisation (Radford et al., 2019, without their
+    scaling of residual layers). Ids of special tokens become those of the tokenizer.
+
+    Args:
+        config_file: config.json of an architecture that mlx-lm knows.
+        tokenizer: folder of the tokenizer.
+        output: the folder to write; it appears whole or not at all.
+        seed: of the weights.
+        dtype: float32, bfloat16 or float16.
+
+    Returns:
+        The number of parameters.
+
+    Raises:
+        InputError: unusable configuration, a vocabulary too small for the tokenizer, or an output folder in use.
+    """
+    config_file, output = Path(config_file), Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"--output {output} exists and is not empty; remove it or name another folder")
+    config = _config(config_file, Path(tokenizer), dtype)
+    mx.random.seed(seed)
+    model = _model(config_file, config)
+    _randomise(model, config.get("initializer_range", 0.02), getattr(mx, dtype))
+    _write(model, config, Path(tokenizer), output)
+    return sum(weight.size for weight in dict(tree_flatten(model.parameters())).values())
+
+
+def _config(path: Path, tokenizer: Path, dtype: str) -> dict[str, Any]:
+    """The configuration with the tokenizer's special tokens, checked for room for its vocabulary."""
+    config = _read_config(path)
+    words = _tokenizer(tokenizer)
+    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    needed = max(words.get_vocab().values()) + 1
+    if size is not None and size < needed:
+        raise InputError(f"{path}: vocab_size {size} is too small for --tokenizer {tokenizer}; it needs at least {needed}")
+    special = {name: getattr(words, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    kept = {name: value for name, value in config.items() if name not in ("quantization", "quantization_config", "dtype")}
+    return kept | {name: value for name, value in special.items() if value is not None} | {"torch_dtype": dtype}
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; --config-file takes a model's config.json") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    if not isinstance(config, dict) or not config.get("model_type"):
+        raise InputError(f"{path}: no model_type; --config-file takes a model's config.json")
+    return config
+
+
+def _tokenizer(folder: Path) -> Any:
+    import mlx_lm  # noqa: F401 - first: it keeps transformers from saying that it misses PyTorch
+    from transformers import AutoTokenizer
+
+    if not folder.is_dir():
+        raise InputError(f"--tokenizer {folder} is not a folder")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--tokenizer {folder}: {' '.join(str(error).split())}") from None
+
+
+def _model(path: Path, config: dict[str, Any]) -> nn.Module:
+    from mlx_lm.utils import _get_classes
+
+    try:
+        model_class, arguments = _get_classes(config)
+        return model_class(arguments.from_dict(config))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _randomise(model: nn.Module, std: float, dtype: mx.Dtype) -> None:
+    from mlx_lm.models.switch_layers import SwitchLinear
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding | SwitchLinear):
+            module["weight"] = std * mx.random.normal(module["weight"].shape)
+            if "bias" in module:
+                module["bias"] = mx.zeros_like(module["bias"])
+    in_dtype = getattr(model, "cast_predicate", lambda name: True)
+
+    def cast(name: str, weight: mx.array) -> mx.array:
+        return weight.astype(dtype) if in_dtype(name) and mx.issubdtype(weight.dtype, mx.floating) else weight
+
+    model.update(tree_map_with_path(cast, model.parameters()))
+
+
+def _write(model: nn.Module, config: dict[str, Any], tokenizer: Path, output: Path) -> None:
+    """Everything goes to a temporary folder first, so that nobody finds half a model."""
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for file in {file for pattern in TOKENIZER_FILES for file in tokenizer.glob(pattern) if file.is_file()}:
+        shutil.copyfile(file, partial / file.name)
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(partial / "model.safetensors"), weights, metadata={"format": "mlx"})
+    partial.replace(output)

@@ -1,0 +1,82 @@
+"""Loads a model or a tokenizer through mlx-lm."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+
+from ..config.options import BaseOptions, ModelOptions
+from ..errors import InputError
+from ..utils.safetensors import check_header
+from ..utils.trust import check_model_code
+from .quantize import quantise_loaded
+
+
+def load_tokenizer(options: BaseOptions) -> Any:
+    """The tokenizer of a folder or hub name; no weights are read or fetched.
+
+    Raises:
+        InputError: there is none.
+    """
+    from mlx_lm.utils import load_tokenizer as read
+
+    few = ["*.json", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]  # mlx-lm's, of a tokenizer
+    return _loaded(options, lambda name: read(name, {"trust_remote_code": options.trust_remote_code}), few)
+
+
+def model_options(model: str | ModelOptions) -> ModelOptions:
+    """The options of a model that may be given by its folder or hub name alone."""
+    return ModelOptions(model) if isinstance(model, str) else model
+
+
+def load_with_config(options: ModelOptions, lazy: bool = False) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """The model, tokenizer and configuration of a folder or hub name.
+
+    Args:
+        options: which model.
+        lazy: read no weights before they are used.
+
+    Raises:
+        InputError: there is no such model, or it is damaged.
+    """
+    from mlx_lm.utils import load as load_model
+
+    trust, form = options.trust_remote_code, options.quantize
+    how: dict[str, Any] = {"tokenizer_config": {"trust_remote_code": trust}, "trust_remote_code": trust}
+    model, tokenizer, config = _loaded(options, lambda name: load_model(name, lazy=lazy or bool(form), return_config=True, **how))
+    if form:
+        model, config = quantise_loaded(model, config, form)
+    return model, tokenizer, config
+
+
+def _loaded(options: BaseOptions, read: Callable[[str], Any], patterns: list[str] | None = None) -> Any:
+    """What `read` makes of the model's folder, once it is known that no code of it runs without leave and no header lies."""
+    from mlx_lm.utils import _download
+
+    if options.model is None:
+        raise InputError("--model is missing: a model folder or a hub name such as mlx-community/Qwen3-0.6B-4bit")
+    _check_folder(options.model)
+    flag = f"--model {options.model}"
+    try:
+        folder = _download(options.model, allow_patterns=patterns)
+        check_model_code(folder, flag, options.trust_remote_code)
+        for file in () if patterns else folder.glob("model*.safetensors"):
+            check_header(file)
+        return read(str(folder))
+    except Exception as error:  # the hub, the network, any file of the model: the user can act on each of their messages
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if reason.startswith(flag):
+            raise
+        if "trust_remote_code" in reason:
+            remedy = "read it, then allow it with --trust-remote-code"
+            raise InputError(f"{flag}: its tokenizer runs Python code of the model; {remedy}") from error
+        raise InputError(f"{flag}: cannot be loaded: {reason}") from error
+
+
+def _check_folder(model: str) -> None:
+    path = Path(model)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise InputError(f"--model {model}: no config.json in this folder")
+    if not path.exists() and (path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1):
+        raise InputError(f"--model {model}: no such folder, and not a hub name such as org/name")

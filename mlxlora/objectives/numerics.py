@@ -1,0 +1,34 @@
+"""Exponentials and logarithms that stay finite where float32 would not."""
+
+import mlx.core as mx
+
+
+def log1mexp(x: mx.array) -> mx.array:
+    """log(1 - exp(x)) for x < 0, accurate at both ends (Mächler, 2012), finite with its gradient at x = 0.
+
+    >>> round(log1mexp(mx.array(-1e-6)).item(), 3), log1mexp(mx.array(-100.0)).item()
+    (-13.816, -0.0)
+    """
+    x = mx.minimum(x, -1e-7)
+    near = x > -0.6931472  # -ln 2
+    at_near, at_far = mx.where(near, x, -1.0), mx.where(near, -1.0, x)  # each branch only sees what it can stand
+    return mx.where(near, mx.log(-mx.expm1(at_near)), mx.log1p(-mx.exp(at_far)))
+
+
+# --- exponentials that stay finite ----------------------------------------------------------
+
+_STEEPEST, _SLOPE = 20.0, 485165195.40979  # e^20: its square is finite too, and so are norms of gradients
+
+
+def safe_exp(x: mx.array) -> mx.array:
+    """e^x, continued by its tangent above 20: finite, with a gradient that still points the right way."""
+    return mx.exp(mx.minimum(x, _STEEPEST)) * (1 + mx.maximum(x - _STEEPEST, 0))
+
+
+def safe_expm1(x: mx.array) -> mx.array:
+    """e^x - 1, continued by its tangent above 20.
+
+    >>> safe_expm1(mx.array(1e-6)).item() < 1.1e-6, safe_expm1(mx.array(1e6)).item() < 1e15
+    (True, True)
+    """
+    return mx.expm1(mx.minimum(x, _STEEPEST)) + _SLOPE * mx.maximum(x - _STEEPEST, 0)

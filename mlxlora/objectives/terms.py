@@ -1,0 +1,160 @@
+"""Named means of log-probabilities: the vocabulary that objectives are written in."""
+
+from collections.abc import Callable, Iterable
+
+import attrs
+import mlx.core as mx
+
+from ..batch import Batch, column, completions, halves, token_sum
+from .losses import LabelLoss, PairLoss
+from .objective import Objective, Reduction, Selection, Term, Values, Weights, per_pair, sequence_count, term, token_mean, watch
+from .scores import Score
+
+PairWeight = Callable[[Batch], mx.array]
+
+
+def nll(*, of: Selection = completions, per: Reduction = token_mean, name: str = "nll") -> Objective:
+    """-log π(y_t), the mean over the tokens that `of` selects: cross entropy in nats."""
+    return term(name, lambda logps, batch: -logps, per(of))
+
+
+def dft(*, of: Selection = completions, per: Reduction = token_mean, name: str = "dft") -> Objective:
+    """-sg(π(y_t))·log π(y_t) (Dynamic Fine-Tuning, Wu et al., 2025, https://arxiv.org/abs/2508.05629, eq. 9)."""
+
+    def values(logps: mx.array, batch: Batch) -> mx.array:
+        return -mx.stop_gradient(mx.exp(logps)) * logps
+
+    return term(name, values, per(of))
+
+
+def entropy(*, of: Selection = completions, per: Reduction = token_mean, name: str = "entropy") -> Objective:
+    """-Σ_v π(v)·log π(v), the mean over tokens, in nats; subtract it for a bonus: `... + -0.01 * entropy()`."""
+    return term(name, lambda logps, batch: column(batch, "entropy"), per(of), needs={"entropy"})
+
+
+def divergence(*, of: Selection = completions, per: Reduction = token_mean, name: str = "divergence") -> Objective:
+    """D(teacher, π) over the whole vocabulary at each token, the mean over tokens, in nats; which D is up to the scorer."""
+    return term(name, lambda logps, batch: column(batch, "divergence"), per(of), needs={"divergence"})
+
+
+# --- preferences ----------------------------------------------------------------------------
+
+
+def preference(score: Score, loss: PairLoss, *, name: str = "preference", weight: PairWeight | None = None) -> Objective:
+    """`loss` of the scores of each (chosen, rejected) pair, the mean over pairs.
+
+    Args:
+        weight: batch -> [P], what each pair's loss is multiplied with; the count stays P.
+    """
+
+    def weights(batch: Batch) -> tuple[mx.array, mx.array]:
+        ones, pairs = per_pair(batch)
+        return ones if weight is None else weight(batch), pairs
+
+    return term(name, lambda logps, batch: loss(*halves(score(logps, batch))), weights, needs=score.needs)
+
+
+def preference_score(batch: Batch) -> mx.array:
+    """[P] or []: the pair's weight in the data; 1 where the data has none."""
+    return mx.array(1.0) if batch.preference_score is None else batch.preference_score
+
+
+def rewards(score: Score, *, beta: float) -> Objective:
+    """Watches the implicit rewards β·score: means of the chosen, the rejected, the margin, and how often it is positive.
+
+    Metrics `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `rewards/accuracies`, each a mean over pairs.
+    """
+    return (
+        watch_pairs("rewards/chosen", score, lambda c, r: beta * c)
+        + watch_pairs("rewards/rejected", score, lambda c, r: beta * r)
+        + watch_pairs("rewards/margins", score, lambda c, r: beta * (c - r))
+        + watch_pairs("rewards/accuracies", score, lambda c, r: c > r)
+    )
+
+
+def pair_logps(score: Score) -> Objective:
+    """Watches the scores themselves: `logps/chosen` and `logps/rejected`, means over pairs."""
+    return watch_pairs("logps/chosen", score, lambda c, r: c) + watch_pairs("logps/rejected", score, lambda c, r: r)
+
+
+def exploration(*, name: str = "exploration") -> Objective:
+    """log π(y) of the completions that the reference sampled, the mean over pairs: minimised, it leads away from them (XPO)."""
+
+    def weights(batch: Batch) -> tuple[mx.array, mx.array]:
+        return column(batch, "from_reference"), per_pair(batch)[1]
+
+    return term(name, lambda logps, batch: token_sum(logps, batch), weights, needs={"from_reference"})
+
+
+def watch_pairs(name: str, score: Score, loss: PairLoss) -> Objective:
+    """A metric of the scores of each pair, the mean over pairs."""
+    return 0.0 * preference(score, loss, name=name)
+
+
+# --- completions that are good or bad on their own ----------------------------------------------
+
+
+def judgement(
+    score: Score, loss: LabelLoss, *, desirable_weight: float = 1.0, undesirable_weight: float = 1.0, name: str = "judgement"
+) -> Objective:
+    """`loss` of the score of each completion and its label, times the weight of the label, the mean over completions."""
+
+    def weights(batch: Batch) -> tuple[mx.array, mx.array]:
+        return mx.where(column(batch, "label"), desirable_weight, undesirable_weight), sequence_count(batch)
+
+    def values(logps: mx.array, batch: Batch) -> mx.array:
+        return loss(score(logps, batch), column(batch, "label"))
+
+    return term(name, values, weights, needs={*score.needs, "label"})
+
+
+def watch_labels(name: str, score: Score, *, scale: float = 1.0) -> Objective:
+    """Watches scale·score: `name`/chosen, the mean over the desirable completions, and `name`/rejected, over the others."""
+
+    def values(logps: mx.array, batch: Batch) -> mx.array:
+        return scale * score(logps, batch)
+
+    needs = {*score.needs, "label"}
+    return watch(f"{name}/chosen", values, per_label(desirable=True), needs=needs) + watch(
+        f"{name}/rejected", values, per_label(desirable=False), needs=needs
+    )
+
+
+def per_label(*, desirable: bool) -> Weights:
+    """Every completion of the label weighs the same, for values [S]."""
+
+    def weights(batch: Batch) -> tuple[mx.array, mx.array]:
+        selected = column(batch, "label") == desirable
+        return selected, selected.sum()
+
+    return weights
+
+
+# --- gates: factors of the values that carry no gradient --------------------------------------
+
+
+def gated(objective: Objective, gate: Values, *, needs: Iterable[str] = ()) -> Objective:
+    """The values of every optimised term times sg(gate); counts and metrics stay as they are.
+
+    Args:
+        gate: (logps [N], batch) -> what broadcasts to the values: [N], [S] or [P].
+        needs: columns of the batch that `gate` reads.
+    """
+
+    def through(t: Term) -> Term:
+        def values(logps: mx.array, batch: Batch) -> mx.array:
+            return mx.stop_gradient(gate(logps, batch)) * t.values(logps, batch)
+
+        return attrs.evolve(t, values=values, needs=t.needs | set(needs))
+
+    return Objective(tuple((c, through(t) if c else t) for c, t in objective.terms))
+
+
+def confidence(logps: mx.array, batch: Batch) -> mx.array:
+    """[P]: w(chosen)·w(rejected), w = exp(mean_t(log π(y_t) - log Σ_v π(v)²)), how much the policy would say it itself.
+
+    WPO with sampled alignment (Zhou et al., 2024, https://arxiv.org/abs/2406.11827, eq. 2).
+    """
+    aligned = token_sum(logps - column(batch, "log_sum_sq_probs"), batch) / mx.maximum(batch.lengths, 1)
+    c, r = halves(mx.exp(aligned))
+    return c * r

@@ -1,0 +1,1 @@
+"""What a run tells: terminal, page, model card, trackers."""

@@ -1,0 +1,22 @@
+"""Who is told what a run does."""
+
+from pathlib import Path
+
+from ..config.options import Output
+from .history import METRICS, SAMPLES
+from .html import Page
+from .plot import Plot
+from .reporter import MetricsFile, Reporter, SamplesFile
+from .terminal import Terminal
+from .trackers import Tracker
+
+
+def reporters(output: Output) -> tuple[Reporter, ...]:
+    """The terminal; and, unless nothing is to be written, the files of the run and the trackers that were asked for."""
+    directory, terminal = Path(output.adapter_path), Terminal(quiet=output.quiet)
+    if output.dry_run:
+        return (terminal,)
+    trackers = [Tracker(name, directory, lambda text: terminal.note(text, warning=True)) for name in output.report_to or ()]
+    files = (MetricsFile(directory / METRICS), SamplesFile(directory / SAMPLES))
+    pictures = (Page(directory), *([Plot(directory)] if output.plot else []))
+    return (terminal, *files, *trackers, *pictures)

@@ -1,0 +1,102 @@
+"""Numbers and text, made short and printable."""
+
+import re
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any
+
+from .reporter import Kind, Row
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+_FORMATS = {
+    "loss": "{:.4f}",
+    "grad_norm": "{:.3f}",
+    "learning_rate": "{:.2e}",
+    "tokens": "{:,}",
+    "tokens_per_second": "{:,.0f}",
+    "training_tokens_per_second": "{:,.0f}",
+    "rollout_tokens_per_second": "{:,.0f}",
+    "peak_memory_gb": "{:.2f}",
+}
+
+
+def _leading(row: Row) -> str:
+    """The metric to watch: what is sampled has a reward, and a loss that stays near 0 whatever is learnt."""
+    return "reward" if "reward" in row else "loss"
+
+
+def _value(name: str, value: Any) -> str:
+    if isinstance(value, str) or value is None:
+        return str(value)
+    if name in _FORMATS:
+        text = _FORMATS[name].format(value)
+        return text if text.strip("-0.,") else text.lstrip("-")  # a loss of -1e-9 is 0.0000
+    return f"{value:#.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds.
+
+    >>> duration(65), duration(3661)
+    ('1:05', '1:01:01')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """Values as bars between their least and their greatest; a gap for one that is not finite.
+
+    >>> sparkline([1, 2, 3, 8])
+    '▁▂▃█'
+    """
+    finite = [value for value in values if abs(value) < float("inf")]
+    if not finite:
+        return " " * len(values)
+    low, span = min(finite), (max(finite) - min(finite)) or 1.0
+    return "".join(_BLOCKS[round((v - low) / span * (len(_BLOCKS) - 1))] if abs(v) < float("inf") else " " for v in values)
+
+
+def trend(values: Sequence[float]) -> str:
+    """Whether the last value is below (-), above (+) or at (=) the one before.
+
+    >>> trend([3.0, 2.0])
+    '-'
+    """
+    if len(values) < 2 or values[-1] == values[-2]:
+        return "="
+    return "-" if values[-1] < values[-2] else "+"
+
+
+def printable(text: str) -> str:
+    """Text whose control characters, which a terminal would obey, are spelt out; tabs and line ends stay.
+
+    >>> printable("a" + chr(27) + "[31m")
+    'a\\\\x1b[31m'
+    """
+    return _CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
+
+
+def runs_of_text(tokens: Sequence[int], kinds: Sequence[Kind], decode: Callable[[Sequence[int]], str]) -> list[tuple[str, Kind]]:
+    """The texts of neighbouring tokens of one kind, cut from the whole: alone, a run may lose its leading space."""
+    parts, end, before = [], 0, ""
+    for kind, run in groupby(kinds):
+        end += len(list(run))
+        whole = decode(tokens[:end])
+        parts.append((whole[len(before) :], kind))
+        before = whole
+    return parts
+
+
+def shorten(text: str, limit: int) -> str:
+    """Text without its middle.
+
+    >>> shorten("abcdefghijklmnopqrstuvwxyz", 10)
+    'abcde ... [16 characters] ... vwxyz'
+    """
+    half = limit // 2
+    return text if len(text) <= limit else f"{text[:half]} ... [{len(text) - 2 * half} characters] ... {text[-half:]}"

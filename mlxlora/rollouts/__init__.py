@@ -1,0 +1,1 @@
+"""Samples completions and rewards them."""

@@ -1,0 +1,145 @@
+"""Models as rewards: a reward model scores each completion, a judge prefers one of two."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..data.chat_template import rendering
+from ..errors import InputError
+from ..utils.safetensors import check_header
+from ..utils.trust import check_model_code
+from .rewards import NamedReward
+
+Prompt = str | list[dict[str, Any]]
+_TOGETHER = 8  # texts that a reward model reads at once, of about one length, padded on the right
+
+QUESTION = """Which answer is better? Reply with the letter A or B alone.
+
+# Question
+{prompt}
+
+# Answer A
+{first}
+
+# Answer B
+{second}
+"""
+
+
+def reward_model(folder: str) -> NamedReward:
+    """A sequence classifier of one label as a reward: w·h, h the last hidden state of the conversation.
+
+    Args:
+        folder: of a `...ForSequenceClassification` model that mlx-lm knows without its head, with `score.weight`.
+
+    Raises:
+        InputError: there is no such model, or it has no such weight.
+    """
+    from mlx_lm.utils import load_model
+    from mlx_lm.utils import load_tokenizer as tokenizer_of
+
+    path = Path(folder)
+    check_model_code(path, f"--reward-model {folder}", trusted=None)
+    head = _score_weight(path)
+    try:
+        model: Any = load_model(path, strict=False)[0]
+        tokenizer = tokenizer_of(path, {"trust_remote_code": False})
+    except Exception as error:  # any file of the model: the user can act on each of their messages
+        raise InputError(f"--reward-model {folder}: cannot be loaded: {' '.join(str(error).split())}") from error
+    model.freeze().eval()
+    backbone = model.model if hasattr(model, "model") else model.backbone
+    mx.eval(model.parameters(), head)
+    return NamedReward("reward_model", partial(_scored, backbone, head, tokenizer))
+
+
+def judge(model: nn.Module, tokenizer: Any) -> NamedReward:
+    """A chat model as a judge: each completion's reward is the chance that it is preferred to the other one of its prompt.
+
+    The chance is that of the letter A against B as the model's next token, the mean of both orders, so that the place of an
+    answer does not count. Completions come in pairs: those of one prompt behind each other.
+
+    Raises:
+        InputError: the tokenizer has no chat template, or no single tokens for A and B.
+    """
+    if not tokenizer.has_chat_template:
+        raise InputError("--judge-model: its tokenizer has no chat template, so it cannot be asked")
+    letters = [tokenizer.encode(letter, add_special_tokens=False) for letter in "AB"]
+    if any(len(ids) != 1 for ids in letters):
+        raise InputError("--judge-model: its tokenizer has no single tokens for A and B")
+    model.freeze().eval()
+    mx.eval(model.parameters())
+    return NamedReward("judge", partial(_judged, partial(_first_preferred, model, tokenizer, [ids[0] for ids in letters])))
+
+
+def text_of_turns(value: Any) -> str:
+    """A prompt or completion as text: the contents of its messages.
+
+    >>> text_of_turns([{"role": "user", "content": "Hi"}])
+    'Hi'
+    """
+    return value if isinstance(value, str) else "\n".join(str(message["content"]) for message in value)
+
+
+def _judged(chance: Callable[[str, str, str], float], prompts: Sequence[Prompt], completions: Sequence[Any]) -> list[float | None]:
+    found: list[float | None] = []
+    for prompt, first, second in zip(prompts[::2], completions[::2], completions[1::2], strict=True):
+        question, *answers = (text_of_turns(value) for value in (prompt, first, second))
+        preferred = (chance(question, *answers) + 1 - chance(question, *answers[::-1])) / 2
+        found += [preferred, 1 - preferred]
+    return found
+
+
+def _first_preferred(model: Any, tokenizer: Any, letters: list[int], prompt: str, first: str, second: str) -> float:
+    question = QUESTION.format(prompt=prompt, first=first, second=second)
+    asked = [{"role": "user", "content": question}]
+    with rendering(tokenizer, "--judge-model"):
+        ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    logits = model(mx.array([ids]))[0, -1].astype(mx.float32)
+    return mx.sigmoid(logits[letters[0]] - logits[letters[1]]).item()  # type: ignore[return-value]
+
+
+def _scored(
+    backbone: Any, head: mx.array, tokenizer: Any, prompts: Sequence[Prompt], completions: Sequence[Any]
+) -> list[float | None]:
+    texts = [_conversation(tokenizer, *pair) for pair in zip(prompts, completions, strict=True)]
+    scores: list[float | None] = [None] * len(texts)
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    for rows in (order[k : k + _TOGETHER] for k in range(0, len(order), _TOGETHER)):
+        longest = len(texts[rows[-1]])
+        padded = mx.array([texts[i] + [0] * (longest - len(texts[i])) for i in rows])
+        last = mx.array([len(texts[i]) - 1 for i in rows])
+        hidden = backbone(padded)[mx.arange(len(rows)), last]
+        for i, score in zip(rows, (hidden.astype(mx.float32) @ head).tolist(), strict=True):  # type: ignore[arg-type]
+            scores[i] = score
+    return scores
+
+
+def _conversation(tokenizer: Any, prompt: Prompt, completion: Any) -> list[int]:
+    """Token ids: by the chat template where there is one, which a row of strings does without."""
+    if isinstance(prompt, str) or not tokenizer.has_chat_template:
+        return list(tokenizer.encode(text_of_turns(prompt) + text_of_turns(completion)))
+    with rendering(tokenizer, "--reward-model"):
+        return list(tokenizer.apply_chat_template([*prompt, *completion], return_dict=False))
+
+
+def _score_weight(path: Path) -> mx.array:
+    """[D] float32."""
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"--reward-model {path}: no model folder with safetensors files")
+    found = next((a for file in files for name, a in _arrays(file).items() if name == "score.weight"), None)
+    if found is None:
+        raise InputError(f"--reward-model {path}: no score.weight in it; a reward model is a sequence classifier of one label")
+    if found.shape[0] != 1:
+        raise InputError(f"--reward-model {path}: score.weight has {found.shape[0]} labels, and a reward is one")
+    return found[0].astype(mx.float32)
+
+
+def _arrays(file: Path) -> dict[str, mx.array]:
+    check_header(file)
+    loaded: Any = mx.load(str(file))
+    return loaded

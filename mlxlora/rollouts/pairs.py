@@ -1,0 +1,73 @@
+"""Pairs that the policy makes itself: completions of one prompt, of which rewards choose the better one (online DPO, XPO)."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from attrs import evolve
+
+from ..adapters.prepare import disabled
+from ..config.options import PromptData
+from ..data.batching import collate
+from ..data.sources import Context, Source
+from ..data.tokenize import Example, Prompt
+from .engine import Completion
+from .source import Group, Laid, Rollouts, by_policy, prompts, sequence
+
+
+def contests(data: str | PromptData, rollouts: Rollouts, *, explore: bool = False, **options: Any) -> Source:
+    """Prompts that the policy answers several times; the answers of highest and of lowest reward make a pair.
+
+    A prompt whose rewards are all equal, or not there, decides nothing: its pair has no scored tokens and so no gradient.
+
+    Args:
+        data: folder, file or hub data set; or all options at once.
+        rollouts: how completions are sampled and rewarded.
+        explore: two answers, the second by the reference, which is the model without its adapters (XPO).
+        options: fields of `PromptData`.
+    """
+    if explore:
+        rollouts = evolve(rollouts, group_size=2, sampler=against_reference)
+    return prompts(data, rollouts, layout=partial(best_and_worst, explore=explore), **options)
+
+
+def against_reference(context: Context, how: Rollouts, items: Sequence[Prompt], key: mx.array) -> list[list[Completion]]:
+    """Of each prompt one completion by the policy, then one by the model without its adapters."""
+    one = evolve(how, group_size=1)
+    ours, theirs = mx.random.split(key)
+    policy = by_policy(context, one, items, ours)
+    with disabled(context.model):
+        reference = by_policy(context, one, items, theirs)
+    return [[*a, *b] for a, b in zip(policy, reference, strict=True)]
+
+
+def best_and_worst(context: Context, how: Rollouts, groups: Sequence[Group], *, explore: bool) -> Laid:
+    """P pairs: all the best completions, then all the worst; undecided ones keep their place without scored tokens."""
+    places = [_places(group.rewards) for group in groups]
+    pairs = [_pair(how, group, place) for group, place in zip(groups, places, strict=True)]
+    examples = [example for side in zip(*pairs, strict=True) for example in side]
+    by_reference = [number == 1 for side in zip(*places, strict=True) for number in side]
+    units = tuple((p, len(groups) + p) for p in range(len(groups)))
+    columns = {"from_reference": mx.array(by_reference)} if explore else {}
+    return collate(examples, groups=units if context.share else (), **columns), examples, units
+
+
+def _pair(how: Rollouts, group: Group, places: tuple[int, int]) -> tuple[Example, ...]:
+    """Both sides; without scored tokens unless one is better and both have some."""
+    sides = [sequence(group.prompt, group.completions[i], how) for i in places]
+    best, worst = group.rewards[list(places)]
+    decided = bool(best > worst) and all(e.scored.any() for e in sides)
+    return tuple(evolve(e, scored=e.scored & decided) for e in sides)
+
+
+def _places(rewards: np.ndarray) -> tuple[int, int]:
+    """Numbers of the best and of the worst completion, two different ones; one without a reward is neither, if others have one.
+
+    >>> _places(np.array([0.5, np.nan, 2.0, 1.0])), _places(np.array([1.0, 1.0]))
+    ((2, 0), (0, 1))
+    """
+    present = np.flatnonzero(~np.isnan(rewards))
+    order = present[np.argsort(-rewards[present], kind="stable")].tolist()
+    return (order[0], order[-1]) if len(order) > 1 else (0, 1)

@@ -1,0 +1,1 @@
+"""One run: step, loop, checkpoint, resume."""

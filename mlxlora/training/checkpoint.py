@@ -1,0 +1,193 @@
+"""Atomic checkpoints and exact resume: weights, optimiser, random state, position in the data."""
+
+import hashlib
+import shutil
+from contextlib import suppress
+from math import nan
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import orjson
+from attrs import asdict, define, field, fields
+from mlx.utils import tree_unflatten
+
+from ..adapters.files import CONFIG, WEIGHTS, mismatches, own_arrays, put_arrays, read_arrays, save, save_arrays
+from ..adapters.rank_scale import is_uniform
+from ..config.options import AdapterOptions
+from ..distributed.sharded_files import Sliced, stored
+from ..distributed.sharding import is_sharded
+from ..errors import InputError, listed
+from ..reporting.history import METRICS, read_lines
+from ..utils.files import atomic_directory, sweep
+from ..utils.rng import random_key, restore_random_key
+from .optimizers import put_state
+from .trainable import layout, stored_state
+
+FOLDER, OPTIMISER, STATE, RANDOM = "checkpoints", "optimizer.safetensors", "state.json", "random_state"
+OWN = "trained.safetensors"  # the arrays as they are trained, where mlx-lm's file has them in another form
+_CHECKED = (CONFIG, WEIGHTS, OWN, OPTIMISER)
+_ANY = "[0-9]*"
+
+
+@define
+class Progress:
+    """Where a run is; all of it is saved, so that a resumed run reports what an uninterrupted one would.
+
+    Attributes:
+        step: optimiser steps done.
+        tokens: tokens that the model read so far.
+        window: sums of the metrics since the last report, with their number of steps.
+        best: lowest validation loss so far.
+        waited: validations since then.
+        skipped: steps in a row, up to the last one, that were not finite and changed nothing.
+        stop: why the run ends early, or empty.
+        key: the random state after the last step.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    window: dict[str, float] = field(factory=dict)
+    best: float | None = None
+    waited: int = 0
+    skipped: int = 0
+    stop: str = ""
+    key: mx.array = field(factory=lambda: random_key(), metadata={"array": True})
+
+
+def save_checkpoint(
+    directory: Path, model: nn.Module, optimiser: optim.Optimizer, progress: Progress, options: AdapterOptions, *, keep: int = 0
+) -> Path:
+    """Writes `checkpoints/<step>`, an adapter directory with the optimiser and the run's state; then drops old ones.
+
+    One that is there and good is that of this step already, as where Ctrl-C follows on a save, and stays.
+    """
+    path = directory / FOLDER / f"{progress.step:07d}"
+    if _is_good(path):
+        return path
+    with atomic_directory(path) as temporary:
+        save(model, temporary, options)
+        if not is_uniform(model):
+            save_arrays(temporary / OWN, own_arrays(model))
+        save_arrays(temporary / OPTIMISER, {RANDOM: progress.key, **stored_state(model, optimiser)})
+        state = asdict(progress, filter=lambda a, _: "array" not in a.metadata)
+        digests = {name: _digest(temporary / name) for name in _CHECKED if (temporary / name).exists()}
+        state["sha256"] = {STATE: _digest_of(state), **digests}
+        (temporary / STATE).write_bytes(orjson.dumps(state, option=orjson.OPT_INDENT_2))
+    sweep(path.parent, _ANY)  # damaged ones that were put aside
+    known = [old for old in checkpoints(directory) if old.name <= path.name]  # later ones are damaged, for the run began before
+    for old in known[keep:] if keep else []:
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """Checkpoints of a run, the newest first."""
+    return sorted((p for p in (directory / FOLDER).glob(_ANY) if p.is_dir()), reverse=True)
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimiser: optim.Optimizer) -> Progress:
+    """Puts model, optimiser and random state back to where they were; the optimiser must not have run yet.
+
+    Later checkpoints that are damaged are put aside: they take no good one's place, and the next one that is written removes them.
+
+    Raises:
+        InputError: the checkpoint is damaged, or does not fit the model and optimiser.
+    """
+    state = _read_state(path)
+    names, lazy = (WEIGHTS if is_uniform(model) else OWN, OPTIMISER), is_sharded(model)
+    weights, arrays = (read_arrays(path / name, lazy=lazy) for name in names)
+    key = arrays.pop(RANDOM)
+    state_arrays = initial(model, optimiser)
+    if problems := mismatches(weights, stored(model, own_arrays(model))) or mismatches(arrays, state_arrays):
+        raise InputError(f"{path} does not fit this run: {problems}")
+    put_arrays(model, weights)
+    for name, place in state_arrays.items():
+        if isinstance(place, Sliced):
+            place.take(arrays.pop(name))
+    put_state(optimiser.state, tree_unflatten(list(arrays.items())))
+    restore_random_key(key)
+    _put_aside_later(path)
+    return Progress(key=key, **state)
+
+
+def _put_aside_later(path: Path) -> None:
+    later = [other for other in checkpoints(path.parents[1]) if other.name > path.name] if path.parent.name == FOLDER else []
+    for other in (other for other in later if not _is_good(other)):
+        with suppress(OSError):  # nothing depends on it
+            other.replace(other.with_name(f".{other.name}.damaged.tmp"))
+
+
+def initial(model: nn.Module, optimiser: optim.Optimizer) -> dict[str, Any]:
+    """The arrays of an optimiser that has not run yet, as a file has them."""
+    optimiser.init(layout(optimiser, model).pack(model.trainable_parameters()))
+    return stored_state(model, optimiser)
+
+
+def newest(directory: Path) -> tuple[Path | None, list[str]]:
+    """The newest undamaged checkpoint and what is wrong with those that are newer."""
+    problems: list[str] = []
+    for path in checkpoints(directory):
+        try:
+            _read_state(path)
+            return path, problems
+        except InputError as error:
+            problems.append(str(error))
+    return None, problems
+
+
+def at_best(directory: Path, best: float) -> Path | None:
+    """The good checkpoint of the step whose validation loss was the best, if there is one."""
+    steps = [row.get("step") for row in read_lines(directory / METRICS) if row.get("split") == "valid" and row.get("loss") == best]
+    found = (path for path in checkpoints(directory) if path.name in {f"{step:07d}" for step in steps if step})
+    return next(filter(_is_good, found), None)
+
+
+def _is_good(path: Path) -> bool:
+    try:
+        return bool(_read_state(path))
+    except InputError:
+        return False
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """The checked state of a checkpoint, without its digests."""
+    try:
+        state = orjson.loads((path / STATE).read_bytes())
+        digests = state.pop("sha256")
+        damaged = [STATE] if digests.pop(STATE, None) not in (None, _digest_of(state)) else []  # None: it has no digest of itself
+        state["window"] = {name: nan if value is None else value for name, value in state["window"].items()}  # JSON has no NaN
+        _check_fields(state, digests)
+        damaged += [name for name, digest in digests.items() if _digest(path / name) != digest]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{path}: damaged checkpoint ({' '.join(str(error).split())})") from None
+    if damaged:
+        raise InputError(f"{path}: damaged checkpoint ({', '.join(damaged)} changed since it was written)")
+    return state
+
+
+def _check_fields(state: dict[str, Any], digests: dict[str, Any]) -> None:
+    """Checks what somebody may have written who does not know the fields of `Progress`.
+
+    Raises:
+        ValueError: a field of another kind, or one too many; files without a digest.
+    """
+    counts, numbers = ("step", "tokens", "waited", "skipped"), [*state["window"].values(), state.get("best")]
+    wrong = [name for name in counts if type(state.get(name, 0)) is not int or not 0 <= state.get(name, 0) < 1 << 53]
+    wrong += [name for name in state if name not in {field.name for field in fields(Progress)} - {"key"}]
+    wrong += ["window or best"] if not all(value is None or type(value) in (int, float) for value in numbers) else []
+    wrong += ["stop"] if not isinstance(state.get("stop", ""), str) else []
+    wrong += ["sha256"] if not {WEIGHTS, OPTIMISER} <= digests.keys() <= set(_CHECKED) else []
+    if wrong or "step" not in state:
+        raise ValueError(f"{STATE}: {listed(wrong or ['step'])} cannot be what a run wrote")
+
+
+def _digest_of(state: dict[str, Any]) -> str:
+    return hashlib.sha256(orjson.dumps(state, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,186 @@
+"""Micro-batches: a batch that would not fit into memory is taken in pieces, which changes no result.
+
+How much memory a batch needs is estimated from the model's layers before the first step and measured from then on.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from attrs import define, field
+
+from ..batch import Batch
+from ..data.batching import Piece, scored_size
+from ..data.shape_buckets import Signatures
+from ..distributed.sharding import shape_of
+from ..models.modes import usual_dtype
+
+_KEPT = 3.0  # what a block keeps for its backward pass, in units of what goes into and out of its matrices; an H200 showed 2.1
+
+
+def divided(piece: Piece, parts: int) -> list[Piece]:
+    """The piece as up to `parts` pieces of whole units, in order; the counts of their terms add up to those of the piece."""
+    size = -(-len(piece.units) // parts)
+    chosen = [range(start, min(start + size, len(piece.units))) for start in range(0, len(piece.units), size)]
+    if len(chosen) <= 1:
+        return [piece]
+    share = piece.tokens / len(piece.units)
+    return [
+        piece._replace(
+            batch=_part(piece, units), units=_renumbered(piece, units), tokens=round(share * len(units)), samples=(), metrics={}
+        )
+        for units in chosen
+    ]
+
+
+def positions(batch: Batch) -> int:
+    """Positions that pass through the model: R·T, and U·K of shared prompts."""
+    return batch.tokens.size + (0 if batch.prefix is None else batch.prefix.size)
+
+
+def _sequences(piece: Piece, units: Sequence[int]) -> list[int]:
+    """In ascending order, so that of pairs all the chosen still come before all the rejected."""
+    return sorted(s for unit in units for s in piece.units[unit])
+
+
+def _renumbered(piece: Piece, units: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    place = {s: i for i, s in enumerate(_sequences(piece, units))}
+    return tuple(tuple(place[s] for s in piece.units[unit]) for unit in units)
+
+
+def _rows(piece: Piece, units: Sequence[int]) -> list[int]:
+    """The rows of the units: a packed row is a unit, a shared prompt's rows lie together, else a row is a sequence."""
+    batch = piece.batch
+    if batch.segments is not None:
+        return list(units)
+    if batch.prefix is not None:
+        each = batch.tokens.shape[0] // batch.prefix.shape[0]
+        return [unit * each + r for unit in units for r in range(each)]
+    return _sequences(piece, units)
+
+
+def _part(piece: Piece, units: Sequence[int]) -> Batch:
+    batch, rows, sequences = piece.batch, _rows(piece, units), _sequences(piece, units)
+    width, total = batch.tokens.shape[1], batch.sequences
+    new_row = np.full(batch.tokens.shape[0], -1)
+    new_row[rows] = np.arange(len(rows))
+    new_sequence = np.full(total + 1, -1)
+    new_sequence[sequences] = np.arange(len(sequences))
+    where, sequence = np.array(batch.where), np.array(batch.sequence)
+    kept = np.flatnonzero(new_sequence[sequence] >= 0)
+    filler = scored_size(len(kept), len(rows) * width) - len(kept)
+    columns: dict[str, mx.array | None] = {
+        "tokens": batch.tokens[mx.array(rows)],
+        "where": _filled(new_row[where[kept] // width] * width + where[kept] % width, filler),
+        "sequence": _filled(new_sequence[sequence[kept]], filler, len(sequences)),
+    }
+    for name in ("targets", "prompt", "ref_logps", "old_logps"):
+        columns[name] = _picked(getattr(batch, name), kept, filler)
+    for name in ("lengths", "advantages", "label", "reference_point", "from_reference"):
+        columns[name] = _picked(getattr(batch, name), sequences)
+    columns["preference_score"] = _picked(batch.preference_score, [s for s in sequences if s < total // 2])
+    columns["segments"] = _picked(batch.segments, rows)
+    if batch.prefix is not None:
+        columns["prefix"], columns["prefix_lengths"] = _picked(batch.prefix, units), _picked(batch.prefix_lengths, units)
+    return batch._replace(**columns)  # type: ignore[arg-type]
+
+
+def _picked(column: mx.array | None, chosen: Any, filler: int = 0) -> mx.array | None:
+    return None if column is None else _filled(np.array(column)[list(chosen)], filler)
+
+
+def _filled(values: np.ndarray, filler: int, value: int = 0) -> mx.array:
+    values = np.concatenate([values, np.full((filler, *values.shape[1:]), value, values.dtype)]) if filler else values
+    return mx.array(values.astype(np.int32) if values.dtype == np.int64 else values)
+
+
+# --- how many -------------------------------------------------------------------------------------
+
+
+@define
+class MicroBatches:
+    """Divides what would exceed the limit.
+
+    Attributes:
+        limit: bytes that MLX may hold.
+        cost: bytes that a step holds for each position, above what it held before; an estimate until a step was measured.
+        rows: units in a micro-batch, fixed; 0 = as many as fit.
+        largest: positions that passed within the limit.
+        peak: bytes, the most that was held at any time.
+        shapes: those of the parts, which are as few as those of whole batches.
+    """
+
+    limit: int
+    cost: float
+    rows: int = 0
+    largest: int = 0
+    peak: int = 0
+    shapes: Signatures = field(factory=Signatures)
+    _measuring: int = field(default=0, init=False)
+
+    def __call__(self, pieces: Sequence[Piece]) -> list[Piece]:
+        """The pieces, those that would not fit divided."""
+        found = [part for piece in pieces for part in self._divided(piece)]
+        size = max(positions(piece.batch) for piece in found)
+        self._measuring = size if size > self.largest else 0
+        if self._measuring:
+            self.peak = max(self.peak, mx.get_peak_memory())
+            mx.reset_peak_memory()
+        return found
+
+    @property
+    def measuring(self) -> bool:
+        """Whether `learn` has to be called before the next step begins: it then tells what this one takes."""
+        return self._measuring > 0
+
+    def learn(self) -> None:
+        """After a step: what its largest micro-batch took."""
+        peak = mx.get_peak_memory()
+        self.peak = max(self.peak, peak)
+        if not self._measuring:
+            return
+        taken = max(peak - mx.get_active_memory(), 0) / self._measuring
+        if peak <= 1.1 * self.limit:  # near the limit the scheduler waits: what it holds is no more what it needs
+            self.largest, self.cost = self._measuring, min(self.cost, taken)
+        else:
+            self.cost = max(self.cost, taken)
+
+    def _divided(self, piece: Piece) -> list[Piece]:
+        parts = divided(piece, self._parts(piece))
+        return parts if len(parts) == 1 else [part._replace(batch=self.shapes.fit(part.batch)) for part in parts]
+
+    def _parts(self, piece: Piece) -> int:
+        units = len(piece.units)
+        if self.rows:
+            return -(-units // self.rows)
+        each = positions(piece.batch) / max(units, 1)
+        room = max(self.limit - mx.get_active_memory(), 0) / max(self.cost, 1e-9)
+        fitting = max(int(max(room, self.largest) // each), 1)
+        return -(-units // fitting)
+
+
+def cost_of_position(model: nn.Module, *, recomputed: bool) -> float:
+    """Bytes that a training step keeps for each position, estimated from above: what enters and leaves the blocks' matrices.
+
+    Args:
+        model: with `layers`.
+        recomputed: blocks keep only their input, and one of them at a time all of it.
+    """
+    blocks = [sum(map(sum, map(_ends, block.modules()))) for block in model.layers]  # type: ignore[union-attr]
+    width = max((_ends(m)[0] for block in model.layers for m in block.modules()), default=0)  # type: ignore[union-attr]
+    numbers = max(blocks) + len(blocks) * width if recomputed else sum(blocks)
+    dtype = usual_dtype(model.parameters())
+    return _KEPT * numbers * (dtype.size if dtype else 4)
+
+
+def _ends(module: nn.Module) -> tuple[int, int]:
+    """(in, out) of a matrix; of experts, those that a token passes are counted as one."""
+    weight = module.get("weight") if isinstance(module, nn.Module) else None
+    shape = () if weight is None else shape_of(module, "weight")
+    if len(shape) < 2:
+        return 0, 0
+    bits: Any = getattr(module, "bits", 32)
+    inner = shape[-1] * 32 // bits
+    return int(inner), int(shape[-2])

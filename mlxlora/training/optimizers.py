@@ -1,0 +1,103 @@
+"""Optimisers and learning-rate schedules by name."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+
+from ..config.options import Training
+from ..errors import InputError
+
+Rate = float | Callable[[mx.array], mx.array]
+
+_OPTIMISERS: dict[str, Callable[..., optim.Optimizer]] = {
+    "adam": lambda rate, weight_decay, **more: optim.Adam(rate, bias_correction=True, **more),
+    "adamw": lambda rate, **more: optim.AdamW(rate, bias_correction=True, **more),
+    "sgd": optim.SGD,
+    "adafactor": lambda rate, **more: optim.Adafactor(rate, relative_step=False, scale_parameter=False, **more),
+    "lion": optim.Lion,
+    "muon": optim.Muon,
+}
+_HYPERPARAMETERS = {
+    "betas": ("adam", "adamw", "lion"),
+    "eps": ("adam", "adamw"),
+    "momentum": ("sgd", "muon"),
+}
+"""Which optimisers have them; MLX's defaults stand where they are not given."""
+RAISED = "lora_b"
+
+
+def make_optimiser(training: Training, steps: int) -> optim.Optimizer:
+    """The optimiser that `training` names, on its schedule over `steps`.
+
+    Adam and AdamW are the published ones (Kingma & Ba, 2015; Loshchilov & Hutter, 2019), with bias correction. LoRA+ (Hayou et
+    al., 2024, https://arxiv.org/abs/2402.12354) is two of them, the second on `raised` parameters with a multiple of the rate.
+
+    Raises:
+        InputError: weight decay for adam, which has none, or a hyper-parameter of other optimisers.
+    """
+    if training.optimizer == "adam" and training.weight_decay:
+        raise InputError(f"--weight-decay {training.weight_decay} has no effect on adam; use --optimizer adamw")
+    given = {name: getattr(training, name) for name in _HYPERPARAMETERS if getattr(training, name) is not None}
+    for name in given:
+        if training.optimizer not in _HYPERPARAMETERS[name]:
+            raise InputError(f"--{name} has no effect on {training.optimizer}; it belongs to {', '.join(_HYPERPARAMETERS[name])}")
+    make = partial(_OPTIMISERS[training.optimizer], weight_decay=training.weight_decay, **given)
+    rate, ratio = learning_rate(training, steps), training.loraplus_lr_ratio
+    if ratio is None:
+        return make(rate)
+    return optim.MultiOptimizer([make(rate), make(_times(rate, ratio))], [lambda path, _: not raised(path)])
+
+
+def raised(path: str) -> bool:
+    """Whether LoRA+ raises the learning rate of a parameter: B, and DoRA's magnitudes, as in PEFT.
+
+    >>> raised("layers.0.q_proj.lora_b"), raised("layers.0.q_proj.lora_a")
+    (True, False)
+    """
+    return path.rpartition(".")[2] in (RAISED, "m")
+
+
+def _times(rate: Rate, ratio: float) -> Rate:
+    return (lambda step: ratio * rate(step)) if callable(rate) else ratio * rate
+
+
+def learning_rate(training: Training, steps: int) -> Rate:
+    """The rate of step t = 0, 1, ...: up from `warmup_init` over `warmup` steps, then constant or down to `lr_end`.
+
+    end + (peak - end)·f(x), x = (t - warmup)/span; linear: f = 1 - x; cosine: f = (1 + cos πx)/2, both as at x = 1 from
+    there; exponential: f = r^x; step: f = r^⌊x⌋, r = `lr_decay_rate`. span is `lr_decay_steps`, or what the warm-up leaves of
+    `steps`.
+    """
+    peak, start, end, warmup = training.learning_rate, training.warmup_init, training.lr_end, training.warmup
+    span = training.lr_decay_steps or max(steps - warmup, 1)
+    shape = _SHAPES[training.lr_schedule]
+    if training.lr_schedule == "constant" and not warmup:
+        return peak
+
+    def rate(step: mx.array) -> mx.array:
+        t = step.astype(mx.float32)
+        falling = end + (peak - end) * shape(mx.maximum((t - warmup) / span, 0.0), training.lr_decay_rate)
+        return mx.where(t < warmup, start + (peak - start) * (t / max(warmup, 1)), falling)
+
+    return rate
+
+
+def put_state(state: Any, values: Any) -> None:
+    """Copies the arrays of `values` into the containers of `state`, which stay the same objects: a compiled step holds them."""
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        if isinstance(value, mx.array):
+            state[key] = value
+        else:
+            put_state(state[key], value)
+
+
+_SHAPES: dict[str, Callable[[mx.array, float], mx.array]] = {
+    "constant": lambda done, _: mx.ones_like(done),
+    "linear": lambda done, _: 1 - mx.minimum(done, 1.0),
+    "cosine": lambda done, _: 0.5 * (1 + mx.cos(mx.pi * mx.minimum(done, 1.0))),
+    "exponential": lambda done, left: left**done,
+    "step": lambda done, left: left ** mx.floor(done),
+}

@@ -1,0 +1,198 @@
+"""The reference policy as a column of the batch: no objective or step ever sees a second model.
+
+Log-probabilities under the reference are computed once, for the rows that a run will use, and kept on disk.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from attrs import evolve
+
+from ..adapters.prepare import disabled
+from ..data.batching import Make, Piece, collate
+from ..data.shape_buckets import Signatures
+from ..data.tokenize import Example
+from ..distributed.ranks import ALONE, Ranks
+from ..models.logprobs import Scorer, scorer
+from ..models.modes import evaluating
+from ..utils.files import cache_folder
+from ..utils.safetensors import read_checked, write_arrays
+
+T = TypeVar("T")
+Logps = np.ndarray
+Note = Callable[[str], None]
+
+
+def with_reference(
+    examples: Sequence[Example],
+    score: Scorer,
+    *,
+    batch_size: int,
+    together: int = 1,
+    cache: Path | None = None,
+    note: Note = lambda _: None,
+    ranks: Ranks = ALONE,
+) -> list[Example]:
+    """The examples with `ref_logps`, from the cache where it has them.
+
+    Args:
+        examples: token sequences; equal ones are scored once.
+        score: scores batches with the reference model.
+        batch_size: sequences in a batch.
+        together: so many examples in a row share a prompt, which is then computed once; 1 = whole rows.
+        cache: file of log-probabilities of this model; a damaged or stale one is noticed and rebuilt.
+        note: is told what happens.
+        ranks: who has the same examples and scores them together; rank 0 has the cache.
+    """
+    digests = [_digest(e) for e in examples]
+    wanted = dict(zip(digests, examples, strict=True))
+    known = _trusted(cache, wanted, score, note) if cache and ranks.leads else {}
+    absent = set(ranks.told([i for i, digest in enumerate(wanted) if digest not in known]))
+    missing = {digest: e for i, (digest, e) in enumerate(wanted.items()) if i in absent}
+    known |= _heard(known, {digest: e for digest, e in wanted.items() if digest not in missing}, ranks)
+    if missing:
+        note(f"reference: scoring {len(missing)} sequences")
+        whole = _whole_groups(digests, missing, together)
+        alone = [digest for digest in missing if digest not in set(whole)]
+        for some, size in filter(all, ((whole, together), (alone, 1))):
+            known |= dict(zip(some, _together([missing[d] for d in some], score, batch_size, size, ranks), strict=True))
+        if cache and ranks.leads:
+            _keep(cache, known, note)
+    return [evolve(e, ref_logps=known[digest]) for e, digest in zip(examples, digests, strict=True)]
+
+
+def _heard(known: Mapping[bytes, Logps], wanted: Mapping[bytes, Example], ranks: Ranks) -> dict[bytes, Logps]:
+    """What rank 0 knows of the wanted sequences."""
+    if ranks.size == 1 or not wanted:
+        return {}
+    ends = np.cumsum([int(e.scored.sum()) for e in wanted.values()])
+    own = np.concatenate([known[d] for d in wanted]) if ranks.leads else np.zeros(ends[-1], np.float32)
+    return dict(zip(wanted, np.split(np.array(ranks.from_first(mx.array(own))), ends[:-1]), strict=True))
+
+
+def _together(examples: Sequence[Example], score: Scorer, batch_size: int, size: int, ranks: Ranks) -> list[Logps]:
+    """`log_probabilities`, of which each rank computes its share."""
+    units = batched(range(len(examples)), size)
+    share = list(ranks.share(units))
+    idle = units[:1] * (-(-len(units) // ranks.size) - len(share)) if ranks.sharded else []  # all pass equally often
+    with ranks.computing():
+        found_here = log_probabilities([examples[i] for unit in share + idle for i in unit], score, batch_size, size)
+    own = found_here[: sum(map(len, share))]
+    if ranks.size == 1:
+        return own
+    numbers = [i for rank in range(ranks.size) for unit in units[rank :: ranks.size] for i in unit]
+    flat = np.concatenate(ranks.gathered(np.concatenate([np.zeros(0, np.float32), *own])))
+    ends = np.cumsum([int(examples[i].scored.sum()) for i in numbers])
+    found = dict(zip(numbers, np.split(flat, ends[:-1]), strict=True))
+    return [found[i] for i in range(len(examples))]
+
+
+def referenced(make: Make, model: nn.Module, temperature: float) -> Make:
+    """Pieces with `ref_logps`, computed when they are made: with `model` as it is without adapters."""
+    with disabled(model), evaluating(model):
+        score = scorer(model, temperature=temperature)
+    run = mx.compile(partial(score, gradient=False))
+
+    def with_column(items: Sequence[Any], index: int) -> Piece:
+        piece = make(items, index)
+        with disabled(model), evaluating(model):
+            ref_logps = run(piece.batch)[0]
+            mx.eval(ref_logps)
+        return piece._replace(batch=piece.batch._replace(ref_logps=ref_logps))
+
+    return with_column
+
+
+def log_probabilities(examples: Sequence[Example], score: Scorer, batch_size: int, together: int = 1) -> list[Logps]:
+    """[scored tokens] float32 of each example, without a gradient; examples of a length go together.
+
+    So many examples in a row as `together` says share a prompt.
+    """
+    run, shapes = mx.compile(partial(score, gradient=False)), Signatures()
+    units = sorted(batched(range(len(examples)), together), key=lambda unit: max(len(examples[i].tokens) for i in unit))
+    found: dict[int, Logps] = {}
+    for batch in batched(units, max(batch_size // together, 1)):
+        some = [i for unit in batch for i in unit]
+        groups = list(batched(range(len(some)), together)) if together > 1 else ()
+        logps = np.array(run(shapes.fit(collate([examples[i] for i in some], groups=groups)))[0])
+        ends = np.cumsum([int(examples[i].scored.sum()) for i in some])
+        found |= dict(zip(some, np.split(logps[: ends[-1]], ends[:-1]), strict=True))
+    return [found[i] for i in range(len(examples))]
+
+
+def cache_file(model: str, dtype: str) -> Path:
+    """Where log-probabilities of `model` are kept: $MLXLORA_CACHE or ~/.cache/mlxlora, by name and files of the model."""
+    folder = Path(model)
+    files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.json")) if folder.is_dir() else []
+    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    key = hashlib.sha256(repr((str(folder.resolve()) if files else model, dtype, stats)).encode()).hexdigest()
+    return cache_folder("reference") / f"{key[:24]}.safetensors"
+
+
+# --- the cache: {digests [n, 32], ends [n], logps [Σ]}, with a digest of all of it -----------------
+
+
+def batched(items: Sequence[T], size: int) -> list[tuple[T, ...]]:
+    """`itertools.batched` of Python 3.12.
+
+    >>> batched("abcde", 2)
+    [('a', 'b'), ('c', 'd'), ('e',)]
+    """
+    return [tuple(items[start : start + size]) for start in range(0, len(items), size)]
+
+
+def _whole_groups(digests: Sequence[bytes], missing: Mapping[bytes, Example], size: int) -> list[bytes]:
+    """The groups of `size` of which every member is missing, and none stands in a group before."""
+    taken: dict[bytes, None] = {}
+    for group in batched(digests, size) if size > 1 else ():
+        if len({d for d in group if d in missing and d not in taken}) == size:
+            taken |= dict.fromkeys(group)
+    return list(taken)
+
+
+def _digest(example: Example) -> bytes:
+    return hashlib.sha256(example.tokens.tobytes() + b"|" + np.packbits(example.scored).tobytes()).digest()
+
+
+def _trusted(cache: Path, wanted: dict[bytes, Example], score: Scorer, note: Note) -> dict[bytes, Logps]:
+    """What the cache holds, unless it is damaged or the model no longer agrees with it on one of the wanted sequences."""
+    if not cache.exists():
+        return {}
+    try:
+        known = _read(cache)
+    except (ValueError, KeyError, OSError) as error:
+        note(f"reference: the cache {cache} is damaged ({error}); it is built again")
+        return {}
+    probe = next((digest for digest in wanted if digest in known), None)
+    if probe is None:
+        return known
+    (now,) = log_probabilities([wanted[probe]], score, 1)
+    if now.shape != known[probe].shape or not np.allclose(now, known[probe], rtol=1e-2, atol=1e-2):
+        note(f"reference: the cache {cache} is stale: the model's log-probabilities differ from it; it is built again")
+        return {}
+    return known
+
+
+def _read(path: Path) -> dict[bytes, Logps]:
+    arrays = read_checked(path)
+    return dict(zip(map(bytes, arrays["digests"]), np.split(arrays["logps"], arrays["ends"][:-1]), strict=True))
+
+
+def _keep(cache: Path, known: dict[bytes, Logps], note: Note) -> None:
+    """Writes the cache; a run does not depend on it."""
+    try:
+        _write(cache, known)
+    except OSError as error:
+        note(f"reference: the cache {cache} cannot be written ({error.strerror})")
+
+
+def _write(path: Path, known: dict[bytes, Logps]) -> None:
+    digests = np.frombuffer(b"".join(known), np.uint8).reshape(-1, 32)
+    ends = np.cumsum([len(v) for v in known.values()]).astype(np.int64)
+    write_arrays(path, {"digests": digests, "ends": ends, "logps": np.concatenate(list(known.values())).astype(np.float32)})

@@ -1,0 +1,195 @@
+"""One optimiser step, the same for every objective."""
+
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from attrs import define
+from mlx.utils import tree_flatten, tree_map
+
+from ..batch import Batch
+from ..distributed.ranks import ALONE, Ranks
+from ..models.logprobs import Scorer, scorer
+from ..models.modes import compute_cast, computing
+from ..objectives.objective import Metrics, Objective
+from .optimizers import put_state
+from .trainable import Trained
+
+
+@define
+class Step:
+    """`step(*batches) -> metrics` updates the model once; several batches are one large batch in pieces.
+
+    Every mean is taken over the pooled count of its term, so the update does not depend on how the rows are split. `idle` is
+    any batch, for a rank that has fewer of them than others whose slices of parameters it has to help gathering. A
+    step whose loss, gradient or new weights are not finite is skipped: it changes neither weights nor optimiser, whose count
+    of steps stays too.
+
+    Attributes:
+        whole: forward, backward and update of one batch.
+        backward: forward and backward of a piece.
+        update: applies a gradient, in place.
+        objective: what is minimised.
+        state: arrays that a step changes.
+        trained: the trainable parameters, as the optimiser sees them.
+        compilations: shapes traced so far.
+        ranks: the processes that take this step together, each with its share of the batches; it may be none.
+    """
+
+    whole: Callable[[Batch], Metrics]
+    backward: Callable[..., Any]
+    update: Callable[[Any, Metrics], Metrics]
+    objective: Objective
+    state: list[Any]
+    trained: Trained
+    compilations: int = 0
+    ranks: Ranks = ALONE
+
+    def __call__(self, *batches: Batch, idle: Batch | None = None) -> Metrics:
+        metrics = self.begin(*batches, idle=idle)
+        with self.ranks.computing():
+            mx.eval(self.state, metrics)
+        return metrics
+
+    def begin(self, *batches: Batch, idle: Batch | None = None) -> Metrics:
+        """The same, not waited for: the model already has the new weights, which are yet to be computed, as are the metrics."""
+        self.trained.follow()
+        metrics = self.whole(batches[0]) if len(batches) == 1 and self.ranks.size == 1 else self._pieces(batches, idle)
+        with self.ranks.computing():
+            mx.async_eval(self.trained.masters, metrics)
+            self.trained.show()  # while the device works
+            mx.async_eval(self.state)
+        return metrics
+
+    def ended(self, metrics: Metrics, *, whole: bool = True) -> dict[str, float]:
+        """Metrics of `begin` as numbers; `whole` waits for weights and optimiser too, and for any step that was begun since."""
+        with self.ranks.computing():
+            mx.eval(metrics, *([self.state] if whole else []))
+        return {name: float(np.array(value)) for name, value in metrics.items()}
+
+    def measured(self, *batches: Batch, idle: Batch | None = None) -> dict[str, float]:
+        """The step, with metrics as numbers."""
+        return self.ended(self.begin(*batches, idle=idle))
+
+    def _pieces(self, batches: Sequence[Batch], idle: Batch | None) -> Metrics:
+        with self.ranks.chance():
+            counts = self.ranks.summed(reduce(_add, map(self.objective.counts, batches)) if batches else self._zeros())
+            total = None
+            for batch, over in self._passes(batches, counts, idle):
+                part = self.backward(batch, over)
+                total = part if total is None else _add(total, part)
+                with self.ranks.computing():
+                    mx.eval(total)  # one piece's activations at a time
+            gradient, metrics = total or self._nothing()
+            if self.ranks.sharded:  # the gradient of a slice is a sum already
+                return self.update(gradient, self.ranks.summed(metrics))
+            total = self.ranks.summed((gradient, metrics))
+        return self.update(*total)
+
+    def _passes(self, batches: Sequence[Batch], counts: Metrics, idle: Batch | None) -> list[tuple[Batch, Metrics]]:
+        """Each batch with its counts; where ranks gather slices, all pass through the model equally often, some of them idly."""
+        passes = [(batch, counts) for batch in batches]
+        if not self.ranks.sharded or idle is None:
+            return passes
+        missing = max(self.ranks.listed([len(passes)])) - len(passes)
+        nothing = tree_map(lambda count: mx.full(count.shape, mx.inf), counts)  # every mean over it is 0, and its gradient
+        return passes + [(idle, nothing)] * missing
+
+    def _zeros(self) -> Metrics:
+        return {term.name: mx.array(0.0) for _, term in self.objective.terms}
+
+    def _nothing(self) -> tuple[Any, Metrics]:
+        """Gradient and metrics of a rank without batches."""
+        return tree_map(mx.zeros_like, self.trained.masters), {"loss": mx.array(0.0), **self._zeros()}
+
+
+def make_step(
+    model: nn.Module,
+    optimizer: optim.Optimizer,
+    objective: Objective,
+    *,
+    score: Scorer | None = None,
+    max_grad_norm: float = 0.0,
+    ranks: Ranks = ALONE,
+) -> Step:
+    """Compiles `objective` into a step that trains the trainable parameters of `model`.
+
+    Args:
+        model: an mlx-lm model, frozen but for what is trained.
+        optimizer: updates the trainable parameters.
+        objective: what is minimised.
+        score: log-probabilities of a batch; made from the model and what the objective needs by default.
+        max_grad_norm: clip the global norm of the gradient to this; 0 = off.
+        ranks: who takes the steps together.
+
+    Returns:
+        A step; its metrics are the mean of every term, `loss`, `grad_norm` (before clipping), `learning_rate` and `skipped` (1 for
+        a step that changed nothing, else 0).
+    """
+    score = score or scorer(model, entropy=entropy_of(objective))
+    trained = Trained(model, optimizer)
+    state = [model.state, optimizer.state, mx.random.state, trained.masters]
+    compiled = partial(mx.compile, inputs=state, outputs=state)
+    cast = compute_cast(model)
+
+    def gradient(batch: Batch, counts: Metrics) -> tuple[Any, Metrics]:
+        step.compilations += 1  # this line runs when a new shape is traced
+
+        def loss(parameters: Any) -> tuple[mx.array, Metrics]:
+            model.update(parameters)
+            return objective(*score(batch), counts)
+
+        with computing(model, trained.unpack(cast(trained.masters))) as parameters:
+            (_, metrics), grads = mx.value_and_grad(loss)(parameters)
+        return tree_map(lambda g, p: g.astype(p.dtype), trained.pack(grads), trained.masters), metrics
+
+    def apply(grads: Any, metrics: Metrics) -> Metrics:
+        grads, norm = _clipped(grads, max_grad_norm, ranks)
+        before = tree_map(lambda leaf: leaf, [trained.masters, optimizer.state])  # new containers
+        masters = optimizer.apply_gradients(grads, trained.masters)
+        good = mx.isfinite(metrics["loss"]) & mx.isfinite(norm) & (ranks.pooled(_broken(masters, before[0]), norm) == 0)
+        now = tree_map(partial(mx.where, good), [masters, optimizer.state], before)
+        put_state([trained.masters, optimizer.state], now)
+        return {**metrics, "grad_norm": norm, "learning_rate": optimizer.learning_rate, "skipped": ~good}
+
+    @compiled
+    def whole(batch: Batch) -> Metrics:
+        return apply(*gradient(batch, objective.counts(batch)))
+
+    step = Step(whole, compiled(gradient), compiled(apply), objective, state, trained, ranks=ranks)
+    return step
+
+
+def entropy_of(objective: Objective) -> bool | None:
+    """What a scorer has to know about entropies: None = not needed, False = watched, True = optimised."""
+    return "entropy" in objective.optimises if "entropy" in objective.needs else None
+
+
+def _clipped(grads: Any, max_grad_norm: float, ranks: Ranks) -> tuple[Any, mx.array]:
+    """(gradient, its global norm before clipping)."""
+    norm = mx.sqrt(ranks.pooled(sum(_sum_of_squares(g) for _, g in tree_flatten(grads))))  # type: ignore[arg-type]
+    if not max_grad_norm:
+        return grads, norm
+    scale = mx.minimum(1.0, max_grad_norm / (norm + 1e-6))
+    return tree_map(lambda g: (g * scale).astype(g.dtype), grads), norm
+
+
+def _broken(now: Any, before: Any) -> mx.array:
+    """How many arrays have a number that is not finite, and was before."""
+    intact = tree_map(lambda a, b: (mx.isfinite(a) | ~mx.isfinite(b)).all(), now, before)
+    return (~mx.stack([leaf for _, leaf in tree_flatten(intact)])).sum()  # type: ignore[arg-type]
+
+
+def _sum_of_squares(g: mx.array, block: int = 512) -> mx.array:
+    """In float32 and in blocks: a CPU adds one number after the other, and a vector of all adapters is long."""
+    squares = mx.square(g.astype(mx.float32).reshape(-1))
+    whole = squares.size // block * block
+    return squares[:whole].reshape(-1, block).sum(axis=-1).sum() + squares[whole:].sum()
+
+
+def _add(a: Any, b: Any) -> Any:
+    return tree_map(mx.add, a, b)

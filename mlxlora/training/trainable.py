@@ -1,0 +1,186 @@
+"""What is trained, as the optimiser sees it: one vector where it works element by element, else the parameters themselves.
+
+A model has hundreds of adapters. As one vector they are cast, clipped, updated and guarded by a handful of kernels instead
+of thousands of small ones; the model's own parameters are views of it.
+"""
+
+from collections import defaultdict
+from math import prod
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from attrs import define, field, frozen
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ..distributed.sharded_files import Sliced
+from ..distributed.sharding import is_sharded, length, nbytes, shape_of
+from .optimizers import RAISED, put_state, raised
+
+Tree = Any
+
+ELEMENTWISE = (optim.SGD, optim.Adam, optim.AdamW, optim.Adamax, optim.Lion, optim.RMSprop, optim.Adagrad, optim.AdaDelta)
+_NAME = "trained"
+# Bytes from which on the copy of the gradient that a vector needs costs more memory than its kernels cost time.
+_LARGEST = 1 << 30
+
+
+@frozen
+class Vector:
+    """Parameters as one vector, or as one for each learning rate.
+
+    Attributes:
+        places: vector and shape of each parameter, by path.
+    """
+
+    places: dict[str, tuple[str, tuple[int, ...]]]
+
+    def pack(self, tree: Tree) -> Tree:
+        """Arrays to {"trained": [n]}."""
+        flat, parts = dict(tree_flatten(tree)), defaultdict(list)
+        for name, (key, _) in self.places.items():
+            parts[key].append(flat[name].reshape(-1))
+        return {key: mx.concatenate(arrays) for key, arrays in parts.items()}
+
+    def names(self, key: str) -> list[str]:
+        """The parameters in an array of `pack`."""
+        return [name for name, (vector, _) in self.places.items() if vector == key]
+
+    def unpack(self, packed: Tree) -> Tree:
+        """The inverse."""
+        return tree_unflatten(list(zip(self.places, self.views(packed), strict=True)))
+
+    def views(self, packed: Tree) -> list[mx.array]:
+        """The parameters in their order, not copied."""
+        found, starts = [], dict.fromkeys(packed, 0)
+        for key, shape in self.places.values():
+            strides = [prod(shape[axis + 1 :]) for axis in range(len(shape))]
+            found.append(mx.as_strided(packed[key], shape, strides, starts[key]))
+            starts[key] += prod(shape)
+        return found
+
+
+@frozen
+class Separate:
+    """Parameters as they are."""
+
+    def pack(self, tree: Tree) -> Tree:
+        """The tree itself."""
+        return tree
+
+    def names(self, key: str) -> list[str]:
+        """The parameter itself."""
+        return [key]
+
+    def unpack(self, packed: Tree) -> Tree:
+        """The tree itself."""
+        return packed
+
+    def views(self, packed: Tree) -> list[mx.array]:
+        """Its arrays."""
+        return _leaves(packed)
+
+
+def layout(optimizer: optim.Optimizer, model: nn.Module) -> Vector | Separate:
+    """A vector for optimisers that treat every number alike, if all trainable parameters have one dtype and are not large."""
+    flat: list[tuple[str, mx.array]] = tree_flatten(model.trainable_parameters())  # type: ignore[assignment]
+    small = nbytes(model, trainable=True) <= _LARGEST
+    several = isinstance(optimizer, optim.MultiOptimizer)
+    kinds = {type(each) for each in (optimizer.optimizers if several else (optimizer,))}  # type: ignore[attr-defined]
+    if not kinds <= set(ELEMENTWISE) or len({array.dtype for _, array in flat}) > 1 or not small:
+        return Separate()
+    return Vector({name: (RAISED if several and raised(name) else _NAME, array.shape) for name, array in flat})
+
+
+@define(eq=False)
+class Trained:
+    """The trainable parameters of a model as its optimiser sees them.
+
+    Attributes:
+        model: its trainable parameters are views of the masters.
+        optimizer: updates the masters.
+        masters: containers that stay the same objects, because a compiled step holds them.
+    """
+
+    model: nn.Module
+    optimizer: optim.Optimizer
+    masters: Tree = field(init=False)
+    _layout: Vector | Separate = field(init=False)
+    _places: list[tuple[Any, Any]] = field(init=False)
+    _shown: list[mx.array] = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        parameters = self.model.trainable_parameters()
+        self._layout = layout(self.optimizer, self.model)
+        self.masters = self._layout.pack(parameters)
+        self._places = [_place(self.model, name) for name, _ in tree_flatten(parameters)]
+        self._shown = _leaves(parameters)
+        self.optimizer.init(self.masters)
+
+    def pack(self, tree: Tree) -> Tree:
+        """Arrays in the layout of the masters."""
+        return self._layout.pack(tree)
+
+    def unpack(self, packed: Tree) -> Tree:
+        """Arrays in the layout of the model."""
+        return self._layout.unpack(packed)
+
+    def show(self) -> None:
+        """Puts the masters into the model."""
+        self._shown = self._layout.views(self.masters)
+        for (container, key), array in zip(self._places, self._shown, strict=True):
+            container[key] = array
+
+    def follow(self) -> None:
+        """Takes parameters that were put into the model since then, such as loaded weights, as the masters."""
+        if any(container[key] is not array for (container, key), array in zip(self._places, self._shown, strict=True)):
+            put_state(self.masters, self.pack(self.model.trainable_parameters()))
+
+
+def stored_state(model: nn.Module, optimizer: optim.Optimizer) -> dict[str, Any]:
+    """The optimiser's arrays as a file has them: those of parameters that are slices as `Sliced`, which has the whole shape."""
+    flat: dict[str, mx.array] = dict(tree_flatten(optimizer.state))  # type: ignore[arg-type]
+    if not is_sharded(model):
+        return flat
+    how, modules = layout(optimizer, model), dict(model.named_modules())
+    whole = {
+        name: shape_of(modules[name.rpartition(".")[0]], name.rpartition(".")[2])
+        for name, _ in tree_flatten(model.trainable_parameters())  # type: ignore[misc]
+    }
+    found: dict[str, Any] = {}
+    for path, array in flat.items():
+        shapes = tuple(whole[name] for name in how.names(path.rpartition(".")[0]) if name in whole)
+        found[path] = _state(model, optimizer, path, array.dtype, shapes) if shapes else array
+    return found
+
+
+def _state(model: nn.Module, optimizer: optim.Optimizer, path: str, dtype: mx.Dtype, shapes: tuple[tuple[int, ...], ...]) -> Sliced:
+    ranks, packed = model._shards.ranks, isinstance(layout(optimizer, model), Vector)  # type: ignore[union-attr]
+    container, last = _place(optimizer.state, path)  # type: ignore[arg-type]
+
+    def own() -> list[mx.array]:
+        flat, found, start = container[last].reshape(-1), [], 0
+        for shape in shapes:
+            found.append(flat[start : start + length(shape, ranks)])
+            start += found[-1].size
+        return found
+
+    def put(found: list[mx.array]) -> None:
+        container[last] = mx.concatenate([own.reshape(-1) for own in found]) if packed else found[0]
+
+    shape = (sum(map(prod, shapes)),) if packed else shapes[0]
+    return Sliced(f"optimiser {path}", shape, dtype, shapes, ranks, own, put)
+
+
+def _leaves(tree: Tree) -> list[mx.array]:
+    return [array for _, array in tree_flatten(tree)]  # type: ignore[misc]
+
+
+def _place(model: Any, name: str) -> tuple[Any, Any]:
+    """The container of a parameter, and its key there: a walk over the model at every step would take milliseconds."""
+    *path, last = name.split(".")
+    container: Any = model
+    for part in path:
+        container = container[int(part) if isinstance(container, list | tuple) else part]
+    return container, int(last) if isinstance(container, list) else last

@@ -1,0 +1,91 @@
+"""Labelled completions (KTO) as batches, with the reference point that they are compared with."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from attrs import evolve
+
+from ..batch import Batch
+from ..config.options import RowOptions
+from ..data.batching import Make, Piece, collate, completion_tokens, singles, spread, token_count
+from ..data.labelled import Judged, _flat, judged_row, with_mismatched
+from ..data.shape_buckets import Signatures
+from ..data.sources import Context, Source
+from ..data.tokenize import Example
+from ..distributed.ranks import Ranks
+from ..models.logprobs import scorer
+from ..models.modes import evaluating
+
+
+def unpaired(data: str | RowOptions, *, reference_point: bool = True, **options: Any) -> Source:
+    """Labelled rows: prompt, completion and whether it is desirable; a preference pair counts as one of each.
+
+    Args:
+        data: folder, file or hub data set; or all options at once.
+        reference_point: measure `batch.reference_point`, for objectives that need it: a forward pass more for each batch.
+        options: fields of `RowOptions`, such as `max_seq_length=1024`.
+    """
+    data = RowOptions(data=data, **options) if isinstance(data, str) else evolve(data, **options)
+
+    def make(context: Context) -> Make:
+        return _measured(context.model, context.ranks) if reference_point else lambda items, _: _piece(items)
+
+    def examples(item: Judged) -> tuple[Example, ...]:
+        return (item.example,) if item.mismatched is None else (item.example, item.mismatched)
+
+    def rebuild(item: Judged, found: Sequence[Example]) -> Judged:
+        return evolve(item, **dict(zip(("example", "mismatched"), found, strict=False)))
+
+    arrange = partial(with_mismatched, limit=data.max_seq_length) if reference_point else _flat
+    return Source(data, partial(judged_row, data=data), make, examples, rebuild, arrange=arrange, live=reference_point)
+
+
+def _piece(items: Sequence[Judged]) -> Piece:
+    examples = [item.example for item in items]
+    batch = collate(examples, label=mx.array([item.label for item in items]))
+    return Piece(batch, token_count(examples), tuple(e.where for e in examples), units=singles(len(examples)))
+
+
+def _measured(model: nn.Module, ranks: Ranks) -> Make:
+    """Pieces with `reference_point`, which all ranks measure together, with the model as it then is."""
+    score, state, own, shapes = scorer(model), [model.state], spread(lambda items, _: _piece(items), ranks), Signatures()
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def logps(batch: Batch) -> mx.array:
+        return score(batch, gradient=False)[0]
+
+    def divergence(examples: Sequence[Example]) -> float:
+        if not examples:
+            return 0.0
+        with evaluating(model), ranks.computing():
+            policy = np.array(logps(shapes.fit(collate(examples))))
+        return sum_log_ratio(policy, examples)
+
+    def with_point(items: Sequence[Judged], index: int) -> Piece:
+        piece = own(items, index)
+        examples = [item.mismatched for item in ranks.share(items) if item.mismatched is not None]
+        if ranks.sharded and not examples:
+            divergence([item.mismatched for item in items[:1] if item.mismatched is not None])  # helps the others gathering
+        total, count = ranks.totals(divergence(examples), len(examples))
+        column = mx.full((piece.batch.sequences,), max(total / count, 0.0), mx.float32)
+        return piece._replace(batch=piece.batch._replace(reference_point=column))
+
+    return with_point
+
+
+def sum_log_ratio(logps: np.ndarray, examples: Sequence[Example]) -> float:
+    """The sum over the examples of log π(y|x) - log π_ref(y|x); logps [N] or longer, in the order of the examples, nats.
+
+    Raises:
+        ValueError: the examples have no `ref_logps`.
+    """
+    known = [example.ref_logps for example in examples if example.ref_logps is not None]
+    if len(known) < len(examples):
+        raise ValueError("the reference point needs the reference's log-probabilities, which with_reference(...) adds")
+    reference = np.concatenate(known)
+    assert len(reference) == sum(map(completion_tokens, examples))
+    return float((logps[: len(reference)] - reference).sum())

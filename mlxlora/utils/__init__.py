@@ -1,0 +1,1 @@
+"""Files, locks, devices, trust: help that knows nothing of training."""

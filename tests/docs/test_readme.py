@@ -1,0 +1,165 @@
+"""The examples of the README and of docs/, executed in order, in a folder a page that holds the starter's `model` and `data`.
+
+A block is executed unless the line above it says `<!-- not run: why -->`; with `<!-- file: NAME -->` it is first saved under
+that name, which is all that happens to JSON and YAML.
+"""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from mlxlora_cli import app
+from typer.main import get_command
+
+from mlxlora import starter
+
+ROOT = Path(__file__).resolve().parents[2]
+README = "README.md"
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in (ROOT / README, *ROOT.glob("docs/*.md"))}
+OTHERS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("CHANGES.md", "examples/README.md")}
+FENCE = re.compile(
+    r"^(?:<!-- (?P<key>[a-z ]+): (?P<value>[^\n]+) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
+)
+
+
+class Block(NamedTuple):
+    page: str
+    line: int
+    language: str
+    text: str
+    notes: dict[str, str]
+
+    @property
+    def where(self):
+        return f"{self.page}:{self.line}"
+
+
+def blocks(page):
+    text = PAGES[page]
+    for match in FENCE.finditer(text):
+        notes = {match["key"]: match["value"]} if match["key"] else {}
+        yield Block(page, text.count("\n", 0, match.start("text")), match["language"], match["text"], notes)
+
+
+BLOCKS = {page: list(blocks(page)) for page in PAGES}
+RUN = {"bash": ["bash", "-euo", "pipefail"], "python": [sys.executable]}
+
+
+def execute(block, folder):
+    name = block.notes.get("file", "block")
+    (folder / name).write_text(block.text, encoding="utf-8")
+    if block.language not in RUN:
+        return
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*RUN[block.language], name], cwd=folder, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, f"{block.where}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
+
+
+def shows_what_runs(page):
+    return any("not run" not in block.notes for block in BLOCKS[page])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_blocks_are_marked(page):
+    assert len(BLOCKS[page]) == len(re.findall(r"^```", PAGES[page], re.MULTILINE)) / 2
+    for block in BLOCKS[page]:
+        assert block.notes.keys() <= {"not run", "file"}, f"{block.where}: unknown mark {block.notes}"
+        assert block.language in RUN or block.notes, f"{block.where}: a {block.language} block that nothing checks"
+
+
+@pytest.mark.parametrize("page", list(filter(shows_what_runs, PAGES)))
+def test_blocks_run(page, tmp_path):
+    for name in ("model", "teacher"):
+        shutil.copytree(starter.model_path(), tmp_path / name)
+    for name, mode in (("data", "sft"), ("pairs", "dpo"), ("prompts", "grpo")):
+        shutil.copytree(starter.data_path(mode), tmp_path / name)
+    for block in BLOCKS[page]:
+        if "not run" not in block.notes:
+            execute(block, tmp_path)
+
+
+def test_every_format_trains(tmp_path):
+    rows = next(block for block in BLOCKS[README] if block.notes.get("file") == "rows.jsonl")
+    execute(rows, tmp_path)
+    count = len(rows.text.splitlines())
+    options = f"--model {starter.model_path()} --data rows.jsonl --mask-prompt --num-layers 1 --batch-size {count} --iters 1"
+    execute(Block(README, rows.line, "bash", f"mlxlora sft {options} --val-batches 0\n", {}), tmp_path)
+
+
+def test_custom_recipe_is_short():
+    recipe = next(block for block in BLOCKS[README] if block.language == "python")
+    assert len(recipe.text.splitlines()) <= 15
+
+
+def flags(text):
+    return set(re.findall(r"(?<![\w-])--[a-z-]+", text))
+
+
+FLAGS = {
+    name: {flag for p in command.params for flag in (*p.opts, *p.secondary_opts)}
+    for name, command in get_command(app).commands.items()
+}
+
+
+ALL = "\n".join(PAGES.values())
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"^mlxlora ([\w-]+)", ALL, re.MULTILINE))))
+def test_flags_exist(command):
+    """Of the command, wherever a page calls it."""
+    used = {flag for line in re.findall(rf"^mlxlora {command} .*", ALL, re.MULTILINE) for flag in flags(line)}
+    assert used <= FLAGS[command]
+
+
+@pytest.mark.parametrize("page", sorted(PAGES.keys() - {"docs/from-mlx-lm.md", "docs/from-mlx-lm-lora.md"}))
+def test_named_flags_exist(page):
+    """Those of the tables and the text belong to some command."""
+    prose = FENCE.sub("", PAGES[page])
+    named = {flag for span in re.findall(r"`([^`\n]+)`", prose) if "mlx_lm" not in span for flag in flags(span)}
+    assert named and named <= set().union(*FLAGS.values(), {"--help", "--install-completion"})
+
+
+LINKS = [(page, link) for page, text in (PAGES | OTHERS).items() for link in re.findall(r"\]\((?!https?:)([^)]+)", text)]
+
+
+@pytest.mark.parametrize(("page", "link"), sorted(set(LINKS)))
+def test_links_lead_somewhere(page, link):
+    target, _, anchor = link.partition("#")
+    file = (ROOT / page).parent / target if target else ROOT / page
+    assert file.exists(), f"{page}: {link}"
+    if anchor:
+        titles = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+        assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, f"{page}: {link}"
+
+
+ITEMS = re.findall(r"^- (`.+`) \\$", PAGES["docs/troubleshooting.md"], re.MULTILINE)
+ROWS = re.findall(
+    r"^\| (`[^|]+`) \|", PAGES[README].partition("\n## When something goes wrong")[2].partition("\n## ")[0], re.MULTILINE
+)
+QUOTED = sorted({message for line in (*ITEMS, *ROWS) for message in re.findall(r"`([^`]+)`", line)})
+
+
+def constants():
+    """Every text that the program may print, without what is filled in."""
+    for path in (*ROOT.glob("mlxlora/*.py"), *ROOT.glob("cli/*.py")):
+        tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        yield from (node.value for node in tree if isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+def test_messages_are_found():
+    assert len(ITEMS) > 15 and len(ROWS) > 4
+
+
+@pytest.mark.parametrize("message", QUOTED)
+def test_quoted_messages_exist(message):
+    known = list(constants())
+    parts = [part for part in re.split("…|[:;] ", message) if len(part.strip()) > 3]
+    missing = [part for part in parts if not any(part in text for text in known)]
+    assert parts and not missing, missing

@@ -1,0 +1,99 @@
+"""The adapter card: what a run was, without where on this machine it was."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mlxlora.config import config_file as settings
+from mlxlora.config.options import AdapterOptions, DataOptions, ModelOptions, Output, Training
+from mlxlora.reporting.card import METHODS, Card, card, method_of, portable, write_card
+
+METRICS = [
+    {"step": 0, "split": "valid", "loss": 2.0, "perplexity": 7.389},
+    {"step": 10, "split": "train", "loss": 1.5, "tokens": 100},
+    {"step": 10, "split": "valid", "loss": 1.0, "perplexity": 2.718},
+    {"step": 20, "split": "valid", "loss": 1.25, "perplexity": 3.49},
+    {"step": 20, "split": "test", "loss": 1.125, "perplexity": 3.08},
+]
+
+
+def config(method: str = "sft", model: str = "org/base", **options: Any) -> dict[str, Any]:
+    groups = (
+        ModelOptions(model=model),
+        DataOptions(data="/home/me/secret/rows.jsonl", mask_prompt=True),
+        AdapterOptions(lora_keys=("self_attn.q_proj",), **options),
+        Training(iters=20),
+        Output(adapter_path="/home/me/adapters"),
+        METHODS[method](),
+    )
+    return settings.dump(*groups) | ({"method": method} if method == "gkd" else {})  # its options are those of distill
+
+
+def test_what_it_says() -> None:
+    text = card(config(), METRICS, {"train": 600, "valid": 100, "test": 0})
+    _, front, body = text.split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "base_model": "org/base",
+        "base_model_relation": "adapter",
+        "library_name": "mlx",
+        "pipeline_tag": "text-generation",
+        "tags": ["mlx", "mlxlora", "lora", "sft"],
+    }
+    assert "by supervised fine-tuning on rows.jsonl (600 rows, 100 valid)." in body
+    assert "mlx_lm.generate --model org/base --adapter-path ." in body
+    assert "| `iters` | `20` |" in body and "| `mask_prompt` | `True` |" in body and "`rank`" not in body
+    assert "| metric | before (step 0) | best (step 10) | last (step 20) | test (step 20) |" in body
+    assert "| loss | 2 | 1 | 1.25 | 1.125 |" in body
+    assert "/home" not in text and "secret" not in text
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods(method: str) -> None:
+    assert method_of(config(method)) == method
+    assert f"- {method}\n" in card(config(method), [])
+
+
+def test_a_run_says_what_it_is() -> None:
+    assert method_of(config("orpo") | {"method": "dpo"}) == "dpo"
+    assert method_of(config("sft") | {"method": None}) == method_of({"method": ["dpo"]}) == ""
+
+
+def test_a_stopped_run_says_so(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config()), encoding="utf-8")
+    report = Card(tmp_path, {"train": 7})
+    report.finish({"stopped": "after step 3"})
+    assert "on rows.jsonl (7 rows). The run was stopped after step 3." in (tmp_path / "README.md").read_text(encoding="utf-8")
+    report.finish({"steps": 20})
+    assert "stopped" not in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_other_runs() -> None:
+    full = card(config(train_type="full"), [])
+    assert "# Weights for org/base" in full and "base_model_relation: finetune" in full and "## Metrics" not in full
+    assert "DoRA adapters, trained" in card(config(train_type="dora"), METRICS[1:2])
+    assert "| loss | 1.5 |" in card(config(), METRICS[1:2])
+    local = card(config(model="/home/me/models/tiny"), [])
+    assert "# LoRA adapters for tiny" in local and "base_model:" not in local
+    assert "an objective of its own" in card({"model": None, "data": None}, [])
+
+
+def test_a_pipe_does_not_break_the_table() -> None:
+    assert "| `mine.py:a\\|b` |" in card(config() | {"objective": "mine.py:a|b"}, [])
+
+
+def test_a_card_of_a_persons_own_is_kept(tmp_path: Path) -> None:
+    write_card(tmp_path, config(), METRICS)
+    file = tmp_path / "README.md"
+    write_card(tmp_path, config(train_type="dora"), METRICS)
+    assert "DoRA" in file.read_text()
+    file.write_text("# My project\n")
+    write_card(tmp_path, config(), METRICS)
+    assert file.read_text() == "# My project\n" and list(tmp_path.iterdir()) == [file]
+
+
+def test_only_paths_are_shortened() -> None:
+    kept = ["/", "~", "a/b", "../data", "", None, 3, True, "1/2 of all"]
+    assert portable(kept) == kept
+    assert portable({"x": ("/a/b.py:objective",)}) == {"x": ["b.py:objective"]}

@@ -1,0 +1,121 @@
+"""LoRA+: B learns faster than A, exactly as two optimisers would do it, in every layout of the parameters."""
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlxlora.adapters.prepare import prepare
+from mlxlora.config.options import AdapterOptions, Training
+from mlxlora.data.batching import collate
+from mlxlora.errors import InputError
+from mlxlora.methods import sft as run_sft
+from mlxlora.objectives.supervised import sft
+from mlxlora.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from mlxlora.training.optimizers import make_optimiser
+from mlxlora.training.step import make_step
+from mlxlora.training.trainable import Separate, Vector, layout
+from tests.support.tiny import dense, distance, example, snapshot
+
+RATIO, RATE = 16.0, 1e-3
+BATCHES = [collate([example(4 * k + i) for i in range(4)]) for k in range(3)]
+PLAIN: dict[str, Any] = {
+    "adam": lambda rate: optim.Adam(rate, bias_correction=True),
+    "adamw": lambda rate: optim.AdamW(rate, bias_correction=True, weight_decay=0.1),
+    "sgd": lambda rate: optim.SGD(rate, weight_decay=0.1, momentum=0.5),
+    "lion": lambda rate: optim.Lion(rate, weight_decay=0.1),
+    "muon": lambda rate: optim.Muon(rate, weight_decay=0.1),
+    "adafactor": lambda rate: optim.Adafactor(rate, relative_step=False, scale_parameter=False, weight_decay=0.1),
+}
+
+
+def adapters(kind: str = "lora") -> Any:
+    mx.random.seed(3)
+    return prepare(dense(), AdapterOptions(train_type=kind, num_layers=-1, rank=4, scale=2.0)).train()  # type: ignore[arg-type]
+
+
+def options(name: str, **changes: Any) -> Training:
+    decay = {} if name == "adam" else {"weight_decay": 0.1}
+    momentum = {"momentum": 0.5} if name == "sgd" else {}
+    return Training(optimizer=name, learning_rate=RATE, loraplus_lr_ratio=RATIO, **decay, **momentum, **changes)  # type: ignore[arg-type]
+
+
+def by_hand(model: Any, name: str) -> None:
+    """Two optimisers on the two halves of the gradient; no clipping."""
+    step = make_step(model, optim.SGD(0.0), sft())  # for its gradient
+    first, second = PLAIN[name](RATE), PLAIN[name](RATIO * RATE)
+    for batch in BATCHES:
+        grads, _ = step.backward(batch, sft().counts(batch))
+        flat = dict(tree_flatten(step.trained.unpack(grads)))
+        weights = dict(tree_flatten(model.trainable_parameters()))
+        raised = {n for n in flat if not n.endswith("lora_a")}
+        new = {}
+        for optimiser, names in ((first, flat.keys() - raised), (second, raised)):
+            new |= optimiser.apply_gradients({n: flat[n] for n in names}, {n: weights[n] for n in names})
+        model.load_weights(list(new.items()), strict=False)
+        step.trained.follow()
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("name", PLAIN)
+def test_two_groups(name: str, kind: str, eager: None) -> None:
+    model, wanted = adapters(kind), adapters(kind)
+    step = make_step(model, make_optimiser(options(name), 3), sft())
+    metrics = [step.measured(batch) for batch in BATCHES]
+    by_hand(wanted, name)
+    mine, theirs = snapshot(model.trainable_parameters()), snapshot(wanted.trainable_parameters())
+    start = snapshot(adapters(kind).trainable_parameters())
+    moved = {n: theirs[n] - start[n] for n in theirs}
+    assert distance({n: mine[n] - start[n] for n in mine}, moved) < 1e-4  # type: ignore[arg-type]
+    assert metrics[0]["learning_rate"] == pytest.approx(RATE)
+
+
+def test_b_moves_further() -> None:
+    """In the first step of Adam every number moves by its rate."""
+    model = adapters()
+    before = snapshot(model.trainable_parameters())
+    make_step(model, make_optimiser(options("adam"), 3), sft())(BATCHES[0])
+    after = snapshot(model.trainable_parameters())
+    moved = {n: np.abs(after[n] - before[n]) for n in after}
+    b = np.concatenate([moved[n].ravel() for n in moved if n.endswith("lora_b")])
+    assert np.median(b) == pytest.approx(RATIO * RATE, rel=1e-2)
+    assert all(moved[n].max() <= 1.01 * RATE for n in moved if n.endswith("lora_a"))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adam", Vector), ("muon", Separate)])
+def test_layouts(name: str, kind: type) -> None:
+    model = adapters()
+    parameters = model.trainable_parameters()
+    found = layout(make_optimiser(options(name), 3), model)
+    assert type(found) is kind
+    packed = found.pack(parameters)
+    assert kind is Separate or packed.keys() == {"trained", "lora_b"}
+    back = found.unpack(packed)
+    assert all(mx.array_equal(a, b) for (_, a), (_, b) in zip(tree_flatten(back), tree_flatten(parameters), strict=True))
+
+
+@pytest.mark.parametrize("name", ["adam", "adafactor"])
+def test_resume(name: str, tmp_path: Path, eager: None) -> None:
+    training = options(name, warmup=2, lr_schedule="linear")
+    chosen = AdapterOptions(num_layers=-1, rank=4, scale=2.0)
+    model, optimiser = adapters(), make_optimiser(training, 5)
+    step = make_step(model, optimiser, sft())
+    step(BATCHES[0])
+    path = save_checkpoint(tmp_path, model, optimiser, Progress(step=1), chosen)
+    other, again = prepare(dense(), chosen).train(), make_optimiser(training, 5)
+    load_checkpoint(path, other, again)
+    step(BATCHES[1])
+    make_step(other, again, sft())(BATCHES[1])
+    mine, theirs = snapshot(other.trainable_parameters()), snapshot(model.trainable_parameters())
+    assert all(np.array_equal(mine[n], theirs[n]) for n in theirs)
+
+
+def test_full_weights_have_no_b(model_folder: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "train.jsonl"
+    rows.write_text('{"text": "abc"}\n' * 4)
+    with pytest.raises(InputError, match=r"--loraplus-lr-ratio 4\.0 is for adapters; use --train-type lora or dora"):
+        run_sft(model=str(model_folder), data=str(rows), train_type="full", loraplus_lr_ratio=4.0, adapter_path=str(tmp_path / "a"))
