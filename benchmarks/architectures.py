@@ -191,8 +191,8 @@ def _checkpoint(model: nn.Module) -> str:
 def sample(rows: int = 2, length: int = 33) -> Batch:
     """A batch of random tokens, the same at every call; the second half of each row is scored."""
     rng = np.random.default_rng(0)
-    scored = np.arange(length) >= length // 2
-    return collate([Example(rng.integers(1, VOCABULARY, length).astype(np.int32), scored, None, "random") for _ in range(rows)])
+    loss_mask = np.arange(length) >= length // 2
+    return collate([Example(rng.integers(1, VOCABULARY, length).astype(np.int32), loss_mask, None, "random") for _ in range(rows)])
 
 
 def _gradient(model: nn.Module, score: Scorer) -> dict[str, mx.array]:

@@ -27,7 +27,7 @@ from mlx.utils import tree_flatten  # noqa: E402
 from benchmarks.common import Cost, flags, interleaved, parsed, qwen3_600m, ratios, small_llama, tell  # noqa: E402
 from mlxlora.adapters.prepare import prepare  # noqa: E402
 from mlxlora.config.options import AdapterOptions, PromptData  # noqa: E402
-from mlxlora.data.batching import Make, Piece  # noqa: E402
+from mlxlora.data.batching import Make, MicroBatch  # noqa: E402
 from mlxlora.data.sources import Context  # noqa: E402
 from mlxlora.data.tokenize import Prompt  # noqa: E402
 from mlxlora.models.logprobs import scorer  # noqa: E402
@@ -131,7 +131,7 @@ def make_prompts(case: Case) -> list[Prompt]:
 # --- the two sides --------------------------------------------------------------------------------
 
 
-def ours(case: Case, rows: Sequence[Prompt]) -> tuple[Parts, Piece, Callable[[], float]]:
+def ours(case: Case, rows: Sequence[Prompt]) -> tuple[Parts, MicroBatch, Callable[[], float]]:
     """(what is measured, a batch, the norm of the gradient on it)."""
     model, objective = make_model(case), grpo(beta=case.beta)
     step = make_step(model, optim.Adam(learning_rate=1e-5), objective, score=scorer(model, entropy=entropy_of(objective)))
@@ -141,7 +141,7 @@ def ours(case: Case, rows: Sequence[Prompt]) -> tuple[Parts, Piece, Callable[[],
     if case.beta:
         make = referenced(make, model, 1.0)
     numbers, tokens = count(), [row.tokens.tolist() for row in rows]
-    piece = make(rows, next(numbers))
+    micro = make(rows, next(numbers))
 
     def rollout() -> None:
         sample(model, tokens, case.group_size, sampling, {case.vocabulary}, key=mx.random.key(next(numbers)), route=route)
@@ -149,15 +149,15 @@ def ours(case: Case, rows: Sequence[Prompt]) -> tuple[Parts, Piece, Callable[[],
     def whole() -> None:
         step(make(rows, next(numbers)).batch)
 
-    parts: Parts = dict(zip(PARTS, (whole, rollout, lambda: step(piece.batch)), strict=True))
-    return parts, piece, lambda: float(step(piece.batch)["grad_norm"].item())
+    parts: Parts = dict(zip(PARTS, (whole, rollout, lambda: step(micro.batch)), strict=True))
+    return parts, micro, lambda: float(step(micro.batch)["grad_norm"].item())
 
 
-def theirs(case: Case, rows: Sequence[Prompt], piece: Piece) -> tuple[Parts, Callable[[], float]]:
+def theirs(case: Case, rows: Sequence[Prompt], micro: MicroBatch) -> tuple[Parts, Callable[[], float]]:
     """The same with mlx-lm-lora, at its trainer's settings for a batch of that many prompts."""
     model, words = make_model(case), Words(case.vocabulary)
-    reference, optimiser = (make_model(case).eval() if case.beta else None), optim.Adam(learning_rate=1e-5)
-    optimiser.init(model.trainable_parameters())
+    reference, optimizer = (make_model(case).eval() if case.beta else None), optim.Adam(learning_rate=1e-5)
+    optimizer.init(model.trainable_parameters())
     tokens = [row.tokens.tolist() for row in rows]
     batch = tokens, [[] for _ in rows], ["" for _ in rows], ["" for _ in rows], None
     value_and_grad = nn.value_and_grad(model, peer.grpo_loss)
@@ -178,16 +178,16 @@ def theirs(case: Case, rows: Sequence[Prompt], piece: Piece) -> tuple[Parts, Cal
         (loss, *_), grads = gradient(*rolled)
         if not mx.all(mx.stack([mx.isfinite(loss), *(mx.all(mx.isfinite(g)) for _, g in tree_flatten(grads))])).item():  # type: ignore[arg-type]
             raise FloatingPointError
-        optimiser.update(model, grads)
-        mx.eval(model.state, optimiser.state, loss)
+        optimizer.update(model, grads)
+        mx.eval(model.state, optimizer.state, loss)
 
     def whole() -> None:
         completions, texts, indices = rollout()
         train(completions, texts, indices, *peer._rollout_rewards(batch, texts, indices, [reward], None))
 
-    ends = np.cumsum(np.array(piece.batch.lengths))
-    fixed = [mx.array(part) for part in np.split(np.array(piece.batch.targets)[: ends[-1]], ends[:-1])]
-    again = fixed, [""] * len(fixed), [i for i in range(len(rows)) for _ in range(case.group_size)], piece.batch.advantages, {}
+    ends = np.cumsum(np.array(micro.batch.lengths))
+    fixed = [mx.array(part) for part in np.split(np.array(micro.batch.targets)[: ends[-1]], ends[:-1])]
+    again = fixed, [""] * len(fixed), [i for i in range(len(rows)) for _ in range(case.group_size)], micro.batch.advantages, {}
 
     def norm() -> float:
         return float(np.sqrt(sum(mx.square(g).sum().item() for _, g in tree_flatten(gradient(*again)[1]))))
@@ -201,8 +201,8 @@ def theirs(case: Case, rows: Sequence[Prompt], piece: Piece) -> tuple[Parts, Cal
 def measure(case: Case, repetitions: int, budget: float, only: str) -> list[dict[str, Any]]:
     """Rows of the table: the whole step and its parts, of them those whose name contains `only`."""
     rows = make_prompts(case)
-    our_parts, piece, our_norm = ours(case, rows)
-    their_parts, their_norm = theirs(case, rows, piece) if peer else ({}, None)
+    our_parts, micro, our_norm = ours(case, rows)
+    their_parts, their_norm = theirs(case, rows, micro) if peer else ({}, None)
     difference = "" if their_norm is None else f"{abs(their_norm() / our_norm() - 1):.0e}"
     found = []
     for name, part in ((n, p) for n, p in our_parts.items() if only in f"{case.name}, {n}"):

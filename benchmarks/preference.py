@@ -34,7 +34,7 @@ from mlx.utils import tree_map  # noqa: E402
 
 from benchmarks.common import flags, interleaved, limited, parsed, qwen3_600m, ratios, run, small_llama  # noqa: E402
 from mlxlora import AdapterOptions, Objective, disabled, make_step, objectives, prepare  # noqa: E402
-from mlxlora.data.batching import pair_piece, read_positions  # noqa: E402
+from mlxlora.data.batching import pair_batch, read_positions  # noqa: E402
 from mlxlora.data.tokenize import Example, Pair  # noqa: E402
 from mlxlora.models.grad_checkpoint import checkpointed  # noqa: E402
 from mlxlora.models.logprobs import scorer  # noqa: E402
@@ -171,7 +171,7 @@ def _plain(model: nn.Module, pair: Pair) -> list[np.ndarray]:
     """[C] log-probabilities of either completion."""
     found = []
     for e in (pair.chosen, pair.rejected):
-        at, tokens = np.flatnonzero(e.scored), mx.array(e.tokens)
+        at, tokens = np.flatnonzero(e.loss_mask), mx.array(e.tokens)
         logits = model(tokens[None, :-1])[0, mx.array(at - 1)].astype(mx.float32)
         found.append(-np.array(nn.losses.cross_entropy(logits, tokens[mx.array(at)])).astype(np.float64))
     return found
@@ -184,7 +184,7 @@ Step = Callable[[], Any]
 
 def our_step(case: Case, pairs: Sequence[Pair], *, share: bool) -> tuple[Step, float]:
     """(a step, the loss before the first)."""
-    batch = pair_piece(pairs, share=share).batch
+    batch = pair_batch(pairs, share=share).batch
     model = make_model(case)
     step = make_step(checkpointed(model) if case.recomputed else model, optim.Adam(learning_rate=1e-5), METHODS[case.method])
     return partial(limited, case.limit, partial(step, batch)), step(batch)["loss"].item()
@@ -199,7 +199,7 @@ def our_reference(case: Case, pairs: Sequence[Pair], *, share: bool) -> tuple[li
     with disabled(model):
         score = scorer(model)
     run = mx.compile(partial(score, gradient=False))
-    batch = pair_piece(pairs, share=share).batch
+    batch = pair_batch(pairs, share=share).batch
 
     def again() -> None:
         with disabled(model):
@@ -208,10 +208,10 @@ def our_reference(case: Case, pairs: Sequence[Pair], *, share: bool) -> tuple[li
     with disabled(model):
         logps = iter(log_probabilities(flat, score, len(flat)))
     columns = [(next(logps), next(logps)) for _ in pairs]
-    scored = [
+    loss_mask = [
         Pair(evolve(p.chosen, ref_logps=c), evolve(p.rejected, ref_logps=r)) for p, (c, r) in zip(pairs, columns, strict=True)
     ]
-    return scored, again
+    return loss_mask, again
 
 
 # --- theirs ---------------------------------------------------------------------------------------
@@ -247,8 +247,8 @@ def their_batches(case: Case, pairs: Sequence[Pair]) -> Any:
         {
             "chosen": p.chosen.tokens.tolist(),
             "rejected": p.rejected.tokens.tolist(),
-            "chosen_prompt_length": int(p.chosen.scored.argmax()),
-            "rejected_prompt_length": int(p.rejected.scored.argmax()),
+            "chosen_prompt_length": int(p.chosen.loss_mask.argmax()),
+            "rejected_prompt_length": int(p.rejected.loss_mask.argmax()),
         }
         for p in pairs
     ]
@@ -302,7 +302,7 @@ def measure(case: Case, repetitions: int, *, share: bool | None = None) -> dict[
         step()
     costs = dict(zip(steps, interleaved(list(steps.values()), repetitions), strict=True))
     exact, our, peer = definition(case, pairs), costs["ours"], costs.get("peer")
-    scored = costs["reference"].wall if "reference" in costs else 0.0
+    loss_mask = costs["reference"].wall if "reference" in costs else 0.0
     row = dict.fromkeys(COLUMNS, "-") | {
         "case": f"{case.method}, {case.name}",
         "layout": "shared" if chosen else "whole",
@@ -317,7 +317,7 @@ def measure(case: Case, repetitions: int, *, share: bool | None = None) -> dict[
             **ratios(our, peer),
             "peer": round(peer.wall, 4),
             "cpu_ratio": round(peer.cpu / our.cpu, 2),
-            "with_reference": round(peer.wall / (our.wall + scored), 2),
+            "with_reference": round(peer.wall / (our.wall + loss_mask), 2),
             "peer_error": f"{abs(theirs[1] / exact - 1):.0e}",
         }
     return row

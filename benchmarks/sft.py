@@ -105,10 +105,10 @@ def quick_cases() -> list[Case]:
     ]
 
 
-def mixed_lengths(rows: int, scored: float = 0.6) -> Lengths:
+def mixed_lengths(rows: int, loss_mask: float = 0.6) -> Lengths:
     """Log-normal lengths of 20 to 512 tokens, median 150, as short question-answer rows have."""
     lengths = np.exp(np.random.default_rng(0).normal(np.log(150), 0.45, rows)).clip(20, 512).astype(int)
-    return [(int(n), int(scored * n)) for n in lengths]
+    return [(int(n), int(loss_mask * n)) for n in lengths]
 
 
 def file_lengths(path: str, rows: int) -> Lengths:
@@ -145,8 +145,8 @@ def make_rows(case: Case) -> list[Example]:
     """Random tokens of the case's lengths."""
     rng = np.random.default_rng(0)
     return [
-        Example(rng.integers(1, case.vocabulary, n).astype(np.int32), np.arange(n) >= max(n - scored, 1), None, "random")
-        for n, scored in case.lengths
+        Example(rng.integers(1, case.vocabulary, n).astype(np.int32), np.arange(n) >= max(n - loss_mask, 1), None, "random")
+        for n, loss_mask in case.lengths
     ]
 
 
@@ -207,14 +207,14 @@ class _Rows(list[Example]):
 
     def process(self, raw: dict[str, Example]) -> tuple[list[int], int]:
         example = raw["row"]
-        return example.tokens.tolist(), int(example.scored.argmax())
+        return example.tokens.tolist(), int(example.loss_mask.argmax())
 
 
 def definition(case: Case, rows: Sequence[Example]) -> float:
     """Mean cross entropy of the scored tokens, each row by itself and without padding."""
     model, total, count = make_model(case), 0.0, 0
     for row in rows:
-        at, tokens = np.flatnonzero(row.scored), mx.array(row.tokens)
+        at, tokens = np.flatnonzero(row.loss_mask), mx.array(row.tokens)
         logits = model(tokens[None, :-1])[0, mx.array(at - 1)]
         total += nn.losses.cross_entropy(logits, tokens[mx.array(at)], reduction="sum").item()
         count += len(at)

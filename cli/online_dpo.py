@@ -2,10 +2,10 @@
 
 from mlxlora.config.options import (
     AdapterOptions,
-    ContestSampling,
     ModelOptions,
     OnlineDPOOptions,
     Output,
+    PairSampling,
     PromptData,
     RewardOptions,
     Training,
@@ -21,7 +21,7 @@ def online_dpo(
     data: PromptData,
     training: Training,
     output: Output,
-    sampling: ContestSampling,
+    sampling: PairSampling,
     rewards: RewardOptions,
     objective: OnlineDPOOptions,
 ) -> None:

@@ -42,7 +42,7 @@ class Batch(NamedTuple):
     """
 
     tokens: mx.array
-    where: mx.array
+    positions: mx.array
     targets: mx.array
     sequence: mx.array
     lengths: mx.array
@@ -107,7 +107,7 @@ def token_sum(values: mx.array, batch: Batch) -> mx.array:
     return mx.where(_member(batch), values[None], 0.0).sum(axis=-1)
 
 
-def positions(batch: Batch) -> mx.array:
+def token_offsets(batch: Batch) -> mx.array:
     """[N] int32: the place of each completion token in its completion, from 0 (tokens of a sequence lie in reading order)."""
     member = _member(batch).astype(mx.int32)
     return (member.cumsum(axis=-1) * member).sum(axis=0) - 1

@@ -16,7 +16,6 @@ from .adapters.prepare import base_of, load
 from .config import config_file as settings
 from .config.options import (
     AdapterOptions,
-    ContestSampling,
     CPOOptions,
     DataOptions,
     DistillOptions,
@@ -29,6 +28,7 @@ from .config.options import (
     Output,
     OwnSampling,
     PairData,
+    PairSampling,
     PromptData,
     RewardOptions,
     RowOptions,
@@ -44,7 +44,7 @@ from .errors import InputError
 from .models.loading import load_tokenizer, load_with_config
 from .models.logprobs import scorer
 from .models.modes import vocabulary
-from .models.teacher import taught
+from .models.teacher import with_teacher
 from .objectives.advantages import advantage
 from .objectives.divergences import DIVERGENCES
 from .objectives.objective import Objective
@@ -53,15 +53,15 @@ from .reporting.history import Method
 from .reporting.preview import Parse, Preview
 from .reporting.reporters import reporters
 from .rollouts.judges import judge, reward_model
-from .rollouts.pairs import contests
+from .rollouts.pairs import on_policy_pairs
 from .rollouts.rewards import NamedReward, load_rewards
 from .rollouts.sampling import Sampling
 from .rollouts.source import Rollouts, own_answers, prompts
 from .training.answers import answered
-from .training.dry_run import rehearse
+from .training.dry_run import dry_run
 from .training.evaluate import make_evaluate
 from .training.reference import cache_file
-from .training.run import Run, execute, split_pieces
+from .training.run import Run, execute, split_batches
 from .training.startup import check_options, claimed, introduce
 from .training.unpaired import unpaired
 from .utils.user_code import load_object
@@ -104,7 +104,7 @@ def _prompts(data: Any, _: bool) -> tuple[Source, Parse]:
 
 
 def _judged(row: Row, keys: Mapping[str, str]) -> Any:
-    return formats.preference(row, keys) if {"chosen", "rejected"} <= row.fields.keys() else formats.labelled(row, keys).completion
+    return formats.preference(row, keys) if {"chosen", "rejected"} <= row.fields.keys() else formats.labeled(row, keys).completion
 
 
 _READ: dict[str, Callable[[Any, bool], tuple[Source, Parse]]] = {
@@ -160,7 +160,7 @@ def _distilled(method: str, source: Source, chosen: Groups) -> dict[str, Any]:
         raise InputError("--teacher-model is missing: a model folder or hub name with the vocabulary of --model")
     teacher, measure = _loader(chosen[ModelOptions], m.teacher_model, "--teacher-model"), DIVERGENCES[m.divergence](m.jsd_beta)
     objective = user_objective(m.objective) or objectives.distill(nll_weight=m.nll_weight)
-    extend = {"extend": lambda score, tokenizer: taught(score, teacher(tokenizer), measure)}
+    extend = {"extend": lambda score, tokenizer: with_teacher(score, teacher(tokenizer), measure)}
     return _load_and_run(method, source, objective, chosen, extend)
 
 
@@ -223,16 +223,16 @@ def grpo(*groups: Any, **options: Any) -> dict[str, Any]:
 
 def online_dpo(*groups: Any, **options: Any) -> dict[str, Any]:
     """DPO on pairs that the policy samples, `mlxlora online-dpo` in Python; see `sft` for arguments, results and errors."""
-    kinds = (ModelOptions, PromptData, AdapterOptions, Training, Output, ContestSampling, RewardOptions, OnlineDPOOptions)
+    kinds = (ModelOptions, PromptData, AdapterOptions, Training, Output, PairSampling, RewardOptions, OnlineDPOOptions)
     chosen = settings.gather(kinds, groups, options)
     m, data = chosen[OnlineDPOOptions], chosen[PromptData]
-    _check_contests(m, chosen[AdapterOptions], data)
-    _check_judge(m, chosen[ContestSampling], chosen[Output])
+    _check_pairs(m, chosen[AdapterOptions], data)
+    _check_judge(m, chosen[PairSampling], chosen[Output])
     named = _named(m, "reference_model_path", "xpo_alpha", "judge_model")
     method = objectives.xpo(alpha=m.xpo_alpha, **named) if m.xpo_alpha else objectives.dpo(**named)
     judges = () if m.judge_model is None else (judge(*_load_other(m.judge_model, chosen[ModelOptions], "--judge-model")),)
-    rollouts = _rollouts(chosen[ContestSampling], chosen[RewardOptions], judges)
-    source = contests(data, rollouts, explore=bool(m.xpo_alpha))
+    rollouts = _rollouts(chosen[PairSampling], chosen[RewardOptions], judges)
+    source = on_policy_pairs(data, rollouts, explore=bool(m.xpo_alpha))
     objective = user_objective(m.objective) or method
     return _load_and_run("online-dpo", source, objective, chosen, _online_reference(chosen, m.reference_model_path))
 
@@ -256,7 +256,7 @@ def _load_other(path: str, model: ModelOptions, flag: str, read: Callable[[Model
         raise InputError(str(error).replace("--model", flag, 1)) from None
 
 
-def _check_judge(method: OnlineDPOOptions, sampling: ContestSampling, output: Output) -> None:
+def _check_judge(method: OnlineDPOOptions, sampling: PairSampling, output: Output) -> None:
     if method.judge_model and sampling.group_size != 2:
         raise InputError(f"--judge-model compares two completions: use --group-size 2, got {sampling.group_size}")
     if method.judge_model and output.val_batches:
@@ -284,7 +284,7 @@ def _check_policy(method: GRPOOptions, sampling: SamplingOptions, data: PromptDa
         raise InputError(f"--group-size must be >= 2, got 1; --baseline batch can do with 1, --baseline {method.baseline} cannot")
 
 
-def _check_contests(method: OnlineDPOOptions, adapter: AdapterOptions, data: PromptData) -> None:
+def _check_pairs(method: OnlineDPOOptions, adapter: AdapterOptions, data: PromptData) -> None:
     if data.use_prompt:
         raise InputError("--use-prompt: both completions of a pair have the same prompt, whose tokens cancel; leave it out")
     if method.xpo_alpha and (adapter.train_type == "full" or method.reference_model_path):
@@ -376,7 +376,7 @@ def evaluate_split(
     sources.check_tokens(source, splits, vocabulary(model), tokenizer)
     objective = objectives.sft()
     whole = Run(model, tokenizer, objective, source, splits, Training(batch_size=batch_size), AdapterOptions(), Output())
-    return make_evaluate(model, objective, scorer(model), whole.ranks)(split_pieces(whole, split))
+    return make_evaluate(model, objective, scorer(model), whole.ranks)(split_batches(whole, split))
 
 
 def user_objective(reference: str | None) -> Objective | None:
@@ -420,7 +420,7 @@ def _run(
     ranks = current_ranks()
     told = reporters(groups[Output]) if ranks.leads else ()
     with ranks.together():
-        check_options(groups[Training], adapter, online=source.online, taught="extend" in fields)
+        check_options(groups[Training], adapter, online=source.online, with_teacher="extend" in fields)
         splits = sources.tokenize(source, rows, tokenizer, lambda text: [reporter.note(text) for reporter in told])
         sources.check_tokens(source, splits, vocabulary(model), tokenizer)
     if ranks.leads and not groups[Output].dry_run:
@@ -442,7 +442,7 @@ def _run(
     )
     introduce(whole)
     if whole.output.dry_run:
-        return rehearse(whole)
+        return dry_run(whole)
     with answered(whole, rows) as asked:
         results = execute(asked)
     whole.tell("finish", results)

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import orjson
 import zlib
-from .pissa import PrincipalLoRALinear
+from .pissa import PiSSALinear
 from .lora import LeanLoRALinear, adapted
 from .inject import layers_to_train, lora_parameters, with_paths
 from ..config.options import AdapterOptions
@@ -31,7 +31,7 @@ WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 _CHECKSUM, _CONFIGURED = "crc32", "config_crc32"  # in the header of a safetensors file: of its arrays, and of what is beside it
 _BUILT_FROM = ("fine_tune_type", "num_layers", "lora_parameters", "quantize")  # of the configuration: names of models are changed
 _BASE = {  # where each kind of adapter keeps the module that it adapts
-    **dict.fromkeys((LoRALinear, LeanLoRALinear, PrincipalLoRALinear, DoRALinear, LoRASwitchLinear), "linear"),
+    **dict.fromkeys((LoRALinear, LeanLoRALinear, PiSSALinear, DoRALinear, LoRASwitchLinear), "linear"),
     **dict.fromkeys((LoRAEmbedding, DoRAEmbedding), "embedding"),
 }
 

@@ -16,7 +16,7 @@ import io
 import mlx.core as mx
 import mlx.nn as nn
 from ..errors import InputError, choose
-from ..models.quantize import QUANTISATIONS, quantisation_of, quantise, weight_of
+from ..models.quantize import QUANTIZATIONS, quantization_of, quantized, weight_of
 from ..utils.folders import check_vacant
 from ..models.loading import load_with_config, model_options
 from ..config.options import ModelOptions
@@ -78,7 +78,7 @@ def fuse(
     if dequantize and quantize:
         raise InputError("--dequantize and --quantize exclude each other")
     if quantize:
-        choose(QUANTISATIONS, quantize, "quantize")
+        choose(QUANTIZATIONS, quantize, "quantize")
     folder = check_vacant(
         save_path, "--save-path", overwrite=overwrite, marker="config.json", apart_from=(model.model, adapter_path)
     )
@@ -108,7 +108,7 @@ def merged(
         model = dequantize_model(model)
         changed = {name: value for name, value in config.items() if name not in ("quantization", "quantization_config")}
     if quantize:
-        model, changed = quantise(model, changed, quantize)
+        model, changed = quantized(model, changed, quantize)
     return model, changed, rounding(model, adapted)
 
 
@@ -119,7 +119,7 @@ def _merge(adapter: Any, keep: bool) -> nn.Module:
     dense.weight = dense.weight.astype(weight_of(base).dtype)  # mlx-lm's DoRA would leave float32
     if not keep or "scales" not in base:
         return dense
-    return dense.to_quantized(**quantisation_of(base))
+    return dense.to_quantized(**quantization_of(base))
 
 
 def rounding(model: nn.Module, adapted: Adapted) -> Rounding | None:
@@ -134,13 +134,13 @@ def rounding(model: nn.Module, adapted: Adapted) -> Rounding | None:
     return Rounding(kept=along / update, noise=(error / update) ** 0.5, size=(update / weight) ** 0.5)
 
 
-def _rounded(adapter: Any, quantised: Any) -> tuple[float, ...]:
+def _rounded(adapter: Any, quantized: Any) -> tuple[float, ...]:
     """⟨Q(W + ΔW) - Q(W), ΔW⟩, ‖ΔW‖², ‖Q(W + ΔW) - (W + ΔW)‖², ‖W‖² of one module."""
-    how = quantisation_of(quantised)
+    how = quantization_of(quantized)
     base = weight_of(base_of_adapter(adapter))
     before = mx.dequantize(*mx.quantize(base, **how), **how).astype(mx.float32)
     weight, wanted = base.astype(mx.float32), adapter.fuse(dequantize=True).weight.astype(mx.float32)
-    update, after = wanted - weight, weight_of(quantised).astype(mx.float32)
+    update, after = wanted - weight, weight_of(quantized).astype(mx.float32)
     sums = (((after - before) * update).sum(), update.square().sum(), (after - wanted).square().sum(), weight.square().sum())
     mx.eval(sums)
     return tuple(float(value) for value in sums)

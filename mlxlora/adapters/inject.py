@@ -11,7 +11,7 @@ from ..config.options import AdapterOptions
 from ..errors import InputError
 from .lora import LeanLoRALinear, adapted, base_of_adapter, lean, rank_of, unusual
 from .rank_scale import Size, size_of, unmatched
-from .pissa import iterations_of, principal
+from .pissa import iterations_of, pissa
 from ..models.quantize import weight_of
 
 ALL_LINEAR = "all-linear"
@@ -125,7 +125,7 @@ def _start_from_components(model: nn.Module, how: str) -> None:
         weight = weight_of(module.linear)
         if rank_of(module) > min(weight.shape):
             raise InputError(f"--init-lora-weights {how}: {path} has {min(weight.shape)} components; use a rank up to that")
-        principal(module, weight, iterations_of(how))
+        pissa(module, weight, iterations_of(how))
 
 
 def with_paths(model: nn.Module, options: AdapterOptions) -> AdapterOptions:

@@ -5,7 +5,7 @@ import mlx.core as mx
 from .lora import LeanLoRALinear, concatenated, with_update
 
 
-class PrincipalLoRALinear(LeanLoRALinear):
+class PiSSALinear(LeanLoRALinear):
     """y = W x + s·(A B - A₀ B₀)x, where s·A₀ B₀ are the first components of W and A, B start there.
 
     The paper's W_res = W - s·A₀ B₀, without touching W: the model before training is still there, as it was, quantised or not.
@@ -31,11 +31,11 @@ class PrincipalLoRALinear(LeanLoRALinear):
         return {name: self[name] for name in ("_start_a", "_start_b")}
 
 
-def principal(module: Any, weight: mx.array, iterations: int | None) -> PrincipalLoRALinear:
+def pissa(module: Any, weight: mx.array, iterations: int | None) -> PiSSALinear:
     """A LoRALinear that starts from the first components of `weight` [out, in]: A = √(S/s) of V, B = √(S/s) of U."""
     u, s, vt = components(weight.astype(mx.float32), module.lora_a.shape[1], iterations)
     root = mx.sqrt(s / module.scale)
-    module.__class__ = PrincipalLoRALinear
+    module.__class__ = PiSSALinear
     module.lora_a, module.lora_b = vt.T * root, root[:, None] * u.T
     module._start_a, module._start_b = module.lora_a, module.lora_b
     return module

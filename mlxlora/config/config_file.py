@@ -176,24 +176,24 @@ def _options(
     values: dict[str, Any] = {}
     turned: dict[str, Any] = {}  # from a peer's nested keys, which there win over flat ones
     unused: list[str] = []
-    optimiser: tuple[Any, str] = (None, "")
-    for key, value, where in entries:
+    optimizer: tuple[Any, str] = (None, "")
+    for key, value, location in entries:
         known = peers.find(key, peer) or peers.find(key)
         name = _option_of(key, known, fields, command, peer)
         if key == METHOD and command:
-            _check_method(value, command, where)
+            _check_method(value, command, location)
         elif name:
-            values |= {} if value is None else {name: _checked(fields[name], key, value, where)}
+            values |= {} if value is None else {name: _checked(fields[name], key, value, location)}
         elif known is None or (known.option and not peer and not known.turned and command not in known.lacking):
-            _check_unknown(key, fields, where, strict, command)
+            _check_unknown(key, fields, location, strict, command)
         elif key == "optimizer_config":
-            optimiser = (value, where)
+            optimizer = (value, location)
         else:
-            turned |= _turned(key, known, value, fields, command, where, tell)
+            turned |= _turned(key, known, value, fields, command, location, tell)
             unused += [key] if _has_no_place(known, fields, command) else []
-    if optimiser[0]:
+    if optimizer[0]:
         chosen = given.get("optimizer") or values.get("optimizer") or "adam"
-        turned |= _checked_all("optimizer_config", lambda: peers.optimiser_options(optimiser[0], chosen), fields, optimiser[1])
+        turned |= _checked_all("optimizer_config", lambda: peers.optimizer_options(optimizer[0], chosen), fields, optimizer[1])
     if unused and strict:
         tell(f"without effect on this command: {', '.join(unused)}")
     return {**values, **turned}
@@ -216,19 +216,21 @@ def _has_no_place(known: peers.Key, fields: Fields, command: str | None) -> bool
     return not peers.of(known, command)
 
 
-def _turned(key: str, known: peers.Key, value: Any, fields: Fields, command: str | None, where: str, tell: Tell) -> dict[str, Any]:
+def _turned(
+    key: str, known: peers.Key, value: Any, fields: Fields, command: str | None, location: str, tell: Tell
+) -> dict[str, Any]:
     """What a peer's key that is no option comes to: options, a note, an error or nothing."""
     if key == "train_mode" and METHOD in fields and (method := peers.command_of(value)):
         return {METHOD: method}
     if command and key == "train_mode" and value is not None:
-        path = f" -c {where.rpartition(':')[0]}" if not _is_flag(where) else ""
-        return _checked_all(key, lambda: peers.check_mode(value, command, path) or {}, fields, where)
+        path = f" -c {location.rpartition(':')[0]}" if not _is_flag(location) else ""
+        return _checked_all(key, lambda: peers.check_mode(value, command, path) or {}, fields, location)
     if known.turned and value is not None and peers.of(known, command):
-        return _checked_all(key, lambda: known.turned(value), fields, where)  # type: ignore[misc]
-    place = where if _is_flag(where) else f"{where}: {key}"
+        return _checked_all(key, lambda: known.turned(value), fields, location)  # type: ignore[misc]
+    place = location if _is_flag(location) else f"{location}: {key}"
     if command and command in known.lacking and value is not None:
         tell(f"{place}: {known.lacking[command]}")
-    elif _speaks(known, value, command, _is_flag(where)):
+    elif _speaks(known, value, command, _is_flag(location)):
         if known.fate == "refused":
             raise InputError(f"{place}: {plain(value)} has no counterpart here: {known.text}")
         tell(f"{place}: {known.text}")
@@ -242,19 +244,19 @@ def _speaks(known: peers.Key, value: Any, command: str | None, typed: bool) -> b
     return not silent and not idle and (command is None or peers.of(known, command))
 
 
-def _is_flag(where: str) -> bool:
-    return where.startswith("--")
+def _is_flag(location: str) -> bool:
+    return location.startswith("--")
 
 
-def _checked_all(key: str, turn: Callable[[], dict[str, Any]], fields: Fields, where: str) -> dict[str, Any]:
+def _checked_all(key: str, turn: Callable[[], dict[str, Any]], fields: Fields, location: str) -> dict[str, Any]:
     """The options of these fields that a peer's key turns into, each checked."""
     try:
         options = turn()
     except ValueError as error:
-        raise InputError(f"{where}: {error}") from None
-    prefix = "" if _is_flag(where) else f"{key}: "
+        raise InputError(f"{location}: {error}") from None
+    prefix = "" if _is_flag(location) else f"{key}: "
     label = {name: name if name == key else f"{prefix}{name}" for name in options}
-    return {name: _checked(fields[name], label[name], value, where) for name, value in options.items() if name in fields}
+    return {name: _checked(fields[name], label[name], value, location) for name, value in options.items() if name in fields}
 
 
 def dump(*groups: Any) -> dict[str, Any]:
@@ -368,8 +370,8 @@ _PARSERS: dict[type, Callable[[Any], Any]] = {
 }
 
 
-def _checked(field: attrs.Attribute, key: str, value: Any, where: str) -> Any:
-    name = where if dashed(key) == where else f"{where}: {key}"
+def _checked(field: attrs.Attribute, key: str, value: Any, location: str) -> Any:
+    name = location if dashed(key) == location else f"{location}: {key}"
     try:
         value = coerce(value, field.type)
     except ValueError as error:
@@ -380,36 +382,36 @@ def _checked(field: attrs.Attribute, key: str, value: Any, where: str) -> Any:
         if field.validator:  # attrs keeps an empty list
             field.validator(None, field, value)
     except InputError as error:
-        raise InputError(f"{where}: {error}") from None
+        raise InputError(f"{location}: {error}") from None
     return value
 
 
 def _check_train(entries: Iterable[tuple[str, Any, str]], given: Mapping[str, Any]) -> None:
     """A peer's file may be for testing alone."""
-    said = {key: (value, where) for key, value, where in entries}
-    value, where = said.get(TRAIN, (True, ""))
+    said = {key: (value, location) for key, value, location in entries}
+    value, location = said.get(TRAIN, (True, ""))
     if value not in (True, None):
         folder = given.get("adapter_path") or said.get("adapter_path", ("adapters", ""))[0]
-        how = f"mlxlora eval --adapter-path {plain(folder)} --split test -c {where.rpartition(':')[0]}"
-        raise InputError(f"{where}: train must be true, got {quoted(value)}; to test without training, run `{how}`")
+        how = f"mlxlora eval --adapter-path {plain(folder)} --split test -c {location.rpartition(':')[0]}"
+        raise InputError(f"{location}: train must be true, got {quoted(value)}; to test without training, run `{how}`")
 
 
-def _check_method(value: Any, command: str, where: str) -> None:
+def _check_method(value: Any, command: str, location: str) -> None:
     """The options of another method's run mean something else."""
     if value not in (command, None):
-        raise InputError(f"{where}: method is {plain(value)}; run `mlxlora {plain(value)} -c {where.rpartition(':')[0]}`")
+        raise InputError(f"{location}: method is {plain(value)}; run `mlxlora {plain(value)} -c {location.rpartition(':')[0]}`")
 
 
-def _check_unknown(key: str, fields: Fields, where: str, strict: bool, command: str | None) -> None:
+def _check_unknown(key: str, fields: Fields, location: str, strict: bool, command: str | None) -> None:
     if not strict:
         return
-    if _is_flag(where):
-        raise InputError(f"No such option: {where}; see `mlxlora {command} --help`")
+    if _is_flag(location):
+        raise InputError(f"No such option: {location}; see `mlxlora {command} --help`")
     aliases = {**ALIASES, **peers.aliases(command)}
     names = [*fields, *(alias for alias, name in aliases.items() if name in fields)]
     close = difflib.get_close_matches(key, names, n=1)
     hint = f"did you mean {close[0]}?" if close else "see --help for the options of this command"
-    raise InputError(f"{where}: unknown key {listed([key])}; {hint}")
+    raise InputError(f"{location}: unknown key {listed([key])}; {hint}")
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Any, int]]:
@@ -460,5 +462,5 @@ def _constructed(loader: yaml.SafeLoader, node: yaml.Node, path: Path) -> Any:
 
 def _syntax(path: Path, error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
-    where = f"{path}:{mark.line + 1}" if mark else str(path)
-    return f"{where}: not valid YAML: {getattr(error, 'problem', None) or str(error).splitlines()[0]}"
+    location = f"{path}:{mark.line + 1}" if mark else str(path)
+    return f"{location}: not valid YAML: {getattr(error, 'problem', None) or str(error).splitlines()[0]}"

@@ -1,6 +1,6 @@
 """The keys and flags of mlx-lm and mlx-lm-lora, and what each of them is here.
 
-Two tables, checked against the peers' own defaults and flags by tests/test_switch.py; the README and `docs/` show them. A key is
+Two tables, checked against the peers' own defaults and flags by tests/config/test_mlx_lm_compat.py; the README and `docs/` show them. A key is
 an option under the same or another name, is turned into several options, has no meaning here, or is refused with what to do
 instead.
 """
@@ -105,7 +105,7 @@ _OURS: Mapping[str, Mapping[str, Any]] = {
 """Arguments of MLX's optimisers that have one value here."""
 
 
-def optimiser_options(config: Any, optimizer: str) -> Options:
+def optimizer_options(config: Any, optimizer: str) -> Options:
     """mlx-lm's `optimizer_config`, of which the chosen optimiser's part counts.
 
     >>> optimiser_options({"adam": {}, "adamw": {"betas": [0.9, 0.98], "bias_correction": True}}, "adamw")
@@ -383,7 +383,7 @@ def check_mode(mode: Any, command: str, run: str) -> None:
         raise ValueError(f"train_mode is {mode}; run `mlxlora {COMMANDS[mode]}{run}`")
 
 
-def notes(peer: Peer, where: str, values: Mapping[str, Any], has: Collection[str]) -> Iterable[str]:
+def notes(peer: Peer, location: str, values: Mapping[str, Any], has: Collection[str]) -> Iterable[str]:
     """What a user of a peer is told once: the differences that touch this run, and defaults that are not theirs."""
     optimizer = values.get("optimizer", "adam")
     differences = {
@@ -396,7 +396,7 @@ def notes(peer: Peer, where: str, values: Mapping[str, Any], has: Collection[str
         "dpop's penalty is inside the sigmoid, as published": values.get("loss_type") == "dpop",
     }
     told = "; ".join(text for text, holds in differences.items() if holds)
-    yield f"{where} is {peer.name}'s. Different here: {told}. More in the README: Coming from mlx-lm or mlx-lm-lora"
+    yield f"{location} is {peer.name}'s. Different here: {told}. More in the README: Coming from mlx-lm or mlx-lm-lora"
     decays = optimizer in ("adamw", "muon")
     defaults = {name: value for name, value in peer.defaults.items() if name in has and (name != "weight_decay" or decays)}
     covered = {"iters"} if values.get("epochs") is not None else set()

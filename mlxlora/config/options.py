@@ -406,7 +406,7 @@ class SamplingOptions:
 
 
 @frozen
-class ContestSampling(SamplingOptions):
+class PairSampling(SamplingOptions):
     """Sampling"""
 
     group_size: int = option(2, "Completions of each prompt, of which the best and the worst make a pair.", v.ge(2))

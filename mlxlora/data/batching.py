@@ -15,7 +15,7 @@ from .tokenize import Example, Pair
 ALIGN = 32
 
 
-class Piece(NamedTuple):
+class MicroBatch(NamedTuple):
     """A batch with what is known about it outside the compiled step.
 
     Attributes:
@@ -33,8 +33,8 @@ class Piece(NamedTuple):
     rows: tuple[str, ...]
     metrics: Mapping[str, float] = {}
     samples: tuple[Mapping[str, Any], ...] = ()
-    units: tuple[tuple[int, ...], ...] = ()
-    mute: bool = False
+    groups: tuple[tuple[int, ...], ...] = ()
+    is_padding: bool = False
 
 
 # --- shapes ---------------------------------------------------------------------------------
@@ -80,14 +80,14 @@ def laid_out(examples: Sequence[Example], tokens: np.ndarray, begin: Mapping[int
     """The batch of token rows [R, T] in which example s, if it were whole, would begin at place `begin[s]` of the R*T."""
     parts = []
     for s, e in enumerate(examples):
-        at = np.flatnonzero(e.scored)
+        at = np.flatnonzero(e.loss_mask)
         parts.append((begin[s] + at - 1, e.tokens[at], np.full(len(at), s)))
-    where, targets, sequence = (np.concatenate(part).astype(np.int32) for part in zip(*parts, strict=True))
-    size = scored_size(len(where), tokens.size)
-    filler = size - len(where)
+    positions, targets, sequence = (np.concatenate(part).astype(np.int32) for part in zip(*parts, strict=True))
+    size = target_size(len(positions), tokens.size)
+    filler = size - len(positions)
     return Batch(
         tokens=mx.array(tokens),
-        where=mx.array(np.pad(where, (0, filler))),
+        positions=mx.array(np.pad(positions, (0, filler))),
         targets=mx.array(np.pad(targets, (0, filler))),
         sequence=mx.array(np.pad(sequence, (0, filler), constant_values=len(examples))),
         lengths=mx.array(np.array([completion_tokens(e) for e in examples], np.int32)),
@@ -97,14 +97,14 @@ def laid_out(examples: Sequence[Example], tokens: np.ndarray, begin: Mapping[int
     )
 
 
-def scored_size(count: int, positions: int) -> int:
+def target_size(count: int, positions: int) -> int:
     """N of a batch with so many scored tokens: on the ladder, but no more than all of its positions."""
     return min(bucket(count), _up(positions))
 
 
 def shared_tokens(examples: Sequence[Example]) -> int:
     """Tokens that the examples have in common before the one that predicts the first scored token of any of them."""
-    limit = min(int(e.scored.argmax() if e.scored.any() else len(e.tokens)) - 1 for e in examples)
+    limit = min(int(e.loss_mask.argmax() if e.loss_mask.any() else len(e.tokens)) - 1 for e in examples)
     heads = np.stack([e.tokens[:limit] for e in examples])
     differ = (heads != heads[0]).any(axis=0)
     return int(differ.argmax()) if differ.any() else limit
@@ -130,14 +130,14 @@ def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
 
 def completion_tokens(example: Example) -> int:
     """Scored tokens that do not belong to the prompt."""
-    scored = example.scored if example.prompt is None else example.scored & ~example.prompt
-    return int(scored.sum())
+    loss_mask = example.loss_mask if example.prompt is None else example.loss_mask & ~example.prompt
+    return int(loss_mask.sum())
 
 
 def _prompt(examples: Sequence[Example], filler: int) -> mx.array | None:
     if all(e.prompt is None for e in examples):
         return None
-    marks = [np.zeros(int(e.scored.sum()), bool) if e.prompt is None else e.prompt[e.scored] for e in examples]
+    marks = [np.zeros(int(e.loss_mask.sum()), bool) if e.prompt is None else e.prompt[e.loss_mask] for e in examples]
     return mx.array(np.pad(np.concatenate(marks), (0, filler)))
 
 
@@ -198,17 +198,17 @@ def _cut(rows: list[int], size: int) -> list[list[int]]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-def grouped(pieces: Iterator[Piece], size: int) -> Iterator[tuple[Piece, ...]]:
+def grouped(micros: Iterator[MicroBatch], size: int) -> Iterator[tuple[MicroBatch, ...]]:
     """`size` pieces at a time: the batches of one optimiser step."""
-    while group := tuple(islice(pieces, size)):
+    while group := tuple(islice(micros, size)):
         yield group
 
 
-Make = Callable[[Sequence[Any], int], Piece]
+Make = Callable[[Sequence[Any], int], MicroBatch]
 """(items, number of the batch) -> its piece; the number seeds whatever is random in it."""
 
 
-def stream(items: Sequence[Any], order: Order, make: Make, start: int = 0) -> Iterator[Piece]:
+def stream(items: Sequence[Any], order: Order, make: Make, start: int = 0) -> Iterator[MicroBatch]:
     """The pieces of batch `start` and of those after it, without end."""
     for index, rows in enumerate(order.batches(start), start):
         yield make([items[i] for i in rows], index)
@@ -219,21 +219,21 @@ def spread(make: Make, ranks: Ranks) -> Make:
     if ranks.size == 1:
         return make
 
-    def own(items: Sequence[Any], index: int) -> Piece:
+    def own(items: Sequence[Any], index: int) -> MicroBatch:
         share = ranks.share(items)
-        return make(share, index) if share else muted(make(items[:1], index))
+        return make(share, index) if share else as_padding(make(items[:1], index))
 
     return own
 
 
-def muted(piece: Piece) -> Piece:
+def as_padding(micro: MicroBatch) -> MicroBatch:
     """The piece as a stand-in."""
-    return piece._replace(tokens=0, rows=(), samples=(), mute=True)
+    return micro._replace(tokens=0, rows=(), samples=(), is_padding=True)
 
 
-def example_piece(examples: Sequence[Example]) -> Piece:
+def example_batch(examples: Sequence[Example]) -> MicroBatch:
     """Supervised rows: each is one sequence."""
-    return Piece(collate(examples), token_count(examples), tuple(e.where for e in examples), units=singles(len(examples)))
+    return MicroBatch(collate(examples), token_count(examples), tuple(e.location for e in examples), groups=singles(len(examples)))
 
 
 def singles(sequences: int) -> tuple[tuple[int, ...], ...]:
@@ -241,7 +241,7 @@ def singles(sequences: int) -> tuple[tuple[int, ...], ...]:
     return tuple((s,) for s in range(sequences))
 
 
-def pair_piece(pairs: Sequence[Pair], *, share: bool = False) -> Piece:
+def pair_batch(pairs: Sequence[Pair], *, share: bool = False) -> MicroBatch:
     """Preference pairs: S = 2P sequences, all chosen, then all rejected, in one forward pass.
 
     `share` computes a pair's prompt once.
@@ -249,9 +249,9 @@ def pair_piece(pairs: Sequence[Pair], *, share: bool = False) -> Piece:
     examples = [p.chosen for p in pairs] + [p.rejected for p in pairs]
     scores = [p.preference_score for p in pairs]
     weights = None if all(s is None for s in scores) else mx.array([1.0 if s is None else s for s in scores])
-    units = tuple((p, len(pairs) + p) for p in range(len(pairs)))
-    batch = collate(examples, groups=units if share else (), preference_score=weights)
-    return Piece(batch, token_count(examples), tuple(p.chosen.where for p in pairs), units=units)
+    groups = tuple((p, len(pairs) + p) for p in range(len(pairs)))
+    batch = collate(examples, groups=groups if share else (), preference_score=weights)
+    return MicroBatch(batch, token_count(examples), tuple(p.chosen.location for p in pairs), groups=groups)
 
 
 def token_count(examples: Sequence[Example]) -> int:

@@ -26,7 +26,7 @@ def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
 
 
 def render(
-    tokenizer: Any, messages: list[Message], where: str, *, tools: list[Message] | None = None, generation_prompt: bool = False
+    tokenizer: Any, messages: list[Message], location: str, *, tools: list[Message] | None = None, generation_prompt: bool = False
 ) -> list[int]:
     """Token ids of a conversation under the tokenizer's chat template, which writes BOS itself.
 
@@ -40,7 +40,7 @@ def render(
     Raises:
         InputError: there is no template, or it rejects the conversation.
     """
-    with rendering(tokenizer, where):
+    with rendering(tokenizer, location):
         options: dict[str, Any] = {"add_generation_prompt": generation_prompt} | ({"tools": tools} if tools else {})
         if tokenizer._chat_template is not None:  # a template in Python, which comes with mlx-lm
             return list(tokenizer.apply_chat_template(messages, **options))
@@ -50,7 +50,7 @@ def render(
 
 
 @contextmanager
-def rendering(tokenizer: Any, where: str) -> Iterator[None]:
+def rendering(tokenizer: Any, location: str) -> Iterator[None]:
     """Guards whatever renders the tokenizer's chat template: what goes wrong is one line, and nothing takes forever.
 
     Raises:
@@ -58,20 +58,20 @@ def rendering(tokenizer: Any, where: str) -> Iterator[None]:
     """
     if not tokenizer.has_chat_template:
         raise InputError(
-            f"{where}: messages need a chat template and the model's tokenizer has none; "
+            f"{location}: messages need a chat template and the model's tokenizer has none; "
             "use an instruction-tuned model, add a chat_template.jinja to its folder, or train on text or prompt/completion rows"
         )
-    check_template(tokenizer, where)
+    check_template(tokenizer, location)
     _silence(tokenizer)
     try:
         with at_most(_SECONDS):
             yield
     except TooLong:
         told = f"has not ended after {_SECONDS:g} s, so it is not going to"
-        raise InputError(f"{where}: the model's chat template {told}; use another model or template") from None
+        raise InputError(f"{location}: the model's chat template {told}; use another model or template") from None
     except Exception as error:  # a template is a program that comes with the model: it may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{where}: the model's chat template rejects this conversation: {reason}") from error
+        raise InputError(f"{location}: the model's chat template rejects this conversation: {reason}") from error
 
 
 def _silence(tokenizer: Any) -> None:
@@ -79,7 +79,7 @@ def _silence(tokenizer: Any) -> None:
     getattr(tokenizer._tokenizer, "deprecation_warnings", {})["sequence-length-is-longer-than-the-specified-maximum"] = True
 
 
-def check_template(tokenizer: Any, where: str) -> None:
+def check_template(tokenizer: Any, location: str) -> None:
     """Refuses a template with a power, such as 10 ** 10 ** 9: one operation that no limit of time can interrupt.
 
     Raises:
@@ -88,7 +88,9 @@ def check_template(tokenizer: Any, where: str) -> None:
     text = tokenizer.chat_template
     for template in text.values() if isinstance(text, dict) else [text]:
         if isinstance(template, str) and _has_power(template):
-            raise InputError(f"{where}: the model's chat template computes a power (**), which no template needs; use another one")
+            raise InputError(
+                f"{location}: the model's chat template computes a power (**), which no template needs; use another one"
+            )
 
 
 @lru_cache
@@ -124,7 +126,7 @@ def _call_as_text(message: Message) -> Message:
 
 
 def assistant_turns(
-    tokenizer: Any, messages: list[Message], where: str, *, tools: list[Message] | None = None
+    tokenizer: Any, messages: list[Message], location: str, *, tools: list[Message] | None = None
 ) -> tuple[list[int], list[bool]]:
     """Token ids of a conversation, and which of them every assistant turn wrote, the token that ends it included.
 
@@ -136,14 +138,14 @@ def assistant_turns(
     """
     if not any(message["role"] == "assistant" for message in messages):
         roles = listed(message["role"] for message in messages)
-        raise InputError(f"{where}: --mask-prompt scores assistant turns and this conversation has none (roles: {roles})")
-    return _marked(tokenizer, messages, where, tools) or _located(tokenizer, messages, where, tools)
+        raise InputError(f"{location}: --mask-prompt scores assistant turns and this conversation has none (roles: {roles})")
+    return _marked(tokenizer, messages, location, tools) or _located(tokenizer, messages, location, tools)
 
 
 def _marked(
-    tokenizer: Any, messages: list[Message], where: str, tools: list[Message] | None
+    tokenizer: Any, messages: list[Message], location: str, tools: list[Message] | None
 ) -> tuple[list[int], list[bool]] | None:
-    with rendering(tokenizer, where):
+    with rendering(tokenizer, location):
         if not _MARKS.search(_template_text(tokenizer, tools)):
             return None
         out = tokenizer._tokenizer.apply_chat_template(
@@ -162,24 +164,24 @@ def _belongs(out: Any, t: int, ids: list[int], ends: set[int]) -> bool:
     return same_character or (ids[t] in ends and ids[t - 1] not in ends)
 
 
-def _located(tokenizer: Any, messages: list[Message], where: str, tools: list[Message] | None) -> tuple[list[int], list[bool]]:
+def _located(tokenizer: Any, messages: list[Message], location: str, tools: list[Message] | None) -> tuple[list[int], list[bool]]:
     def tokens(part: list[Message], generation_prompt: bool = False) -> list[int]:
-        return render(tokenizer, part, where, tools=tools, generation_prompt=generation_prompt)
+        return render(tokenizer, part, location, tools=tools, generation_prompt=generation_prompt)
 
     whole = tokens(messages)
-    scored = [False] * len(whole)
+    loss_mask = [False] * len(whole)
     previous: tuple[list[int], int] = ([], 0)
     for turn in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
         through, start = _turn_start(tokens, messages, turn, whole, previous)
         end = None if start is None else _turn_end(tokenizer, whole, through, start)
         if start is None or end is None:
             raise InputError(
-                f"{where}: cannot tell which tokens message {turn + 1} wrote, because the chat template rewrites earlier turns; "
+                f"{location}: cannot tell which tokens message {turn + 1} wrote, because the chat template rewrites earlier turns; "
                 "use a template with {% generation %} marks, split the conversation into rows of one answer, or drop --mask-prompt"
             )
-        scored[start:end] = [True] * (end - start)
+        loss_mask[start:end] = [True] * (end - start)
         previous = (through, end)
-    return whole, scored
+    return whole, loss_mask
 
 
 def _turn_start(

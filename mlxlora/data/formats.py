@@ -20,7 +20,7 @@ class Text:
     """Plain text."""
 
     text: str
-    where: str
+    location: str
 
 
 @frozen
@@ -29,7 +29,7 @@ class Completion:
 
     prompt: str | list[Message]
     completion: str | list[Message]
-    where: str
+    location: str
     system: str | None = None
     tools: list[Message] | None = None
 
@@ -39,7 +39,7 @@ class Chat:
     """A conversation."""
 
     messages: list[Message]
-    where: str
+    location: str
     tools: list[Message] | None = None
 
 
@@ -50,14 +50,14 @@ class Preference:
     prompt: str | list[Message]
     chosen: str | list[Message]
     rejected: str | list[Message]
-    where: str
+    location: str
     system: str | None = None
     tools: list[Message] | None = None
     preference_score: float | None = None
 
 
 @frozen
-class Labelled:
+class Labeled:
     """A completion that is good or bad on its own (KTO)."""
 
     completion: Completion
@@ -70,7 +70,7 @@ class PromptRow:
 
     prompt: str | list[Message]
     columns: dict[str, Any]
-    where: str
+    location: str
     system: str | None = None
     tools: list[Message] | None = None
 
@@ -85,7 +85,7 @@ def supervised(row: Row, keys: Mapping[str, str] = KEYS) -> Text | Completion | 
     readers: tuple[Callable[[Row, Mapping[str, str]], Text | Completion | Chat | None], ...] = (_chat, _completion, _text, _alpaca)
     record = next((record for read in readers if (record := read(row, names)) is not None), None)
     if record is None:
-        raise _unrecognised(
+        raise _unrecognized(
             row,
             f"'{names['messages']}', 'conversations', '{names['prompt']}' + '{names['completion']}', '{names['text']}', "
             "or 'instruction' + 'output'; --messages-key, --prompt-key, --completion-key and --text-key rename them",
@@ -97,7 +97,7 @@ def preference(row: Row, keys: Mapping[str, str] = KEYS) -> Preference:
     """The record of a preference row: chosen and rejected, with their prompt in a field of its own or as their shared start."""
     names = {**KEYS, **keys}
     if not _has(row, "chosen", "rejected"):
-        raise _unrecognised(
+        raise _unrecognized(
             row, f"'{names['prompt']}' + 'chosen' + 'rejected', or 'chosen' + 'rejected' that start with the prompt"
         )
     chosen, rejected = (_strings_or_messages(row, name) for name in ("chosen", "rejected"))
@@ -105,22 +105,22 @@ def preference(row: Row, keys: Mapping[str, str] = KEYS) -> Preference:
     system = _optional_string(row, "system")
     if not isinstance(prompt, str):
         prompt, system = with_system(prompt, system), None
-    return Preference(prompt, chosen, rejected, row.where, system, _tools(row), _score(row))
+    return Preference(prompt, chosen, rejected, row.location, system, _tools(row), _score(row))
 
 
-def labelled(row: Row, keys: Mapping[str, str] = KEYS) -> Labelled:
+def labeled(row: Row, keys: Mapping[str, str] = KEYS) -> Labeled:
     """The record of an unpaired preference row: prompt + completion, or messages that end with an answer, and a boolean label."""
     names = {**KEYS, **keys}
     record = _chat(row, names) or _completion(row, names)
     if record is None or not _has(row, "label"):
-        raise _unrecognised(row, f"'label' with '{names['messages']}' or with '{names['prompt']}' + '{names['completion']}'")
+        raise _unrecognized(row, f"'label' with '{names['messages']}' or with '{names['prompt']}' + '{names['completion']}'")
     if not isinstance(row.fields["label"], bool):
-        raise InputError(f"{row.where}: 'label' must be true or false, got {short(row.fields['label'])}")
+        raise InputError(f"{row.location}: 'label' must be true or false, got {short(row.fields['label'])}")
     if isinstance(record, Chat):
         if len(record.messages) < 2 or record.messages[-1]["role"] != "assistant":
-            raise InputError(f"{row.where}: labelled messages must be a prompt and an assistant's answer")
-        record = Completion(record.messages[:-1], record.messages[-1:], row.where, tools=record.tools)
-    return Labelled(record, row.fields["label"])
+            raise InputError(f"{row.location}: labelled messages must be a prompt and an assistant's answer")
+        record = Completion(record.messages[:-1], record.messages[-1:], row.location, tools=record.tools)
+    return Labeled(record, row.fields["label"])
 
 
 def prompt_row(row: Row, keys: Mapping[str, str] = KEYS) -> PromptRow:
@@ -132,22 +132,22 @@ def prompt_row(row: Row, keys: Mapping[str, str] = KEYS) -> PromptRow:
     names = {**KEYS, **keys}
     field = names["prompt"] if _has(row, names["prompt"]) else "question"
     if not _has(row, field):
-        raise _unrecognised(row, f"'{names['prompt']}' or 'question', and any columns that the rewards read")
+        raise _unrecognized(row, f"'{names['prompt']}' or 'question', and any columns that the rewards read")
     prompt, system = _strings_or_messages(row, field), _optional_string(row, "system")
     if not prompt:
-        raise InputError(f"{row.where}: '{field}' is empty; write a prompt or remove the row")
+        raise InputError(f"{row.location}: '{field}' is empty; write a prompt or remove the row")
     if not isinstance(prompt, str):
         prompt, system = with_system(prompt, system), None
     columns = {name: value for name, value in row.fields.items() if name not in (field, "system", "tools")}
-    return PromptRow(prompt, columns, row.where, system, _tools(row))
+    return PromptRow(prompt, columns, row.location, system, _tools(row))
 
 
 def _chat(row: Row, names: Mapping[str, str]) -> Chat | None:
     field = next((name for name in (names["messages"], "conversations") if _has(row, name)), None)
     if field is None:
         return None
-    messages = as_messages(row.fields[field], row.where, field)
-    return Chat(with_system(messages, _optional_string(row, "system")), row.where, _tools(row))
+    messages = as_messages(row.fields[field], row.location, field)
+    return Chat(with_system(messages, _optional_string(row, "system")), row.location, _tools(row))
 
 
 def _completion(row: Row, names: Mapping[str, str]) -> Completion | None:
@@ -156,12 +156,12 @@ def _completion(row: Row, names: Mapping[str, str]) -> Completion | None:
     prompt, completion = (_strings_or_messages(row, names[name]) for name in ("prompt", "completion"))
     system = _optional_string(row, "system")
     if not completion:
-        raise InputError(f"{row.where}: '{names['completion']}' is empty; write a completion or remove the row")
+        raise InputError(f"{row.location}: '{names['completion']}' is empty; write a completion or remove the row")
     if not isinstance(prompt, str) or not isinstance(completion, str):
         prompt, completion = with_system(_as_turn(prompt, "user"), system), _as_turn(completion, "assistant")
         _check_answers(row, completion, names["completion"])
         system = None
-    return Completion(prompt, completion, row.where, system, _tools(row))
+    return Completion(prompt, completion, row.location, system, _tools(row))
 
 
 def _text(row: Row, names: Mapping[str, str]) -> Text | None:
@@ -169,8 +169,8 @@ def _text(row: Row, names: Mapping[str, str]) -> Text | None:
         return None
     text = _string(row, names["text"])
     if not text:
-        raise InputError(f"{row.where}: '{names['text']}' is empty; write a text or remove the row")
-    return Text(text, row.where)
+        raise InputError(f"{row.location}: '{names['text']}' is empty; write a text or remove the row")
+    return Text(text, row.location)
 
 
 def _alpaca(row: Row, names: Mapping[str, str]) -> Completion | None:
@@ -178,8 +178,8 @@ def _alpaca(row: Row, names: Mapping[str, str]) -> Completion | None:
         return None
     completion = _string(row, "output")
     if not completion:
-        raise InputError(f"{row.where}: 'output' is empty; write an answer or remove the row")
-    return Completion(_alpaca_prompt(row), completion, row.where, _optional_string(row, "system"))
+        raise InputError(f"{row.location}: 'output' is empty; write an answer or remove the row")
+    return Completion(_alpaca_prompt(row), completion, row.location, _optional_string(row, "system"))
 
 
 def _alpaca_prompt(row: Row) -> str:
@@ -217,7 +217,7 @@ def _split_dialogue(row: Row, chosen: str, rejected: str) -> tuple[str, str, str
     last = chosen.rfind(turn, 0, common_prefix(chosen, rejected))
     if last < 0:
         raise InputError(
-            f"{row.where}: without 'prompt', chosen and rejected must share a start that ends with {turn!r}; add a 'prompt' field"
+            f"{row.location}: without 'prompt', chosen and rejected must share a start that ends with {turn!r}; add a 'prompt' field"
         )
     start = last + len(turn)
     return chosen[:start], chosen[start:], rejected[start:]
@@ -233,7 +233,7 @@ def _message_pair(
     if shared:
         prompt = chosen[:shared]
     if prompt is None:
-        raise InputError(f"{row.where}: chosen and rejected share no first message; add a 'prompt' field")
+        raise InputError(f"{row.location}: chosen and rejected share no first message; add a 'prompt' field")
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         _check_answers(row, side[shared:], name)
     return _as_turn(prompt, "user"), chosen[shared:], rejected[shared:]
@@ -245,7 +245,7 @@ def _as_turn(value: str | list[Message], role: str) -> list[Message]:
 
 def _check_answers(row: Row, messages: list[Message], field: str) -> None:
     if not any(message["role"] == "assistant" for message in messages):
-        raise InputError(f"{row.where}: '{field}' has no assistant message; roles found: {listed(m['role'] for m in messages)}")
+        raise InputError(f"{row.location}: '{field}' has no assistant message; roles found: {listed(m['role'] for m in messages)}")
 
 
 def _has(row: Row, *names: str) -> bool:
@@ -255,7 +255,7 @@ def _has(row: Row, *names: str) -> bool:
 def _string(row: Row, name: str) -> str:
     value = row.fields[name]
     if not isinstance(value, str):
-        raise InputError(f"{row.where}: '{name}' must be a string, got {short(value)}")
+        raise InputError(f"{row.location}: '{name}' must be a string, got {short(value)}")
     return value
 
 
@@ -270,12 +270,12 @@ def _strings_or_messages(row: Row, name: str) -> str | list[Message]:
     if isinstance(value, str):
         return value
     if isinstance(value, (list, dict)):
-        return as_messages(value, row.where, name)
-    raise InputError(f"{row.where}: '{name}' must be a string or a list of messages, got {short(value)}")
+        return as_messages(value, row.location, name)
+    raise InputError(f"{row.location}: '{name}' must be a string or a list of messages, got {short(value)}")
 
 
 def _tools(row: Row) -> list[Message] | None:
-    return as_tools(row.fields["tools"], row.where) if _has(row, "tools") else None
+    return as_tools(row.fields["tools"], row.location) if _has(row, "tools") else None
 
 
 def _score(row: Row) -> float | None:
@@ -283,13 +283,13 @@ def _score(row: Row) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise InputError(f"{row.where}: 'preference_score' must be a finite number, got {short(value)}")
+        raise InputError(f"{row.location}: 'preference_score' must be a finite number, got {short(value)}")
     return float(value)
 
 
-def _unrecognised(row: Row, accepted: str) -> InputError:
+def _unrecognized(row: Row, accepted: str) -> InputError:
     found = listed(sorted(row.fields), 50) or "none"
-    return InputError(f"{row.where}: fields not recognised: found {found}; accepted are {accepted}")
+    return InputError(f"{row.location}: fields not recognised: found {found}; accepted are {accepted}")
 
 
 def last_text(value: Any) -> str:

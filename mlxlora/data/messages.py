@@ -22,7 +22,7 @@ def short(value: Any) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
-def as_messages(value: Any, where: str, field: str) -> list[Message]:
+def as_messages(value: Any, location: str, field: str) -> list[Message]:
     """Messages with `role` and `content`, from OpenAI's (role, content) or ShareGPT's (from, value) form.
 
     Content is a string; None only beside `tool_calls`.
@@ -36,40 +36,40 @@ def as_messages(value: Any, where: str, field: str) -> list[Message]:
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list) or not value:
-        raise InputError(f"{where}: '{field}' must be a list of at least one message, got {short(value)}")
-    return [_message(item, where, field) for item in value]
+        raise InputError(f"{location}: '{field}' must be a list of at least one message, got {short(value)}")
+    return [_message(item, location, field) for item in value]
 
 
-def _message(item: Any, where: str, field: str) -> Message:
+def _message(item: Any, location: str, field: str) -> Message:
     role_key, content_key = ("from", "value") if isinstance(item, dict) and "from" in item else ("role", "content")
     if not isinstance(item, dict) or not isinstance(item.get(role_key), str):
-        raise InputError(f"{where}: a message of '{field}' must have a 'role' and a 'content', got {short(item)}")
+        raise InputError(f"{location}: a message of '{field}' must have a 'role' and a 'content', got {short(item)}")
     rest = {key: value for key, value in item.items() if key not in (role_key, content_key, "tool_calls") and value is not None}
-    calls = _tool_calls(item, where, field)
+    calls = _tool_calls(item, location, field)
     content = item.get(content_key)
     if item[role_key] == "function_call" and calls is None:
         calls = _sharegpt_call(content)
         content = content if calls is None else None
-    message = {**rest, "role": _ROLES.get(item[role_key], item[role_key]), "content": _content(content, calls, where, field)}
+    message = {**rest, "role": _ROLES.get(item[role_key], item[role_key]), "content": _content(content, calls, location, field)}
     return message if calls is None else {**message, "tool_calls": calls}
 
 
-def _content(content: Any, calls: list | None, where: str, field: str) -> str | None:
+def _content(content: Any, calls: list | None, location: str, field: str) -> str | None:
     if content is None and calls:
         return None  # not "": some templates print the calls only where there is no content
     if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
         return "".join(part["text"] for part in content)
     if not isinstance(content, str):
-        raise InputError(f"{where}: the content of a message of '{field}' must be a string, got {short(content)}")
+        raise InputError(f"{location}: the content of a message of '{field}' must be a string, got {short(content)}")
     return content
 
 
-def _tool_calls(item: Message, where: str, field: str) -> list[Message] | None:
+def _tool_calls(item: Message, location: str, field: str) -> list[Message] | None:
     calls = item.get("tool_calls")
     if not calls and (calls is None or isinstance(calls, list)):
         return None
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise InputError(f"{where}: 'tool_calls' in '{field}' must be a list of objects, got {short(calls)}")
+        raise InputError(f"{location}: 'tool_calls' in '{field}' must be a list of objects, got {short(calls)}")
     return [_with_parsed_arguments(call) for call in calls]
 
 
@@ -98,7 +98,7 @@ def _json_object(text: Any) -> Message | None:
     return value if isinstance(value, dict) else None
 
 
-def as_tools(value: Any, where: str) -> list[Message] | None:
+def as_tools(value: Any, location: str) -> list[Message] | None:
     """Tool definitions, from a list or its JSON text; bare function schemas are wrapped as templates expect.
 
     >>> as_tools('[{"name": "now"}]', "a.jsonl:1")
@@ -109,9 +109,9 @@ def as_tools(value: Any, where: str) -> list[Message] | None:
         try:
             tools = orjson.loads(value) if value.strip() else []
         except orjson.JSONDecodeError as error:
-            raise InputError(f"{where}: 'tools' is not JSON ({error.msg}): {short(value)}") from None
+            raise InputError(f"{location}: 'tools' is not JSON ({error.msg}): {short(value)}") from None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise InputError(f"{where}: 'tools' must be a list of objects or its JSON text, got {short(value)}")
+        raise InputError(f"{location}: 'tools' must be a list of objects or its JSON text, got {short(value)}")
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools] or None
 
 

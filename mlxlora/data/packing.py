@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 from attrs import evolve
 
-from .batching import Make, Piece, bucket, example_piece, laid_out, token_count
+from .batching import Make, MicroBatch, bucket, example_batch, laid_out, token_count
 from .sources import Context, Source, Split
 from .tokenize import Example
 
@@ -55,22 +55,22 @@ def row_length(examples: Sequence[Example], longest_allowed: int) -> int:
     return max(bucket(max(len(e.tokens) for e in examples) - 1), min(ROW, bucket(longest_allowed - 1)))
 
 
-def packed_piece(packs: Sequence[Pack], length: int) -> Piece:
+def packed_batch(packs: Sequence[Pack], length: int) -> MicroBatch:
     """Rows of `length` positions; sequence s is the s-th example of all."""
     examples = [example for pack in packs for example in pack]
     tokens, segments = np.zeros((2, len(packs), length), np.int32)
     begin: dict[int, int] = {}
-    units: list[tuple[int, ...]] = []
+    groups: list[tuple[int, ...]] = []
     for row, pack in enumerate(packs):
         place = 0
-        units.append(tuple(range(len(begin), len(begin) + len(pack))))
+        groups.append(tuple(range(len(begin), len(begin) + len(pack))))
         for number, example in enumerate(pack, 1):
             end = place + len(example.tokens) - 1  # the last is a target only
             tokens[row, place:end], segments[row, place:end] = example.tokens[:-1], number
             begin[len(begin)] = row * length + place
             place = end
     batch = laid_out(examples, tokens, begin, segments=mx.array(segments))
-    return Piece(batch, token_count(examples), tuple(e.where for e in examples), units=tuple(units))
+    return MicroBatch(batch, token_count(examples), tuple(e.location for e in examples), groups=tuple(groups))
 
 
 def packed(source: Source, splits: Mapping[str, Split], seed: int) -> tuple[Source, dict[str, Split]]:
@@ -82,12 +82,12 @@ def packed(source: Source, splits: Mapping[str, Split], seed: int) -> tuple[Sour
     items["train"] = [tuple(examples[i] for i in row) for row in rows]
 
     def make(context: Context) -> Make:
-        piece = _alone if context.validation else partial(packed_piece, length=length)
-        return lambda packs, _: piece(packs)
+        micro = _alone if context.validation else partial(packed_batch, length=length)
+        return lambda packs, _: micro(packs)
 
     made = evolve(source, make=make, examples=tuple, rebuild=lambda _, examples: tuple(examples))
     return made, {name: evolve(split, items=items[name]) for name, split in splits.items()}
 
 
-def _alone(packs: Sequence[Pack]) -> Piece:
-    return example_piece([example for pack in packs for example in pack])
+def _alone(packs: Sequence[Pack]) -> MicroBatch:
+    return example_batch([example for pack in packs for example in pack])

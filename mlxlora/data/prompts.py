@@ -82,7 +82,7 @@ def _supervised(row: Row, keys: Mapping[str, str]) -> tuple[Any, Any]:
         record = prompt_row(row, keys)
         return record, record.columns.get("answer", "")
     if isinstance(record, Text):
-        raise InputError(f"{row.where}: plain text has no prompt; compare on rows with prompts, or with --prompt")
+        raise InputError(f"{row.location}: plain text has no prompt; compare on rows with prompts, or with --prompt")
     if not isinstance(record, Chat):
         return record, record.completion
     messages = record.messages

@@ -30,7 +30,7 @@ class Row:
     line: int
 
     @property
-    def where(self) -> str:
+    def location(self) -> str:
         """ "file:line", the start of every message about the row."""
         return f"{self.file}:{self.line}"
 
@@ -78,13 +78,13 @@ def _row(value: Any, path: Path, number: int) -> Row:
     return Row(value, str(path), number)
 
 
-def _parse(content: bytes, where: str, remedy: str) -> Any:
+def _parse(content: bytes, location: str, remedy: str) -> Any:
     try:
         return orjson.loads(content.removeprefix(b"\xef\xbb\xbf").strip())
     except orjson.JSONDecodeError as error:
         start = content[:60].decode("utf-8", "replace").strip()
         reason = "not UTF-8" if "UTF-8" in error.msg else f"not JSON ({error.msg}, column {error.colno})"
-        raise InputError(f"{where}: {reason}: {start!r}; {remedy}") from None
+        raise InputError(f"{location}: {reason}: {start!r}; {remedy}") from None
 
 
 def read_splits(data: str | Path, asked: Mapping[str, str] | None = None) -> dict[str, list[Row]]:

@@ -12,7 +12,7 @@ import numpy as np
 from attrs import define, field
 
 from ..batch import Batch
-from .batching import Make, Piece
+from .batching import Make, MicroBatch
 
 LIMIT = 64
 _OWN = 48  # batches have shapes of their own; the others are for batches larger than all before
@@ -20,7 +20,7 @@ _OWN = 48  # batches have shapes of their own; the others are for batches larger
 Sizes = tuple[int, int, int]
 """T, N and K (0: no shared prompts), which padding may raise."""
 
-_FILLER = {"where": 0, "targets": 0, "prompt": False, "ref_logps": 0.0, "old_logps": 0.0}
+_FILLER = {"positions": 0, "targets": 0, "prompt": False, "ref_logps": 0.0, "old_logps": 0.0}
 """[N] columns and what fills them; `sequence` is filled with S."""
 _ROWS = ("tokens", "segments")  # [R, T], filled with 0
 
@@ -56,20 +56,20 @@ def capped(make: Make) -> Make:
     """Pieces whose batches have a bounded number of shapes."""
     signatures = Signatures()
 
-    def fitted(items: Sequence[Any], index: int) -> Piece:
-        piece = make(items, index)
-        return piece._replace(batch=signatures.fit(piece.batch))
+    def fitted(items: Sequence[Any], index: int) -> MicroBatch:
+        micro = make(items, index)
+        return micro._replace(batch=signatures.fit(micro.batch))
 
     return fitted
 
 
 def padded(batch: Batch, sizes: Sizes) -> Batch:
     """The same batch with longer rows, more filler among the scored tokens and longer shared prompts."""
-    before, (after, scored, prompts) = batch.tokens.shape[1], sizes
-    where = np.array(batch.where)
+    before, (after, loss_mask, prompts) = batch.tokens.shape[1], sizes
+    positions = np.array(batch.positions)
     columns = {name: np.array(value) for name in _FILLER if (value := getattr(batch, name)) is not None}
-    columns["where"] = where // before * after + where % before
-    extra = scored - len(where)
+    columns["positions"] = positions // before * after + positions % before
+    extra = loss_mask - len(positions)
     filled = {name: np.pad(value, (0, extra), constant_values=_FILLER[name]) for name, value in columns.items()}
     filled["sequence"] = np.pad(np.array(batch.sequence), (0, extra), constant_values=batch.sequences)
     rows = {name: value for name in _ROWS if (value := getattr(batch, name)) is not None}
@@ -86,18 +86,18 @@ def _signature(batch: Batch) -> tuple[Any, Sizes]:
     fixed = tuple((name, None if name in raised else value.shape) for name, value in columns)
     rows, length = batch.tokens.shape
     groups, prompt = batch.prefix.shape if batch.prefix is not None else (0, 0)
-    return (rows, groups, *fixed), (length, batch.where.size, prompt)
+    return (rows, groups, *fixed), (length, batch.positions.size, prompt)
 
 
 def _larger(known: Sequence[Sizes], sizes: Sizes) -> Sizes:
     """What holds everything before, and `sizes`, with room to grow where it did not."""
     most = [max(column) for column in zip(*known, (0, 0, 0), strict=True)]
-    length, scored, prompt = (a if a >= b else 1 << (b - 1).bit_length() for a, b in zip(most, sizes, strict=True))
-    return length, scored, prompt
+    length, loss_mask, prompt = (a if a >= b else 1 << (b - 1).bit_length() for a, b in zip(most, sizes, strict=True))
+    return length, loss_mask, prompt
 
 
 def _work(batch: Batch, sizes: Sizes) -> int:
     """Positions to compute, and scored ones once more for the head."""
-    length, scored, prompt = sizes
+    length, loss_mask, prompt = sizes
     prompts = batch.prefix.shape[0] * prompt if batch.prefix is not None else 0
-    return batch.tokens.shape[0] * length + prompts + scored
+    return batch.tokens.shape[0] * length + prompts + loss_mask

@@ -10,7 +10,7 @@ from attrs import evolve, field, frozen
 from ..config.options import DataOptions, PairData, RowOptions
 from ..distributed.ranks import ALONE, Ranks
 from ..errors import InputError
-from .batching import Make, Piece, example_piece, pair_piece
+from .batching import Make, MicroBatch, example_batch, pair_batch
 from .formats import KEYS
 from .rows import Row, read_splits, split_off
 from .token_cache import remembered
@@ -112,7 +112,7 @@ def rows(data: str | DataOptions, **options: Any) -> Source:
     return Source(
         data,
         prepare,
-        always(example_piece),
+        always(example_batch),
         lambda example: (example,),
         lambda _, examples: examples[0],
         packing=data.packing,
@@ -142,14 +142,14 @@ def pairs(data: str | PairData, *, score_prompt: bool = False, **options: Any) -
         return evolve(pair, chosen=examples[0], rejected=examples[1])
 
     def make(context: Context) -> Make:
-        return lambda items, _: pair_piece(items, share=context.share)
+        return lambda items, _: pair_batch(items, share=context.share)
 
     return Source(data, prepare, make, lambda pair: (pair.chosen, pair.rejected), rebuild, share=data.share_prompts)
 
 
-def always(piece: Callable[[Sequence[Any]], Piece]) -> Callable[[Context], Make]:
+def always(micro: Callable[[Sequence[Any]], MicroBatch]) -> Callable[[Context], Make]:
     """Batches that depend on their items alone."""
-    return lambda _: lambda items, __: piece(items)
+    return lambda _: lambda items, __: micro(items)
 
 
 def read(data: RowOptions, seed: int) -> dict[str, list[Row]]:
@@ -191,7 +191,7 @@ def check_tokens(source: Source, splits: Mapping[str, Split], vocabulary: int, t
     for example in (e for split in splits.values() for item in split.items for e in source.examples(item)):
         if len(example.tokens) and (largest := int(example.tokens.max())) >= vocabulary:
             raise InputError(
-                f"{example.where}: token {largest} ({tokenizer.decode([largest])!r}) is not among the model's {vocabulary}: "
+                f"{example.location}: token {largest} ({tokenizer.decode([largest])!r}) is not among the model's {vocabulary}: "
                 "the tokenizer has more than the weights; take the one that belongs to them"
             )
 

@@ -121,7 +121,7 @@ def _trusted(path: Path, rows: Sequence[Row], note: Callable[[str], Any]) -> Mad
 def _keep(path: Path, items: Sequence[Any], rows: Sequence[Row], note: Callable[[str], Any]) -> None:
     """Writes the file and removes those not used for longest; a run does not depend on it."""
     try:
-        write_arrays(path, _packed(items, {row.where: i for i, row in enumerate(rows)}))
+        write_arrays(path, _packed(items, {row.location: i for i, row in enumerate(rows)}))
         files = sorted(path.parent.glob("*.safetensors"), key=lambda file: file.stat().st_mtime)
         for file in files[:-FILES]:
             file.unlink(missing_ok=True)
@@ -135,11 +135,11 @@ def _packed(items: Sequence[Example | Pair], row_of: dict[str, int]) -> Arrays:
     prompts = [example.prompt for example in examples]
     scores = [item.preference_score if isinstance(item, Pair) else None for item in items]
     return {
-        "rows": np.array([row_of[_sides(item)[0].where] for item in items], np.int64),
+        "rows": np.array([row_of[_sides(item)[0].location] for item in items], np.int64),
         "ends": np.cumsum([len(e.tokens) for e in examples]).astype(np.int64),
         "tokens": np.concatenate([e.tokens for e in examples]),
-        "scored": np.packbits(np.concatenate([e.scored for e in examples])),
-        "prompt": np.packbits(np.concatenate([e.scored & False if e.prompt is None else e.prompt for e in examples])),
+        "loss_mask": np.packbits(np.concatenate([e.loss_mask for e in examples])),
+        "prompt": np.packbits(np.concatenate([e.loss_mask & False if e.prompt is None else e.prompt for e in examples])),
         "has_prompt": np.array([prompt is not None for prompt in prompts], np.uint8),
         "truncated": np.array([e.truncated for e in examples], np.uint8),
         "scores": np.array([np.nan if score is None else score for score in scores], np.float64),
@@ -150,12 +150,14 @@ def _unpacked(arrays: Arrays, rows: Sequence[Row]) -> list[Any]:
     """The items again, their sequences as views of the flat arrays."""
     numbers, ends = arrays["rows"].tolist(), arrays["ends"].tolist()
     sides = len(ends) // len(numbers)
-    wheres = [rows[number].where for number in numbers for _ in range(sides)]
-    scored, prompt = (np.unpackbits(arrays[name], count=ends[-1]).view(bool) for name in ("scored", "prompt"))
-    flags = zip([0, *ends], ends, wheres, arrays["has_prompt"].tolist(), arrays["truncated"].tolist(), strict=False)
+    locations = [rows[number].location for number in numbers for _ in range(sides)]
+    loss_mask, prompt = (np.unpackbits(arrays[name], count=ends[-1]).view(bool) for name in ("loss_mask", "prompt"))
+    flags = zip([0, *ends], ends, locations, arrays["has_prompt"].tolist(), arrays["truncated"].tolist(), strict=False)
     examples = [
-        Example(arrays["tokens"][start:end], scored[start:end], prompt[start:end] if has_prompt else None, where, bool(truncated))
-        for start, end, where, has_prompt, truncated in flags
+        Example(
+            arrays["tokens"][start:end], loss_mask[start:end], prompt[start:end] if has_prompt else None, location, bool(truncated)
+        )
+        for start, end, location, has_prompt, truncated in flags
     ]
     if sides == 1:
         return examples

@@ -33,9 +33,9 @@ class Example:
     """
 
     tokens: np.ndarray
-    scored: np.ndarray
+    loss_mask: np.ndarray
     prompt: np.ndarray | None
-    where: str
+    location: str
     truncated: bool = False
     ref_logps: np.ndarray | None = None
 
@@ -60,7 +60,7 @@ class Prompt:
 
     tokens: np.ndarray
     columns: dict[str, Any]
-    where: str
+    location: str
     prompt: str | list[Message]
 
 
@@ -91,16 +91,16 @@ def supervised_example(
     """
     match supervised(row, keys):
         case Text(text=text):
-            ids, scored = _encode(tokenizer, _ended(tokenizer, text)), None
+            ids, loss_mask = _encode(tokenizer, _ended(tokenizer, text)), None
         case Chat(messages=messages, tools=tools) if mask_prompt:
-            ids, scored = assistant_turns(tokenizer, messages, row.where, tools=tools)
+            ids, loss_mask = assistant_turns(tokenizer, messages, row.location, tools=tools)
         case Chat(messages=messages, tools=tools):
-            ids, scored = render(tokenizer, messages, row.where, tools=tools), None
+            ids, loss_mask = render(tokenizer, messages, row.location, tools=tools), None
         case Completion() as record:
             prompt, (ids,) = _prompt_and_wholes(tokenizer, record, [record.completion], use_chat_template)
             start = common_prefix(prompt, ids)
-            scored = [t >= start for t in range(len(ids))] if mask_prompt else None
-    return _example(ids, [True] * len(ids) if scored is None else scored, row.where, max_seq_length)
+            loss_mask = [t >= start for t in range(len(ids))] if mask_prompt else None
+    return _example(ids, [True] * len(ids) if loss_mask is None else loss_mask, row.location, max_seq_length)
 
 
 def preference_pair(
@@ -132,7 +132,9 @@ def preference_pair(
     start = min(common_prefix(prompt, whole) for whole in wholes)
     longest = max(len(whole) for whole in wholes)
     cut = max(0, min(start - 1, longest - max_seq_length)) if prompt_truncation == "left" else 0
-    chosen, rejected = (_completed(whole[cut:], start - cut, row.where, max_seq_length, score_prompt, cut > 0) for whole in wholes)
+    chosen, rejected = (
+        _completed(whole[cut:], start - cut, row.location, max_seq_length, score_prompt, cut > 0) for whole in wholes
+    )
     return None if chosen is None or rejected is None else Pair(chosen, rejected, record.preference_score)
 
 
@@ -155,10 +157,10 @@ def prompt_example(
     record = prompt_row(row, keys)
     ids = _prompt(tokenizer, record, use_chat_template, system)
     if not ids:
-        raise InputError(f"{row.where}: the prompt has no tokens: {quoted(record.prompt)}")
+        raise InputError(f"{row.location}: the prompt has no tokens: {quoted(record.prompt)}")
     if max_prompt_length is not None and len(ids) > max_prompt_length:
         return None
-    return Prompt(np.asarray(ids, np.int32), record.columns, row.where, record.prompt)
+    return Prompt(np.asarray(ids, np.int32), record.columns, row.location, record.prompt)
 
 
 def tokenize_all(
@@ -187,13 +189,13 @@ def _prompt_and_wholes(
         return prompt, [_encode(tokenizer, _ended(tokenizer, text + str(completion))) for completion in completions]
     messages = _as_conversation(record, None)
     wholes = [messages + _as_answer(completion) for completion in completions]
-    return prompt, [render(tokenizer, whole, record.where, tools=record.tools) for whole in wholes]
+    return prompt, [render(tokenizer, whole, record.location, tools=record.tools) for whole in wholes]
 
 
 def _prompt(tokenizer: Any, record: Any, use_chat_template: bool, system: str | None) -> list[int]:
     if isinstance(record.prompt, str) and not use_chat_template:
         return _encode(tokenizer, _with_system_text(record.prompt, record.system or system))
-    return render(tokenizer, _as_conversation(record, system), record.where, tools=record.tools, generation_prompt=True)
+    return render(tokenizer, _as_conversation(record, system), record.location, tools=record.tools, generation_prompt=True)
 
 
 def _as_conversation(record: Any, system: str | None) -> list[Message]:
@@ -221,21 +223,21 @@ def _ended(tokenizer: Any, text: str) -> str:
     return text if not eos or text.endswith(eos) else text + eos
 
 
-def _completed(ids: list[int], start: int, where: str, limit: int, score_prompt: bool, cut: bool) -> Example | None:
+def _completed(ids: list[int], start: int, location: str, limit: int, score_prompt: bool, cut: bool) -> Example | None:
     if start >= limit:
         return None
     completion = [t >= start for t in range(len(ids))]
     if not score_prompt:
-        return _example(ids, completion, where, limit, cut=cut)
-    return _example(ids, [True] * len(ids), where, limit, prompt=[not scored for scored in completion], cut=cut)
+        return _example(ids, completion, location, limit, cut=cut)
+    return _example(ids, [True] * len(ids), location, limit, prompt=[not loss_mask for loss_mask in completion], cut=cut)
 
 
 def _example(
-    ids: list[int], scored: list[bool], where: str, limit: int, *, prompt: list[bool] | None = None, cut: bool = False
+    ids: list[int], loss_mask: list[bool], location: str, limit: int, *, prompt: list[bool] | None = None, cut: bool = False
 ) -> Example | None:
-    targets = np.asarray(scored[:limit], bool)
+    targets = np.asarray(loss_mask[:limit], bool)
     targets[:1] = False
     of_prompt = None if prompt is None else np.asarray(prompt[:limit], bool) & targets
     if not (targets if of_prompt is None else targets & ~of_prompt).any():
         return None
-    return Example(np.asarray(ids[:limit], np.int32), targets, of_prompt, where, cut or len(ids) > limit)
+    return Example(np.asarray(ids[:limit], np.int32), targets, of_prompt, location, cut or len(ids) > limit)

@@ -234,9 +234,9 @@ def _spans(length: int, size: int) -> list[range]:
 def _forward(queries: mx.array, view: Callable[[int, range], _View], scale: float, size: int) -> mx.array:
     done: list[mx.array] = []
     for span in _spans(queries.shape[2], size):
-        piece = _after(queries[:, :, span.start : span.stop], done[-1:])
+        micro = _after(queries[:, :, span.start : span.stop], done[-1:])
         seen = view(queries.shape[0], span)
-        done.append(_mixed(_weights(piece * scale, seen), seen.values, piece.dtype))
+        done.append(_mixed(_weights(micro * scale, seen), seen.values, micro.dtype))
     return mx.concatenate(done, axis=2)
 
 
@@ -247,10 +247,10 @@ def _backward(
     sums = tree_map(lambda array: mx.zeros(array.shape, mx.float32), arrays)
     done: list[mx.array] = []
     for span in _spans(primals[0].shape[2], size):
-        piece, *rest = (array[:, :, span.start : span.stop] for array in primals)
-        piece = _after(piece, [*done[-1:], *(array for _, array in tree_flatten(sums))] if done else [])
-        seen = view(piece.shape[0], span)
-        dqueries, parts = _gradients((piece, *rest), seen, scale)
+        micro, *rest = (array[:, :, span.start : span.stop] for array in primals)
+        micro = _after(micro, [*done[-1:], *(array for _, array in tree_flatten(sums))] if done else [])
+        seen = view(micro.shape[0], span)
+        dqueries, parts = _gradients((micro, *rest), seen, scale)
         done.append(dqueries)
         for name in ("keys", "values"):
             own = sums[name][0]

@@ -51,7 +51,7 @@ def init_model(config_file: str | Path, tokenizer: str | Path, output: str | Pat
     config = _config(config_file, Path(tokenizer), dtype)
     mx.random.seed(seed)
     model = _model(config_file, config)
-    _randomise(model, config.get("initializer_range", 0.02), getattr(mx, dtype))
+    _randomize(model, config.get("initializer_range", 0.02), getattr(mx, dtype))
     _write(model, config, Path(tokenizer), output)
     return sum(weight.size for weight in dict(tree_flatten(model.parameters())).values())
 
@@ -103,7 +103,7 @@ def _model(path: Path, config: dict[str, Any]) -> nn.Module:
         raise InputError(f"{path}: {error}") from None
 
 
-def _randomise(model: nn.Module, std: float, dtype: mx.Dtype) -> None:
+def _randomize(model: nn.Module, std: float, dtype: mx.Dtype) -> None:
     from mlx_lm.models.switch_layers import SwitchLinear
 
     for module in model.modules():

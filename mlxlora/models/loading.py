@@ -10,7 +10,7 @@ from ..config.options import BaseOptions, ModelOptions
 from ..errors import InputError
 from ..utils.safetensors import check_header
 from ..utils.trust import check_model_code
-from .quantize import quantise_loaded
+from .quantize import quantize_loaded
 
 
 def load_tokenizer(options: BaseOptions) -> Any:
@@ -46,7 +46,7 @@ def load_with_config(options: ModelOptions, lazy: bool = False) -> tuple[nn.Modu
     how: dict[str, Any] = {"tokenizer_config": {"trust_remote_code": trust}, "trust_remote_code": trust}
     model, tokenizer, config = _loaded(options, lambda name: load_model(name, lazy=lazy or bool(form), return_config=True, **how))
     if form:
-        model, config = quantise_loaded(model, config, form)
+        model, config = quantize_loaded(model, config, form)
     return model, tokenizer, config
 
 

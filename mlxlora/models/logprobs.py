@@ -59,7 +59,7 @@ class Scorer:
     def hidden(self, batch: Batch) -> mx.array:
         """[N, D] at the positions that predict the targets; logits [N, V] if the model has no split."""
         hidden = read(self.forward, self.model, batch)
-        return hidden.reshape(-1, hidden.shape[-1])[batch.where]
+        return hidden.reshape(-1, hidden.shape[-1])[batch.positions]
 
     def logits(self, hidden: mx.array) -> mx.array:
         """[n, D] to [n, V], divided by the temperature."""
@@ -196,10 +196,10 @@ def _chunks(hidden: mx.array, targets: mx.array, chunk: int, work: Callable[...,
     done: list[list[mx.array]] = []
     chunk = _evenly(hidden.shape[0], chunk)
     for start in range(0, hidden.shape[0], chunk):
-        piece = hidden[start : start + chunk]
+        micro = hidden[start : start + chunk]
         if done:
-            piece = mx.depends(piece, done[-1])
-        done.append(work(piece, targets[start : start + chunk], start))
+            micro = mx.depends(micro, done[-1])
+        done.append(work(micro, targets[start : start + chunk], start))
     return done
 
 
@@ -273,13 +273,13 @@ def _recomputed(inner: Head, model: nn.Module, names: tuple[str, ...], chunk: in
         hidden, targets, *values = primals
         sums = [mx.zeros_like(value) for value in values]
 
-        def piece(h: mx.array, y: mx.array, start: int) -> list[mx.array]:
+        def micro(h: mx.array, y: mx.array, start: int) -> list[mx.array]:
             g = cotangent[:, start : start + y.shape[0]]
             _, (dh, *dvalues) = mx.vjp(lambda h, *v: run(h, y, *v), [h, *values], [g])
             sums[:] = [a + b for a, b in zip(sums, dvalues, strict=True)]
             return [dh, *sums]
 
-        done = _chunks(hidden, targets, chunk, piece)
+        done = _chunks(hidden, targets, chunk, micro)
         return mx.concatenate([d[0] for d in done]), mx.zeros_like(targets), *done[-1][1:]
 
     return lambda hidden, targets: forward(hidden, targets, *_parameters(model, names))  # type: ignore[return-value]

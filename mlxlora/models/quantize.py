@@ -12,7 +12,7 @@ from mlx_lm.utils import quantize_model
 
 from ..errors import InputError
 
-QUANTISATIONS: dict[str, dict[str, Any]] = {
+QUANTIZATIONS: dict[str, dict[str, Any]] = {
     **{str(bits): {"group_size": 64, "bits": bits} for bits in (2, 3, 4, 5, 6, 8)},
     "mxfp4": {"group_size": 32, "bits": 4, "mode": "mxfp4"},
     "mxfp8": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
@@ -21,13 +21,13 @@ QUANTISATIONS: dict[str, dict[str, Any]] = {
 """Formats by name, as mlx-lm's `quantize_model` takes them."""
 
 
-def quantise(model: nn.Module, config: Mapping[str, Any], name: str) -> tuple[nn.Module, dict[str, Any]]:
+def quantized(model: nn.Module, config: Mapping[str, Any], name: str) -> tuple[nn.Module, dict[str, Any]]:
     """The model in a format of `QUANTISATIONS`, as `mlx_lm.convert -q` makes it, and its configuration."""
     with redirect_stdout(io.StringIO()):  # mlx-lm prints the bits per weight
-        return quantize_model(model, dict(config), **QUANTISATIONS[name])
+        return quantize_model(model, dict(config), **QUANTIZATIONS[name])
 
 
-def quantise_loaded(model: nn.Module, config: Mapping[str, Any], name: str) -> tuple[nn.Module, dict[str, Any]]:
+def quantize_loaded(model: nn.Module, config: Mapping[str, Any], name: str) -> tuple[nn.Module, dict[str, Any]]:
     """The same for a model as it is loaded, weight after weight, so that it need not fit into memory before.
 
     Raises:
@@ -35,7 +35,7 @@ def quantise_loaded(model: nn.Module, config: Mapping[str, Any], name: str) -> t
     """
     if done := config.get("quantization") or config.get("quantization_config"):
         raise InputError(f"--quantize {name}: the model is quantised already ({_told(done)}); leave --quantize out")
-    model, changed = quantise(model, config, name)
+    model, changed = quantized(model, config, name)
     if not any("scales" in module for module in model.modules()):
         size = changed["quantization"]["group_size"]
         raise InputError(f"--quantize {name}: no matrix of the model has rows of a multiple of {size} numbers; leave it out")
@@ -44,7 +44,7 @@ def quantise_loaded(model: nn.Module, config: Mapping[str, Any], name: str) -> t
     return model, changed
 
 
-def quantisation_of(module: Any) -> dict[str, Any]:
+def quantization_of(module: Any) -> dict[str, Any]:
     """How a module is quantised, as `mx.quantize` takes it."""
     mode = getattr(module, "mode", "affine")
     return {"group_size": module.group_size, "bits": module.bits, **({} if mode == "affine" else {"mode": mode})}
@@ -54,7 +54,7 @@ def weight_of(module: Any) -> mx.array:
     """The weights of a module, quantised ones read back."""
     if "scales" not in module:
         return module.weight
-    return mx.dequantize(module.weight, module.scales, module.get("biases"), **quantisation_of(module))
+    return mx.dequantize(module.weight, module.scales, module.get("biases"), **quantization_of(module))
 
 
 def _told(quantization: Any) -> str:

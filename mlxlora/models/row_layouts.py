@@ -231,14 +231,14 @@ def know_windows(forward: Forward, model: nn.Module) -> bool:
 
 def _difference(forward: Forward, model: nn.Module, layout: Layout) -> str | None:
     plain = _batch(_right_padded(_ROWS, 8))
-    batch, where = layout(_ROWS)
+    batch, location = layout(_ROWS)
     first = mx.array(_FROM)[:, None] + mx.arange(3)[None]
 
     def of_plain() -> mx.array:
         return mx.take_along_axis(forward(plain.tokens), first[..., None], axis=1).flatten(0, 1)
 
     def of_layout() -> mx.array:
-        return read(forward, model, batch).flatten(0, 1)[where]
+        return read(forward, model, batch).flatten(0, 1)[location]
 
     expected, found = _probe(model, of_plain), _probe(model, of_layout)
     for name, a, b in zip(("values", "gradients"), found, expected, strict=True):

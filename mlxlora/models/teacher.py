@@ -17,7 +17,7 @@ from .modes import evaluating, freeze
 
 
 @frozen(eq=False, kw_only=True)
-class TaughtScorer(Scorer):
+class TeacherScorer(Scorer):
     """A scorer whose batches have `divergence` [N] too, with its gradient.
 
     Attributes:
@@ -29,26 +29,26 @@ class TaughtScorer(Scorer):
     measure: Divergence
 
     def __call__(self, batch: Batch, *, gradient: bool = True) -> tuple[mx.array, Batch]:
-        taught = mx.stop_gradient(self.teacher.hidden(batch))
+        with_teacher = mx.stop_gradient(self.teacher.hidden(batch))
 
         def inner(hidden: mx.array, rows: mx.array) -> mx.array:
-            teacher = self.teacher.logits(taught[rows]).astype(mx.float32)
+            teacher = self.teacher.logits(with_teacher[rows]).astype(mx.float32)
             policy = self.logits(hidden).astype(mx.float32)
             known = min(teacher.shape[-1], policy.shape[-1])  # what exceeds it is padding of one of the two
             p, q = (z - mx.logsumexp(z, axis=-1, keepdims=True) for z in (teacher[:, :known], policy[:, :known]))
             logps = mx.take_along_axis(policy, batch.targets[rows][:, None], axis=-1)[:, 0] - mx.logsumexp(policy, axis=-1)
             return mx.stack([logps, self.measure(mx.stop_gradient(p), q)])
 
-        scores = self._head(inner, gradient)(self.hidden(batch), mx.arange(batch.where.size))
+        scores = self._head(inner, gradient)(self.hidden(batch), mx.arange(batch.positions.size))
         logps, divergence = mx.where(batch.sequence < batch.sequences, scores, 0.0)
         return logps, batch._replace(divergence=divergence)
 
 
-def taught(score: Scorer, teacher: nn.Module, measure: Divergence) -> TaughtScorer:
+def with_teacher(score: Scorer, teacher: nn.Module, measure: Divergence) -> TeacherScorer:
     """`score` with a teacher; its chunks are half as large, for they hold two distributions."""
     freeze(teacher).eval()
     with evaluating(teacher):
         other = scorer(teacher, temperature=score.temperature)
     mx.eval(teacher.parameters())
     fields: dict[str, Any] = asdict(score, recurse=False) | {"entropy": True, "chunk": max(score.chunk // 2, 32)}
-    return TaughtScorer(**fields, teacher=other, measure=measure)  # entropy: a second score that has a gradient
+    return TeacherScorer(**fields, teacher=other, measure=measure)  # entropy: a second score that has a gradient

@@ -12,7 +12,7 @@ EPS = 1e-4
 Advantage = Callable[[mx.array], mx.array]
 
 
-def centred(rewards: mx.array) -> mx.array:
+def centered(rewards: mx.array) -> mx.array:
     """A = r − mean_group(r), Dr. GRPO (arXiv 2503.20783).
 
     >>> centred(mx.array([[1.0, 0.0, 0.5, float("nan")]])).tolist()
@@ -27,12 +27,12 @@ def group_relative(rewards: mx.array, eps: float = EPS) -> mx.array:
     >>> [round(a, 2) for a in group_relative(mx.array([[1.0, 0.0, 1.0, 0.0]]))[0].tolist()]
     [0.87, -0.87, 0.87, -0.87]
     """
-    return centred(rewards) / (group_std(rewards) + eps)
+    return centered(rewards) / (group_std(rewards) + eps)
 
 
 def batch_scaled(rewards: mx.array, eps: float = EPS) -> mx.array:
     """A = (r − mean_group(r)) / (std_batch(r) + eps), TRL's scale_rewards="batch" (arXiv 2508.08221)."""
-    return centred(rewards) / (batch_std(rewards) + eps)
+    return centered(rewards) / (batch_std(rewards) + eps)
 
 
 def leave_one_out(rewards: mx.array) -> mx.array:
@@ -45,7 +45,7 @@ def leave_one_out(rewards: mx.array) -> mx.array:
     return deviations * (count / mx.maximum(count - 1, 1))
 
 
-def batch_centred(rewards: mx.array) -> mx.array:
+def batch_centered(rewards: mx.array) -> mx.array:
     """A = r − mean_batch(r), REINFORCE with the batch's mean as baseline (Williams 1992): groups of equal rewards count too."""
     return _deviations(rewards, None)[0]
 
@@ -71,7 +71,7 @@ def batch_std(rewards: mx.array) -> mx.array:
     return _std(*_deviations(rewards, None), None)
 
 
-BASELINES: dict[str, Advantage] = {"group": centred, "leave_one_out": leave_one_out, "batch": batch_centred}
+BASELINES: dict[str, Advantage] = {"group": centered, "leave_one_out": leave_one_out, "batch": batch_centered}
 SCALES: dict[str, Advantage] = {
     "group": lambda rewards: group_std(rewards) + EPS,
     "batch": lambda rewards: batch_std(rewards) + EPS,

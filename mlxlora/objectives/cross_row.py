@@ -57,7 +57,7 @@ def _made_up(pairs: range, scale: float) -> tuple[mx.array, Batch]:
     sequence = mx.array([place[s] for s in owner[kept].tolist()])
     batch = Batch(
         tokens=mx.zeros((len(sequences), 16), mx.int32),
-        where=mx.zeros(sequence.size, mx.int32),
+        positions=mx.zeros(sequence.size, mx.int32),
         targets=mx.zeros(sequence.size, mx.int32),
         sequence=sequence,
         lengths=mx.array(_LENGTHS[sequences]),

@@ -57,7 +57,7 @@ class Objective:
         return frozenset().union(*(t.needs for _, t in self.terms))
 
     @property
-    def optimises(self) -> frozenset[str]:
+    def optimizes(self) -> frozenset[str]:
         """Columns that an optimised term reads."""
         return frozenset().union(*(t.needs for c, t in self.terms if c))
 

@@ -11,7 +11,6 @@ from attrs import frozen
 from ..batch import chosen, chosen_rows, column
 from ..errors import InputError, choose
 from . import losses
-from .grpo import cispo, dapo, dr_grpo, grpo, gspo, rloo
 from .losses import PairLoss
 from .objective import Objective, per_sequence, watch
 from .scores import (
@@ -29,12 +28,11 @@ from .scores import (
     sum_logps,
     transformed,
 )
-from .supervised import distill, sft
 from .terms import (
     confidence,
     exploration,
     gated,
-    judgement,
+    judgment,
     nll,
     pair_logps,
     preference,
@@ -258,7 +256,7 @@ def kto(*, loss_type: str = "kto", beta: float = 0.1, desirable_weight: float = 
     """
     score = choose(KTO_SCORES, loss_type, "loss-type")
     weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
-    objective = judgement(score, losses.one_minus_value(beta=beta), name=loss_type, **weights)
+    objective = judgment(score, losses.one_minus_value(beta=beta), name=loss_type, **weights)
     if "reference_point" in score.needs:
         objective += watch("kl", lambda _, batch: column(batch, "reference_point"), per_sequence, needs={"reference_point"})
     return objective + watch_labels("rewards", log_ratio, scale=beta) + watch_labels("logps", sum_logps)

@@ -10,7 +10,7 @@ from typing import Protocol
 import mlx.core as mx
 from mlx.nn import log_sigmoid
 
-from ..batch import Batch, column, halves, positions, token_sum
+from ..batch import Batch, column, halves, token_offsets, token_sum
 from ..errors import InputError
 from .numerics import log1mexp, safe_expm1
 
@@ -113,7 +113,7 @@ def length_desensitized(of: Score, *, alpha: float) -> Score:
     def values(logps: mx.array, batch: Batch) -> mx.array:
         shared = mx.minimum(*halves(batch.lengths))
         limit = mx.concatenate([shared, shared, mx.zeros((1,), shared.dtype)])[batch.sequence]  # 0 for bucket filler
-        weight = mx.where(positions(batch) < limit, 1.0, alpha)
+        weight = mx.where(token_offsets(batch) < limit, 1.0, alpha)
         ref = None if batch.ref_logps is None else batch.ref_logps * weight
         return of(logps * weight, batch._replace(ref_logps=ref))
 

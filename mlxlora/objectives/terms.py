@@ -94,7 +94,7 @@ def watch_pairs(name: str, score: Score, loss: PairLoss) -> Objective:
 # --- completions that are good or bad on their own ----------------------------------------------
 
 
-def judgement(
+def judgment(
     score: Score, loss: LabelLoss, *, desirable_weight: float = 1.0, undesirable_weight: float = 1.0, name: str = "judgement"
 ) -> Objective:
     """`loss` of the score of each completion and its label, times the weight of the label, the mean over completions."""

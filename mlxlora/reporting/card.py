@@ -118,8 +118,8 @@ def card(config: Mapping[str, Any], metrics: Sequence[Row], rows: Mapping[str, i
 
 def fused_card(base: str, config: Mapping[str, Any]) -> str:
     """The card of a model that has taken in its adapters."""
-    name, quantised = portable(base), config.get("quantization")
-    how = f"quantised to {quantised.get('bits')} bits" if quantised else "not quantised"
+    name, quantized = portable(base), config.get("quantization")
+    how = f"quantised to {quantized.get('bits')} bits" if quantized else "not quantised"
     lines = (
         front_matter(name, ["mlxlora"], adapter=False),
         f"# {name}, fine-tuned",

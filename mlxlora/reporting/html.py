@@ -17,7 +17,7 @@ from .history import METHOD, PAGE, SPLITS, Record, Row, differing, outcome, read
 from .reporter import Reporter
 from .svg import Line, chart
 
-COLOURS = 8
+COLORS = 8
 _PACKAGES = ("mlxlora", "mlx", "mlx-lm", "transformers", "numpy")
 _STYLE = """
 :root { color-scheme: light dark; --back: #fff; --text: #1c2530; --dim: #5d6b7a; --rule: #dfe5ec; --panel: #f6f8fa;
@@ -39,7 +39,7 @@ table { border-collapse: collapse; } th, td { text-align: left; vertical-align: 
   border-bottom: 1px solid var(--rule); overflow-wrap: anywhere; } th { color: var(--dim); font-weight: 500; }
 td.text { white-space: pre-wrap; font: 13px/1.5 ui-monospace, monospace; min-width: 160px; } .wide { overflow-x: auto; }
 summary { cursor: pointer; color: var(--dim); margin: 8px 0; } .stopped { color: var(--c4); }
-""" + "\n".join(f"svg .line{i} {{ stroke: var(--c{i}); }} svg .fill{i} {{ fill: var(--c{i}); }}" for i in range(COLOURS))
+""" + "\n".join(f"svg .line{i} {{ stroke: var(--c{i}); }} svg .fill{i} {{ fill: var(--c{i}); }}" for i in range(COLORS))
 
 _SECTIONS: dict[str, Callable[[str], bool]] = {
     "Loss and rewards": lambda n: n in ("loss", "reward", "perplexity") or (n.startswith("rewards/") and not n.endswith("/std")),
@@ -96,11 +96,11 @@ def run_page(
     config, results = portable(record.config), portable({k: v for k, v in (summary or {}).items() if k != "report"})
     method, changed = method_of(config), dict(changed_options(config))
     title = f"{method.upper() or 'Training'}: {config.get('model') or 'a model'}"
-    where = f"{config.get('data') or 'data given in Python'} → {Path(record.name).name}"
+    location = f"{config.get('data') or 'data given in Python'} → {Path(record.name).name}"
     stopped = f'<p class="stopped">Stopped {escape(str(results["stopped"]))}</p>' if "stopped" in results else ""
     parts = [
         f"<h1>{escape(title)}</h1>",
-        f'<p class="dim">{escape(where)}</p>{stopped}',
+        f'<p class="dim">{escape(location)}</p>{stopped}',
         _section("Results", _pairs(results or outcome(record))),
         *_curves(record),
         _section("Before and after", _answers(answers)),
@@ -174,7 +174,7 @@ def _overlaid(records: Sequence[Record]) -> list[str]:
         for name, splits in record.curves().items():
             for split, points in splits.items():
                 lines = charts.setdefault((name, f"{split} {name}{_apart(name, label)}"), [])
-                lines.append(Line(record.name, points, i % COLOURS))
+                lines.append(Line(record.name, points, i % COLORS))
     ordered = sorted(charts.items(), key=lambda entry: (entry[0][0] != "loss", entry[0][0] != "reward"))
     return [chart(title, lines) for (_, title), lines in ordered]
 

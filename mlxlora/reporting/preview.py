@@ -131,17 +131,17 @@ def _scored(source: Source, items: Sequence[Any]) -> str:
     if source.online:
         return "the completions, which are sampled during the run"
     examples = [example for item in items for example in source.examples(item)]
-    scored, tokens = sum(int(e.scored.sum()) for e in examples), sum(len(e.tokens) for e in examples)
+    loss_mask, tokens = sum(int(e.loss_mask.sum()) for e in examples), sum(len(e.tokens) for e in examples)
     masked = getattr(source.data, "mask_prompt", None)
     which = {True: "completions and assistant turns (--mask-prompt)", False: "every token; --mask-prompt scores answers only"}
     prompts = "prompts and completions" if any(e.prompt is not None for e in examples) else "completions"
-    return f"{prompts if masked is None else which[masked]}: {scored:,} of {tokens:,} tokens ({scored / tokens:.1%})"
+    return f"{prompts if masked is None else which[masked]}: {loss_mask:,} of {tokens:,} tokens ({loss_mask / tokens:.1%})"
 
 
 def _counted(preview: Preview, name: str, counts: Counts) -> str:
     """Rows, shares cut and dropped, and where those that were dropped are."""
-    kept = {preview.source.examples(item)[0].where for item in preview.splits[name].items}
-    lost = [row.where for row in preview.rows[name] if row.where not in kept]
+    kept = {preview.source.examples(item)[0].location for item in preview.splits[name].items}
+    lost = [row.location for row in preview.rows[name] if row.location not in kept]
     more = f" and {len(lost) - 3:,} more" if len(lost) > 3 else ""
     limit = f"--max-seq-length {preview.source.data.max_seq_length}"
     cut = f", {counts.truncated:,} cut to {limit} ({counts.truncated / counts.rows:.1%})" if counts.truncated else ", none cut"
@@ -153,8 +153,8 @@ def _shown(preview: Preview, item: Any, console: Console) -> Iterator[Text]:
     """The sequences of an item, each under a line that says where it is from."""
     for side, example in zip(_sides(item), preview.source.examples(item), strict=True):
         cut = ", cut" if example.truncated else ""
-        about = f"{len(example.tokens):,} tokens, {int(example.scored.sum()):,} scored{cut}"
-        yield Text(f"\n{example.where}  {side}  {about}".replace("    ", "  "), style="dim")
+        about = f"{len(example.tokens):,} tokens, {int(example.loss_mask.sum()):,} scored{cut}"
+        yield Text(f"\n{example.location}  {side}  {about}".replace("    ", "  "), style="dim")
         yield marked(example, preview.tokenizer, plain=not console.is_terminal, newline="⏎" if _unicode(console) else "\\n")
 
 
@@ -174,8 +174,8 @@ def marked(example: Example, tokenizer: Any, *, plain: bool, newline: str = "⏎
         newline: what shows the end of a line.
     """
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    tokens, scored = example.tokens.tolist(), example.scored.tolist()
-    kinds = [(s, t in special) for t, s in zip(tokens, scored, strict=True)]
+    tokens, loss_mask = example.tokens.tolist(), example.loss_mask.tolist()
+    kinds = [(s, t in special) for t, s in zip(tokens, loss_mask, strict=True)]
     text, before = Text(), False
     for part, kind in runs_of_text(tokens, kinds, tokenizer.decode):
         if plain and kind[0] != before:

@@ -20,12 +20,12 @@ class Line:
 
     name: str
     points: Sequence[Point]
-    colour: int = 0
+    color: int = 0
 
 
 def chart(title: str, lines: Sequence[Line]) -> str:
     """An SVG element of some curves over their steps; the last value of each stands beside its name."""
-    drawn = [Line(line.name, thinned([p for p in line.points if math.isfinite(p[1])]), line.colour) for line in lines]
+    drawn = [Line(line.name, thinned([p for p in line.points if math.isfinite(p[1])]), line.color) for line in lines]
     points = [point for line in drawn for point in line.points]
     if not points:
         return ""
@@ -92,7 +92,7 @@ def _legend(lines: Sequence[Line]) -> Iterator[str]:
         width = 16 + 6.2 * len(text)
         if x + width > WIDTH:
             break
-        yield f'<rect class="fill{line.colour}" x="{x:.0f}" y="26" width="8" height="8" rx="2"/>'
+        yield f'<rect class="fill{line.color}" x="{x:.0f}" y="26" width="8" height="8" rx="2"/>'
         yield f'<text x="{x + 12:.0f}" y="34">{escape(text)}</text>'
         x += width + 6
 
@@ -114,9 +114,9 @@ def _curve(line: Line, across: _Scale, up: _Scale) -> Iterator[str]:
     places = [(across(x), up(y)) for x, y in line.points]
     if len(places) > 1:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        yield f'<polyline class="line line{line.colour}" points="{path}"/>'
+        yield f'<polyline class="line line{line.color}" points="{path}"/>'
     radius = 2.5 if len(places) <= 40 else 4
     seen = "" if len(places) <= 40 else " hidden"
     for (x, y), (step, value) in zip(places, line.points, strict=True):
         told = escape(f"{line.name}, step {step:,.0f}: {value:.6g}")
-        yield f'<circle class="fill{line.colour}{seen}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{told}</title></circle>'
+        yield f'<circle class="fill{line.color}{seen}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{told}</title></circle>'

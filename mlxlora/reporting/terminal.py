@@ -81,10 +81,10 @@ class Terminal(Reporter):
         self._stop()
         self._table(summary)
 
-    def example(self, tokens: Sequence[int], scored: Sequence[bool], decode: Callable[[Sequence[int]], str]) -> None:
+    def example(self, tokens: Sequence[int], loss_mask: Sequence[bool], decode: Callable[[Sequence[int]], str]) -> None:
         """Prints a row as the model reads it, as `show_example` does."""
         if not self._quiet:
-            show_example(tokens, scored, decode, self.console)
+            show_example(tokens, loss_mask, decode, self.console)
 
     def _table(self, summary: Row) -> None:
         width = max(map(len, summary), default=0)
@@ -169,7 +169,7 @@ def _headline(row: Row) -> dict[str, str]:
 
 def show_example(
     tokens: Sequence[int],
-    scored: Sequence[bool],
+    loss_mask: Sequence[bool],
     decode: Callable[[Sequence[int]], str],
     console: Console | None = None,
     limit: int = 600,
@@ -185,8 +185,8 @@ def show_example(
     """
     console = console or Console(highlight=False)
     text = Text("first example, the scored part marked:\n" if not console.is_terminal else "first example, scored in green:\n")
-    for part, is_scored in runs_of_text(tokens, list(map(bool, scored)), decode):
+    for part, is_trained in runs_of_text(tokens, list(map(bool, loss_mask)), decode):
         shown = shorten(printable(part), limit)
-        marked = f"[[{shown}]]" if is_scored and not console.is_terminal else shown
-        text.append(marked, style="bold green" if is_scored else "dim")
+        marked = f"[[{shown}]]" if is_trained and not console.is_terminal else shown
+        text.append(marked, style="bold green" if is_trained else "dim")
     console.print(text, soft_wrap=True)

@@ -17,7 +17,7 @@ from .engine import Completion
 from .source import Group, Laid, Rollouts, by_policy, prompts, sequence
 
 
-def contests(data: str | PromptData, rollouts: Rollouts, *, explore: bool = False, **options: Any) -> Source:
+def on_policy_pairs(data: str | PromptData, rollouts: Rollouts, *, explore: bool = False, **options: Any) -> Source:
     """Prompts that the policy answers several times; the answers of highest and of lowest reward make a pair.
 
     A prompt whose rewards are all equal, or not there, decides nothing: its pair has no scored tokens and so no gradient.
@@ -49,17 +49,17 @@ def best_and_worst(context: Context, how: Rollouts, groups: Sequence[Group], *, 
     pairs = [_pair(how, group, place) for group, place in zip(groups, places, strict=True)]
     examples = [example for side in zip(*pairs, strict=True) for example in side]
     by_reference = [number == 1 for side in zip(*places, strict=True) for number in side]
-    units = tuple((p, len(groups) + p) for p in range(len(groups)))
+    together = tuple((p, len(groups) + p) for p in range(len(groups)))
     columns = {"from_reference": mx.array(by_reference)} if explore else {}
-    return collate(examples, groups=units if context.share else (), **columns), examples, units
+    return collate(examples, groups=together if context.share else (), **columns), examples, together
 
 
 def _pair(how: Rollouts, group: Group, places: tuple[int, int]) -> tuple[Example, ...]:
     """Both sides; without scored tokens unless one is better and both have some."""
     sides = [sequence(group.prompt, group.completions[i], how) for i in places]
     best, worst = group.rewards[list(places)]
-    decided = bool(best > worst) and all(e.scored.any() for e in sides)
-    return tuple(evolve(e, scored=e.scored & decided) for e in sides)
+    decided = bool(best > worst) and all(e.loss_mask.any() for e in sides)
+    return tuple(evolve(e, loss_mask=e.loss_mask & decided) for e in sides)
 
 
 def _places(rewards: np.ndarray) -> tuple[int, int]:

@@ -219,9 +219,9 @@ def feed(model: nn.Module, prompts: Sequence[Sequence[int]], longest: int, cache
     tokens = np.zeros((len(prompts), longest), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt) - 1] = prompt[:-1]
-    piece = max(_ALIGN, _PREFILL_TOKENS // len(prompts))
-    for begin in range(0, longest, piece):
-        model(mx.array(tokens[:, begin : begin + piece]), cache=cache)
+    micro = max(_ALIGN, _PREFILL_TOKENS // len(prompts))
+    for begin in range(0, longest, micro):
+        model(mx.array(tokens[:, begin : begin + micro]), cache=cache)
         mx.eval([layer.state for layer in cache])
 
 

@@ -68,7 +68,7 @@ def _braced(text: str, start: int) -> str | None:
     return None
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     r"""An answer without its typography: currency, percent, spaces, capitals, `\text{}`, a final full stop.
 
     >>> normalised(r" $\dfrac{1}{2}$. ")
@@ -85,7 +85,7 @@ def number(text: str) -> Fraction | None:
     >>> number("$1,234.50") == 1234.5, number("-3/4") == -0.75, number("72 apples")
     (True, True, None)
     """
-    plain = normalised(text)
+    plain = normalized(text)
     if not _NUMBER.fullmatch(plain):
         return None
     try:
@@ -113,7 +113,7 @@ def same_answer(text: str, answer: str) -> bool:
     """
     said = next(marked_answers(text), text)
     value, wanted = number(said), number(answer)
-    return normalised(said) == normalised(answer) if value is None or wanted is None else value == wanted
+    return normalized(said) == normalized(answer) if value is None or wanted is None else value == wanted
 
 
 def loosely_same_answer(text: str, answer: str) -> bool:

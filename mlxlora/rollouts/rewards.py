@@ -197,28 +197,28 @@ def score(
     completions: Sequence[Any],
     completion_ids: Sequence[Sequence[int]],
     columns: Mapping[str, Sequence[Any]],
-    wheres: Sequence[str],
+    locations: Sequence[str],
     timeout: float | None = None,
 ) -> np.ndarray:
     """Calls every reward in a thread of its own, coroutines too -> [functions, S] float64, NaN where one answered None.
 
-    Every sequence has one entry per completion (S); wheres are `file:line` of the rows, timeout is in seconds over the call.
+    Every sequence has one entry per completion (S); locations are `file:line` of the rows, timeout is in seconds over the call.
     Raises InputError, one line with function and row, for a reward that raises or answers anything but S finite numbers or
     None; RunError for one that takes longer than `timeout`.
     """
     base = {"prompts": list(prompts), "completions": list(completions), "completion_ids": list(completion_ids)}
     available = {**{key: list(column) for key, column in columns.items()}, **base}
-    calls = [(reward, _arguments(reward, available, wheres)) for reward in rewards]
+    calls = [(reward, _arguments(reward, available, locations)) for reward in rewards]
     deadline = None if timeout is None else time.monotonic() + timeout
     futures = [_in_thread(reward.function, arguments) for reward, arguments in calls]
-    answers = np.full((len(rewards), len(wheres)), np.nan)
+    answers = np.full((len(rewards), len(locations)), np.nan)
     for row, (reward, arguments), future in zip(answers, calls, futures, strict=True):
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         if not wait([future], left).done:
-            raise RunError(f"reward {reward.name} took longer than --reward-timeout {timeout:g} s on {_span(wheres)}")
+            raise RunError(f"reward {reward.name} took longer than --reward-timeout {timeout:g} s on {_span(locations)}")
         if (error := future.exception()) is not None:
-            raise _raised(reward, error, _culprit(reward.function, arguments, wheres, timeout)) from None
-        row[:] = _checked(reward.name, future.result(), wheres)
+            raise _raised(reward, error, _culprit(reward.function, arguments, locations, timeout)) from None
+        row[:] = _checked(reward.name, future.result(), locations)
     return answers
 
 
@@ -236,7 +236,7 @@ def combine(matrix: np.ndarray, weights: Sequence[float]) -> np.ndarray:
     return np.where(np.isnan(matrix).all(axis=0), np.nan, total)
 
 
-def _arguments(reward: NamedReward, available: Mapping[str, list[Any]], wheres: Sequence[str]) -> dict[str, Any]:
+def _arguments(reward: NamedReward, available: Mapping[str, list[Any]], locations: Sequence[str]) -> dict[str, Any]:
     """All columns for a function with **columns, else those that it names."""
     try:
         parameters = inspect.signature(reward.function).parameters
@@ -248,15 +248,15 @@ def _arguments(reward: NamedReward, available: Mapping[str, list[Any]], wheres: 
         if name not in given and _SYNONYMS.get(name) in available:
             given[name] = available[_SYNONYMS[name]]
         elif name not in given and parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
-            given |= _absent(reward, name, available, wheres)
+            given |= _absent(reward, name, available, locations)
     return _as_text(given) if {"answer", "types"} <= parameters.keys() else given
 
 
-def _absent(reward: NamedReward, name: str, available: Mapping[str, Any], wheres: Sequence[str]) -> dict[str, None]:
+def _absent(reward: NamedReward, name: str, available: Mapping[str, Any], locations: Sequence[str]) -> dict[str, None]:
     if name == "types":  # mlx-lm-lora's functions take None
         return {"types": None}
     columns = listed(sorted(available.keys() - {"prompts", "completions", "completion_ids"}), 50) or "none"
-    raise InputError(f"{_span(wheres)}: reward {reward.name} needs the column {name!r}; the rows have {columns}")
+    raise InputError(f"{_span(locations)}: reward {reward.name} needs the column {name!r}; the rows have {columns}")
 
 
 def _as_text(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -287,43 +287,45 @@ async def _awaited(answer: Awaitable[Any]) -> Any:
     return await answer
 
 
-def _culprit(function: Reward, arguments: dict[str, Any], wheres: Sequence[str], timeout: float | None) -> str:
+def _culprit(function: Reward, arguments: dict[str, Any], locations: Sequence[str], timeout: float | None) -> str:
     """Which row a function raises on: it is asked again row by row, within `timeout` seconds; all rows when none alone does."""
     deadline = math.inf if timeout is None else time.monotonic() + timeout
-    for row, where in enumerate(wheres):
+    for row, location in enumerate(locations):
         alone = {key: value if value is None else value[row : row + 1] for key, value in arguments.items()}
         future = _in_thread(function, alone)
         left = deadline - time.monotonic()
         if left <= 0 or not wait([future], None if left == math.inf else left).done:
             break
         if future.exception() is not None:
-            return where
-    return _span(wheres)
+            return location
+    return _span(locations)
 
 
-def _raised(reward: NamedReward, error: BaseException, where: str) -> InputError:
+def _raised(reward: NamedReward, error: BaseException, location: str) -> InputError:
     code = getattr(inspect.unwrap(reward.function), "__code__", None)
     file = code.co_filename if code else ""
     line = line_in(error, file)
-    return InputError(f"{where}: reward {reward.name} raised {one_line(error)}{f' ({file}:{line})' if line else ''}")
+    return InputError(f"{location}: reward {reward.name} raised {one_line(error)}{f' ({file}:{line})' if line else ''}")
 
 
-def _span(wheres: Sequence[str]) -> str:
-    rows = list(dict.fromkeys(wheres))
+def _span(locations: Sequence[str]) -> str:
+    rows = list(dict.fromkeys(locations))
     return rows[0] if len(rows) == 1 else f"{rows[0]} to {rows[-1]}" if rows else "no rows"
 
 
-def _checked(name: str, values: Any, wheres: Sequence[str]) -> list[float]:
+def _checked(name: str, values: Any, locations: Sequence[str]) -> list[float]:
     if not isinstance(values, list | tuple):
-        raise InputError(f"{_span(wheres)}: reward {name} answered {_shown(values)}; return a list with one number per completion")
-    if len(values) != len(wheres):
         raise InputError(
-            f"{_span(wheres)}: reward {name} answered {len(values)} values for {len(wheres)} completions; return one for each"
+            f"{_span(locations)}: reward {name} answered {_shown(values)}; return a list with one number per completion"
         )
-    return [_checked_value(name, value, where) for value, where in zip(values, wheres, strict=True)]
+    if len(values) != len(locations):
+        raise InputError(
+            f"{_span(locations)}: reward {name} answered {len(values)} values for {len(locations)} completions; return one for each"
+        )
+    return [_checked_value(name, value, location) for value, location in zip(values, locations, strict=True)]
 
 
-def _checked_value(name: str, value: Any, where: str) -> float:
+def _checked_value(name: str, value: Any, location: str) -> float:
     if value is None:
         return math.nan
     try:
@@ -332,7 +334,7 @@ def _checked_value(name: str, value: Any, where: str) -> float:
         number = math.nan
     if not abs(number) <= _LARGEST:
         raise InputError(
-            f"{where}: reward {name} answered {_shown(value)}; return a finite number, or None where it does not apply"
+            f"{location}: reward {name} answered {_shown(value)}; return a finite number, or None where it does not apply"
         )
     return number
 

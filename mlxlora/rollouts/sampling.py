@@ -49,11 +49,11 @@ def choose(logits: mx.array, sampling: Sampling, noise: mx.array, seen: mx.array
     logits = logits.astype(mx.float32)
     scale = sampling.temperature or 1.0
     policy = logits if scale == 1 else logits / scale
-    behaviour = policy if seen is None else _penalised(logits, seen, sampling.repetition_penalty) / scale
+    behavior = policy if seen is None else _penalised(logits, seen, sampling.repetition_penalty) / scale
     if sampling.temperature == 0:
-        tokens, total = mx.argmax(behaviour, axis=-1).astype(mx.int32), mx.logsumexp(policy, axis=-1)
+        tokens, total = mx.argmax(behavior, axis=-1).astype(mx.int32), mx.logsumexp(policy, axis=-1)
     else:
-        allowed = truncated(behaviour, sampling)
+        allowed = truncated(behavior, sampling)
         blocks, sums = _blocks(allowed)
         tokens = _drawn(blocks, sums, noise)
         total = mx.logsumexp(*((sums,) if allowed is policy else (policy,)), axis=-1)

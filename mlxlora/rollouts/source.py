@@ -12,7 +12,7 @@ from attrs import evolve, field, frozen
 
 from ..batch import Batch
 from ..config.options import PromptData, RewardOptions
-from ..data.batching import Make, Piece, collate, muted, singles
+from ..data.batching import Make, MicroBatch, as_padding, collate, singles
 from ..data.formats import KEYS
 from ..data.sources import Context, Source
 from ..data.tokenize import Example, Prompt, prompt_example
@@ -100,7 +100,7 @@ def prompts(
         how = _greedy(rollouts) if context.validation else rollouts
         how = evolve(how, route=how.route or find_route(context.model))
         laid_out = with_advantages if context.validation or layout is None else layout
-        return lambda items, index: _piece(context, how, items, index, laid_out)
+        return lambda items, index: _micro(context, how, items, index, laid_out)
 
     def expected(prompt: Prompt) -> list[Example]:
         half = Completion(np.zeros(max(rollouts.sampling.max_tokens // 2, 1), np.int32), np.zeros(0, np.float32), finished=True)
@@ -125,7 +125,7 @@ def _greedy(how: Rollouts) -> Rollouts:
     return evolve(how, group_size=1, sampling=evolve(how.sampling, temperature=0.0), sampler=None)
 
 
-def _piece(context: Context, how: Rollouts, items: Sequence[Prompt], index: int, layout: Layout) -> Piece:
+def _micro(context: Context, how: Rollouts, items: Sequence[Prompt], index: int, layout: Layout) -> MicroBatch:
     began = time.perf_counter()
     groups = _rolled(context, how, items, (index, 0))
     silent = float(context.ranks.interleaved(np.array([_silent(group) for group in groups], bool)).mean())
@@ -134,10 +134,10 @@ def _piece(context: Context, how: Rollouts, items: Sequence[Prompt], index: int,
     rewards, parts, lengths, finished = _pooled(context, how, groups)
     stats = length_stats(lengths.tolist(), finished.astype(bool).tolist(), time.perf_counter() - began)
     rewarded = {"frac_reward_zero_std": silent, **_measures(how, rewards, parts)} if how.rewards else {}
-    batch, examples, units = layout(context, how, groups or [_stand_in(how, items[0])])
-    rows = tuple(group.prompt.where for group in groups)
-    piece = Piece(batch, sum(len(e.tokens) for e in examples), rows, rewarded | stats, _samples(how, groups), units)
-    return piece if groups else muted(piece)
+    batch, examples, together = layout(context, how, groups or [_stand_in(how, items[0])])
+    rows = tuple(group.prompt.location for group in groups)
+    micro = MicroBatch(batch, sum(len(e.tokens) for e in examples), rows, rewarded | stats, _samples(how, groups), together)
+    return micro if groups else as_padding(micro)
 
 
 def _stand_in(how: Rollouts, prompt: Prompt) -> Group:
@@ -167,7 +167,7 @@ def with_advantages(context: Context, how: Rollouts, groups: Sequence[Group]) ->
     numbers = np.arange(len(examples)).reshape(len(groups), -1).tolist() if context.share else ()
     batch = collate(examples, groups=numbers, advantages=advantages.reshape(-1))
     if how.keep_logps:
-        kept = np.concatenate([c.logps[e.scored[-len(c.logps) :]] for c, e in zip(flat, examples, strict=True)])
+        kept = np.concatenate([c.logps[e.loss_mask[-len(c.logps) :]] for c, e in zip(flat, examples, strict=True)])
         batch = batch._replace(old_logps=mx.array(np.pad(kept, (0, batch.targets.size - kept.size))))
     return batch, examples, tuple(map(tuple, numbers)) if batch.prefix is not None else singles(len(examples))
 
@@ -250,7 +250,7 @@ def _rewarded(
         completions=turns,
         completion_ids=[c.tokens.tolist() for group in sampled for c in group],
         columns={name: [prompt.columns.get(name) for prompt in rows] for name in names},
-        wheres=[prompt.where for prompt in rows],
+        locations=[prompt.location for prompt in rows],
         timeout=how.options.reward_timeout,
     )
 
@@ -265,8 +265,8 @@ def sequence(prompt: Prompt, completion: Completion | None, how: Rollouts) -> Ex
     answer = np.zeros(0, np.int32) if completion is None else completion.tokens
     masked = completion is not None and how.options.mask_truncated and not completion.finished
     tokens = np.concatenate([prompt.tokens, answer]).astype(np.int32)
-    scored = np.arange(len(tokens)) >= (1 if how.use_prompt else len(prompt.tokens))
-    return Example(tokens, scored & (not masked), None, prompt.where)
+    loss_mask = np.arange(len(tokens)) >= (1 if how.use_prompt else len(prompt.tokens))
+    return Example(tokens, loss_mask & (not masked), None, prompt.location)
 
 
 def _silent(group: Group) -> bool:
@@ -301,7 +301,7 @@ def _samples(how: Rollouts, groups: Sequence[Group], count: int = 4) -> tuple[Ma
             "completion": text,
             "reward": _number(reward),
             "rewards": {r.name: _number(value) for r, value in zip(how.rewards, part, strict=True)},
-            "where": g.prompt.where,
+            "where": g.prompt.location,
         }
         for g, text, part, reward in islice(rows, count)
     )

@@ -26,9 +26,9 @@ from ..utils.rng import random_key, restore_random_key
 from .optimizers import put_state
 from .trainable import layout, stored_state
 
-FOLDER, OPTIMISER, STATE, RANDOM = "checkpoints", "optimizer.safetensors", "state.json", "random_state"
+FOLDER, OPTIMIZER, STATE, RANDOM = "checkpoints", "optimizer.safetensors", "state.json", "random_state"
 OWN = "trained.safetensors"  # the arrays as they are trained, where mlx-lm's file has them in another form
-_CHECKED = (CONFIG, WEIGHTS, OWN, OPTIMISER)
+_CHECKED = (CONFIG, WEIGHTS, OWN, OPTIMIZER)
 _ANY = "[0-9]*"
 
 
@@ -58,7 +58,7 @@ class Progress:
 
 
 def save_checkpoint(
-    directory: Path, model: nn.Module, optimiser: optim.Optimizer, progress: Progress, options: AdapterOptions, *, keep: int = 0
+    directory: Path, model: nn.Module, optimizer: optim.Optimizer, progress: Progress, options: AdapterOptions, *, keep: int = 0
 ) -> Path:
     """Writes `checkpoints/<step>`, an adapter directory with the optimiser and the run's state; then drops old ones.
 
@@ -71,7 +71,7 @@ def save_checkpoint(
         save(model, temporary, options)
         if not is_uniform(model):
             save_arrays(temporary / OWN, own_arrays(model))
-        save_arrays(temporary / OPTIMISER, {RANDOM: progress.key, **stored_state(model, optimiser)})
+        save_arrays(temporary / OPTIMIZER, {RANDOM: progress.key, **stored_state(model, optimizer)})
         state = asdict(progress, filter=lambda a, _: "array" not in a.metadata)
         digests = {name: _digest(temporary / name) for name in _CHECKED if (temporary / name).exists()}
         state["sha256"] = {STATE: _digest_of(state), **digests}
@@ -88,7 +88,7 @@ def checkpoints(directory: Path) -> list[Path]:
     return sorted((p for p in (directory / FOLDER).glob(_ANY) if p.is_dir()), reverse=True)
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimiser: optim.Optimizer) -> Progress:
+def load_checkpoint(path: Path, model: nn.Module, optimizer: optim.Optimizer) -> Progress:
     """Puts model, optimiser and random state back to where they were; the optimiser must not have run yet.
 
     Later checkpoints that are damaged are put aside: they take no good one's place, and the next one that is written removes them.
@@ -97,17 +97,17 @@ def load_checkpoint(path: Path, model: nn.Module, optimiser: optim.Optimizer) ->
         InputError: the checkpoint is damaged, or does not fit the model and optimiser.
     """
     state = _read_state(path)
-    names, lazy = (WEIGHTS if is_uniform(model) else OWN, OPTIMISER), is_sharded(model)
+    names, lazy = (WEIGHTS if is_uniform(model) else OWN, OPTIMIZER), is_sharded(model)
     weights, arrays = (read_arrays(path / name, lazy=lazy) for name in names)
     key = arrays.pop(RANDOM)
-    state_arrays = initial(model, optimiser)
+    state_arrays = initial(model, optimizer)
     if problems := mismatches(weights, stored(model, own_arrays(model))) or mismatches(arrays, state_arrays):
         raise InputError(f"{path} does not fit this run: {problems}")
     put_arrays(model, weights)
     for name, place in state_arrays.items():
         if isinstance(place, Sliced):
             place.take(arrays.pop(name))
-    put_state(optimiser.state, tree_unflatten(list(arrays.items())))
+    put_state(optimizer.state, tree_unflatten(list(arrays.items())))
     restore_random_key(key)
     _put_aside_later(path)
     return Progress(key=key, **state)
@@ -120,10 +120,10 @@ def _put_aside_later(path: Path) -> None:
             other.replace(other.with_name(f".{other.name}.damaged.tmp"))
 
 
-def initial(model: nn.Module, optimiser: optim.Optimizer) -> dict[str, Any]:
+def initial(model: nn.Module, optimizer: optim.Optimizer) -> dict[str, Any]:
     """The arrays of an optimiser that has not run yet, as a file has them."""
-    optimiser.init(layout(optimiser, model).pack(model.trainable_parameters()))
-    return stored_state(model, optimiser)
+    optimizer.init(layout(optimizer, model).pack(model.trainable_parameters()))
+    return stored_state(model, optimizer)
 
 
 def newest(directory: Path) -> tuple[Path | None, list[str]]:
@@ -179,7 +179,7 @@ def _check_fields(state: dict[str, Any], digests: dict[str, Any]) -> None:
     wrong += [name for name in state if name not in {field.name for field in fields(Progress)} - {"key"}]
     wrong += ["window or best"] if not all(value is None or type(value) in (int, float) for value in numbers) else []
     wrong += ["stop"] if not isinstance(state.get("stop", ""), str) else []
-    wrong += ["sha256"] if not {WEIGHTS, OPTIMISER} <= digests.keys() <= set(_CHECKED) else []
+    wrong += ["sha256"] if not {WEIGHTS, OPTIMIZER} <= digests.keys() <= set(_CHECKED) else []
     if wrong or "step" not in state:
         raise ValueError(f"{STATE}: {listed(wrong or ['step'])} cannot be what a run wrote")
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 from attrs import asdict, evolve, frozen
 from mlx_lm.utils import get_total_parameters
 
-from ..data.batching import Order, Piece, bucket
+from ..data.batching import MicroBatch, Order, bucket
 from ..distributed.sharding import count, is_sharded
 from ..models import attention
 from ..reporting.card import changed_options
@@ -71,7 +71,7 @@ class Needs:
         return self.peak <= self.limit
 
 
-def rehearse(run: Run) -> dict[str, Any]:
+def dry_run(run: Run) -> dict[str, Any]:
     """Takes a few real steps on the batch of the longest rows and on one of the mean size; the model is of no use afterwards.
 
     Returns:
@@ -83,7 +83,7 @@ def rehearse(run: Run) -> dict[str, Any]:
     """
     _tell_options(run)
     with attention.using(run.training.attention):
-        needs = _rehearsed(run)
+        needs = _dry_run_steps(run)
     run.tell("finish", table(needs, run))
     return asdict(needs)
 
@@ -97,14 +97,14 @@ def _tell_options(run: Run) -> None:
     run.tell("note", "\n".join(["options other than the defaults (--show-config: all)", *lines]))
 
 
-def _rehearsed(run: Run) -> Needs:
+def _dry_run_steps(run: Run) -> Needs:
     valid = list(range(min(run.training.batch_size, len(run.splits["valid"].items)))) if run.output.val_batches else []
-    run, optimiser, total = ready(run, _referenced(run, valid))
-    step, evaluate = compiled(run, optimiser)
+    run, optimizer, total = ready(run, _referenced(run, valid))
+    step, evaluate = compiled(run, optimizer)
     longest, typical = chosen(order(run, "train"))
     mx.reset_peak_memory()
-    slow, first, pieces = _timed(run, step, longest)
-    parts = len(run.micro(pieces)) // len(pieces) if run.micro else 1
+    slow, first, micros = _timed(run, step, longest)
+    parts = len(run.micro(micros)) // len(micros) if run.micro else 1
     usual, second, _ = _timed(run, step, typical)
     return Needs(
         trainable=count(run.model, trainable=True),
@@ -112,7 +112,7 @@ def _rehearsed(run: Run) -> Needs:
         rows=len(run.splits["train"].items),
         steps_per_epoch=total_steps(evolve(run.training, epochs=1.0), len(run.splits["train"].items), run.source.repeats),
         steps=total,
-        longest=max((_shape(piece) for piece in pieces), key=lambda shape: shape[0] * shape[1]),
+        longest=max((_shape(micro) for micro in micros), key=lambda shape: shape[0] * shape[1]),
         parts=parts,
         seconds_longest=slow,
         seconds=usual,
@@ -121,7 +121,7 @@ def _rehearsed(run: Run) -> Needs:
         seconds_reference=_reference(run, total, usual),
         peak=max(mx.get_peak_memory(), run.micro.peak if run.micro else 0),
         limit=memory_limit(),
-        completion_length=pieces[0].metrics.get("completions/mean_length"),
+        completion_length=micros[0].metrics.get("completions/mean_length"),
     )
 
 
@@ -133,9 +133,9 @@ def _referenced(run: Run, valid: Sequence[int]) -> dict[str, Sequence[int]] | No
     return {"train": sorted({*longest, *typical}), "valid": valid}
 
 
-def _shape(piece: Piece) -> tuple[int, int]:
-    rows, tokens = piece.batch.tokens.shape
-    return rows, tokens + (0 if piece.batch.prefix is None else piece.batch.prefix.shape[1])
+def _shape(micro: MicroBatch) -> tuple[int, int]:
+    rows, tokens = micro.batch.tokens.shape
+    return rows, tokens + (0 if micro.batch.prefix is None else micro.batch.prefix.shape[1])
 
 
 def _reference(run: Run, total: int, seconds: float) -> float:
@@ -160,17 +160,17 @@ def chosen(rows: Order) -> tuple[list[int], list[int]]:
     return longest, min(zip(sizes, batches, strict=True), key=lambda pair: abs(pair[0] - mean))[1]
 
 
-def _timed(run: Run, step: Step, rows: Sequence[int]) -> tuple[float, float, tuple[Piece, ...]]:
+def _timed(run: Run, step: Step, rows: Sequence[int]) -> tuple[float, float, tuple[MicroBatch, ...]]:
     """Seconds of a step, seconds that the first ones took longer, and the last batches."""
     make, items = maker(run, validation=False), [run.splits["train"].items[row] for row in rows]
     accumulate, repeats = run.training.grad_accumulation_steps, run.source.repeats
     stream = (tuple(make(items, k * accumulate + i) for i in range(accumulate)) for k in range(STEPS))
     ends, last = [perf_counter()], []
 
-    def seen(progress: Progress, pieces: Sequence[Piece]) -> None:
+    def seen(progress: Progress, micros: Sequence[MicroBatch]) -> None:
         if progress.step % repeats == 0:
             ends.append(perf_counter())
-            last[:] = pieces
+            last[:] = micros
 
     train(step, stream, Progress(), STEPS * repeats, (seen,), repeats=repeats, micro=run.micro, ranks=run.ranks, skips=1)
     seconds = [b - a for a, b in pairwise(ends)]

@@ -9,13 +9,13 @@ import mlx.nn as nn
 import numpy as np
 
 from ..batch import Batch
-from ..data.batching import Piece
+from ..data.batching import MicroBatch
 from ..distributed.ranks import ALONE, Ranks
 from ..models.logprobs import Scorer
 from ..models.modes import evaluating
 from ..objectives.objective import Metrics, Objective
 
-Evaluate = Callable[[Iterable[Piece]], dict[str, float]]
+Evaluate = Callable[[Iterable[MicroBatch]], dict[str, float]]
 
 
 def make_evaluate(model: nn.Module, objective: Objective, score: Scorer, ranks: Ranks = ALONE) -> Evaluate:
@@ -33,18 +33,18 @@ def make_evaluate(model: nn.Module, objective: Objective, score: Scorer, ranks: 
         _, means = objective(logps, seen, counts)
         return {name: means[name] * mx.maximum(counts[name], 1) for name in counts}, counts
 
-    def evaluate(pieces: Iterable[Piece]) -> dict[str, float]:
+    def evaluate(micros: Iterable[MicroBatch]) -> dict[str, float]:
         names = [t.name for _, t in objective.terms]
         total: dict[str, float] = dict.fromkeys(names, 0.0)
         count: dict[str, float] = dict.fromkeys(names, 0.0)
         with evaluating(model):
-            for piece in pieces:
-                if piece.mute and not ranks.sharded:
+            for micro in micros:
+                if micro.is_padding and not ranks.sharded:
                     continue
-                parts = sums(piece.batch)
+                parts = sums(micro.batch)
                 with ranks.computing():
                     mx.eval(parts)
-                if piece.mute:
+                if micro.is_padding:
                     continue
                 for pooled, part in zip((total, count), parts, strict=True):
                     pooled.update({name: pooled[name] + float(np.array(value)) for name, value in part.items()})
@@ -56,13 +56,13 @@ def make_evaluate(model: nn.Module, objective: Objective, score: Scorer, ranks: 
     return evaluate
 
 
-def mean_measures(pieces: Iterable[Piece], ranks: Ranks = ALONE) -> dict[str, float]:
+def mean_measures(micros: Iterable[MicroBatch], ranks: Ranks = ALONE) -> dict[str, float]:
     """Means, over rows of all ranks, of what the source measured; the loss is minus the reward."""
     total: dict[str, float] = {}
     count = 0
-    for piece in pieces:
-        count += len(piece.rows)
-        total = {name: total.get(name, 0.0) + value * len(piece.rows) for name, value in piece.metrics.items()}
+    for micro in micros:
+        count += len(micro.rows)
+        total = {name: total.get(name, 0.0) + value * len(micro.rows) for name, value in micro.metrics.items()}
     names = ranks.told(list(total))
     *sums, rows = ranks.totals(*(total[name] for name in names), count)
     means = {name: value / max(rows, 1) for name, value in zip(names, sums, strict=True)}

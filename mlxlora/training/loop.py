@@ -10,29 +10,29 @@ from types import FrameType
 import mlx.core as mx
 from attrs import define, field, frozen
 
-from ..data.batching import Piece
+from ..data.batching import MicroBatch
 from ..distributed.ranks import ALONE, Ranks
 from ..errors import RunError, SharedError
 from ..objectives.objective import Metrics
 from ..utils.device import out_of_memory, smaller
 from ..utils.rng import random_key
 from .checkpoint import Progress
-from .micro_batch import MicroBatches
+from .micro_batch import BatchDivider
 from .step import Step
 
-Hook = Callable[[Progress, Sequence[Piece]], None]
+Hook = Callable[[Progress, Sequence[MicroBatch]], None]
 SKIPS = 5  # batches in a row whose steps are not finite: a run that skips as many does not recover
 
 
 def train(
     step: Step,
-    stream: Iterator[tuple[Piece, ...]],
+    stream: Iterator[tuple[MicroBatch, ...]],
     progress: Progress,
     total: int,
     hooks: Sequence[Hook],
     *,
     repeats: int = 1,
-    micro: MicroBatches | None = None,
+    micro: BatchDivider | None = None,
     ranks: Ranks = ALONE,
     ahead: bool = False,
     skips: int = SKIPS,
@@ -59,12 +59,12 @@ def train(
     with Interruptible(waits=ranks.size > 1) as interrupt:
         try:
             while steps.begun < total and not progress.stop:
-                pieces = steps.waited_for(stream)
+                micros = steps.waited_for(stream)
                 with interrupt.held():
-                    own, asked = sum(p.tokens for p in pieces), 0.0
+                    own, asked = sum(p.tokens for p in micros), 0.0
                     for _ in range(min(repeats, total - steps.begun)):
                         tokens, asked = ranks.totals(own, interrupt.asked)  # before the step: where others end, it has not begun
-                        steps.take(pieces, round(tokens))
+                        steps.take(micros, round(tokens))
                     if ranks.size > 1 and asked:
                         raise KeyboardInterrupt
         except Abandoned:
@@ -88,8 +88,8 @@ class _Begun:
     """
 
     metrics: Metrics
-    pieces: Sequence[Piece]
-    parts: Sequence[Piece]
+    micros: Sequence[MicroBatch]
+    parts: Sequence[MicroBatch]
     tokens: int
     key: mx.array
 
@@ -101,7 +101,7 @@ class _Steps:
     step: Step
     progress: Progress
     hooks: Sequence[Hook]
-    micro: MicroBatches | None
+    micro: BatchDivider | None
     ranks: Ranks
     limit: int
     warn: Callable[[str], object]
@@ -115,19 +115,19 @@ class _Steps:
         """Steps so far, the one that is not ended included."""
         return self.progress.step + (self._open is not None)
 
-    def waited_for(self, stream: Iterator[tuple[Piece, ...]]) -> tuple[Piece, ...]:
+    def waited_for(self, stream: Iterator[tuple[MicroBatch, ...]]) -> tuple[MicroBatch, ...]:
         """The next batches."""
         start = time.perf_counter()
-        pieces = next(stream)
+        micros = next(stream)
         self._waited += time.perf_counter() - start
-        return pieces
+        return micros
 
-    def take(self, pieces: Sequence[Piece], tokens: int) -> None:
+    def take(self, micros: Sequence[MicroBatch], tokens: int) -> None:
         """Begins a step; ends the one before, and this one too if something has to be known before the next."""
-        parts = self.micro(pieces) if self.micro else pieces
+        parts = self.micro(micros) if self.micro else micros
         with _explained(parts):
-            metrics = self.step.begin(*(p.batch for p in parts if not p.mute), idle=parts[0].batch)
-        following = _Begun(metrics, pieces, parts, tokens, random_key())
+            metrics = self.step.begin(*(p.batch for p in parts if not p.is_padding), idle=parts[0].batch)
+        following = _Begun(metrics, micros, parts, tokens, random_key())
         self.end(whole=False)
         self._open = following
         if not self._may_wait():
@@ -145,10 +145,10 @@ class _Steps:
         seconds = {"seconds_waited": self._waited, "seconds_stepped": time.perf_counter() - self._since - self._waited}
         _advance(self.progress, metrics, seconds, done)
         if self.progress.skipped:
-            rows = self.ranks.listed([row for piece in done.pieces for row in piece.rows])
+            rows = self.ranks.listed([row for micro in done.micros for row in micro.rows])
             _tell_skipped(metrics, self.progress, rows, self.limit, self.warn)
         for hook in self.hooks:
-            hook(self.progress, done.pieces)
+            hook(self.progress, done.micros)
         self._since, self._waited = time.perf_counter(), 0.0
 
     def _may_wait(self) -> bool:
@@ -158,7 +158,7 @@ class _Steps:
 
 
 @contextmanager
-def _explained(parts: Sequence[Piece]) -> Iterator[None]:
+def _explained(parts: Sequence[MicroBatch]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -167,7 +167,7 @@ def _explained(parts: Sequence[Piece]) -> Iterator[None]:
         raise
 
 
-def _advice(parts: Sequence[Piece], error: BaseException) -> str:
+def _advice(parts: Sequence[MicroBatch], error: BaseException) -> str:
     rows, length = max((p.batch.tokens.shape for p in parts), key=lambda shape: shape[0] * shape[1])
     return (
         f"out of memory with {rows} rows of {length} tokens at once ({' '.join(str(error).split())[:120]}). Try, in this order: "
@@ -188,9 +188,9 @@ class Every:
     total: int
     beside: bool = False
 
-    def __call__(self, progress: Progress, pieces: Sequence[Piece]) -> None:
+    def __call__(self, progress: Progress, micros: Sequence[MicroBatch]) -> None:
         if progress.stop or self._due(progress.step):
-            self.hook(progress, pieces)
+            self.hook(progress, micros)
 
     def looks(self, step: int) -> bool:
         """Whether it has to see what this step leaves."""
@@ -218,8 +218,8 @@ def _tell_skipped(
 
 def _advance(progress: Progress, metrics: dict[str, float], seconds: dict[str, float], done: _Begun) -> None:
     """What a skipped step measured does not count among the means."""
-    skipped, pieces = metrics["skipped"], done.pieces
-    sourced = {name: sum(p.metrics[name] for p in pieces) / len(pieces) for name in pieces[0].metrics}
+    skipped, micros = metrics["skipped"], done.micros
+    sourced = {name: sum(p.metrics[name] for p in micros) / len(micros) for name in micros[0].metrics}
     measured = {"skipped": skipped} if skipped else {**metrics, **sourced}
     seen = {**measured, **seconds, "window_tokens": done.tokens, "steps": 1 - skipped}
     progress.window = {name: progress.window.get(name, 0.0) + seen.get(name, 0.0) for name in {**progress.window, **seen}}

@@ -12,7 +12,7 @@ import numpy as np
 from attrs import define, field
 
 from ..batch import Batch
-from ..data.batching import Piece, scored_size
+from ..data.batching import MicroBatch, target_size
 from ..data.shape_buckets import Signatures
 from ..distributed.sharding import shape_of
 from ..models.modes import usual_dtype
@@ -20,60 +20,60 @@ from ..models.modes import usual_dtype
 _KEPT = 3.0  # what a block keeps for its backward pass, in units of what goes into and out of its matrices; an H200 showed 2.1
 
 
-def divided(piece: Piece, parts: int) -> list[Piece]:
+def divided(micro: MicroBatch, parts: int) -> list[MicroBatch]:
     """The piece as up to `parts` pieces of whole units, in order; the counts of their terms add up to those of the piece."""
-    size = -(-len(piece.units) // parts)
-    chosen = [range(start, min(start + size, len(piece.units))) for start in range(0, len(piece.units), size)]
+    size = -(-len(micro.groups) // parts)
+    chosen = [range(start, min(start + size, len(micro.groups))) for start in range(0, len(micro.groups), size)]
     if len(chosen) <= 1:
-        return [piece]
-    share = piece.tokens / len(piece.units)
+        return [micro]
+    share = micro.tokens / len(micro.groups)
     return [
-        piece._replace(
-            batch=_part(piece, units), units=_renumbered(piece, units), tokens=round(share * len(units)), samples=(), metrics={}
+        micro._replace(
+            batch=_part(micro, groups), groups=_renumbered(micro, groups), tokens=round(share * len(groups)), samples=(), metrics={}
         )
-        for units in chosen
+        for groups in chosen
     ]
 
 
-def positions(batch: Batch) -> int:
+def position_count(batch: Batch) -> int:
     """Positions that pass through the model: R·T, and U·K of shared prompts."""
     return batch.tokens.size + (0 if batch.prefix is None else batch.prefix.size)
 
 
-def _sequences(piece: Piece, units: Sequence[int]) -> list[int]:
+def _sequences(micro: MicroBatch, groups: Sequence[int]) -> list[int]:
     """In ascending order, so that of pairs all the chosen still come before all the rejected."""
-    return sorted(s for unit in units for s in piece.units[unit])
+    return sorted(s for group in groups for s in micro.groups[group])
 
 
-def _renumbered(piece: Piece, units: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    place = {s: i for i, s in enumerate(_sequences(piece, units))}
-    return tuple(tuple(place[s] for s in piece.units[unit]) for unit in units)
+def _renumbered(micro: MicroBatch, groups: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    place = {s: i for i, s in enumerate(_sequences(micro, groups))}
+    return tuple(tuple(place[s] for s in micro.groups[group]) for group in groups)
 
 
-def _rows(piece: Piece, units: Sequence[int]) -> list[int]:
+def _rows(micro: MicroBatch, groups: Sequence[int]) -> list[int]:
     """The rows of the units: a packed row is a unit, a shared prompt's rows lie together, else a row is a sequence."""
-    batch = piece.batch
+    batch = micro.batch
     if batch.segments is not None:
-        return list(units)
+        return list(groups)
     if batch.prefix is not None:
         each = batch.tokens.shape[0] // batch.prefix.shape[0]
-        return [unit * each + r for unit in units for r in range(each)]
-    return _sequences(piece, units)
+        return [group * each + r for group in groups for r in range(each)]
+    return _sequences(micro, groups)
 
 
-def _part(piece: Piece, units: Sequence[int]) -> Batch:
-    batch, rows, sequences = piece.batch, _rows(piece, units), _sequences(piece, units)
+def _part(micro: MicroBatch, groups: Sequence[int]) -> Batch:
+    batch, rows, sequences = micro.batch, _rows(micro, groups), _sequences(micro, groups)
     width, total = batch.tokens.shape[1], batch.sequences
     new_row = np.full(batch.tokens.shape[0], -1)
     new_row[rows] = np.arange(len(rows))
     new_sequence = np.full(total + 1, -1)
     new_sequence[sequences] = np.arange(len(sequences))
-    where, sequence = np.array(batch.where), np.array(batch.sequence)
+    positions, sequence = np.array(batch.positions), np.array(batch.sequence)
     kept = np.flatnonzero(new_sequence[sequence] >= 0)
-    filler = scored_size(len(kept), len(rows) * width) - len(kept)
+    filler = target_size(len(kept), len(rows) * width) - len(kept)
     columns: dict[str, mx.array | None] = {
         "tokens": batch.tokens[mx.array(rows)],
-        "where": _filled(new_row[where[kept] // width] * width + where[kept] % width, filler),
+        "positions": _filled(new_row[positions[kept] // width] * width + positions[kept] % width, filler),
         "sequence": _filled(new_sequence[sequence[kept]], filler, len(sequences)),
     }
     for name in ("targets", "prompt", "ref_logps", "old_logps"):
@@ -83,7 +83,7 @@ def _part(piece: Piece, units: Sequence[int]) -> Batch:
     columns["preference_score"] = _picked(batch.preference_score, [s for s in sequences if s < total // 2])
     columns["segments"] = _picked(batch.segments, rows)
     if batch.prefix is not None:
-        columns["prefix"], columns["prefix_lengths"] = _picked(batch.prefix, units), _picked(batch.prefix_lengths, units)
+        columns["prefix"], columns["prefix_lengths"] = _picked(batch.prefix, groups), _picked(batch.prefix_lengths, groups)
     return batch._replace(**columns)  # type: ignore[arg-type]
 
 
@@ -100,7 +100,7 @@ def _filled(values: np.ndarray, filler: int, value: int = 0) -> mx.array:
 
 
 @define
-class MicroBatches:
+class BatchDivider:
     """Divides what would exceed the limit.
 
     Attributes:
@@ -120,10 +120,10 @@ class MicroBatches:
     shapes: Signatures = field(factory=Signatures)
     _measuring: int = field(default=0, init=False)
 
-    def __call__(self, pieces: Sequence[Piece]) -> list[Piece]:
+    def __call__(self, micros: Sequence[MicroBatch]) -> list[MicroBatch]:
         """The pieces, those that would not fit divided."""
-        found = [part for piece in pieces for part in self._divided(piece)]
-        size = max(positions(piece.batch) for piece in found)
+        found = [part for micro in micros for part in self._divided(micro)]
+        size = max(position_count(micro.batch) for micro in found)
         self._measuring = size if size > self.largest else 0
         if self._measuring:
             self.peak = max(self.peak, mx.get_peak_memory())
@@ -147,18 +147,18 @@ class MicroBatches:
         else:
             self.cost = max(self.cost, taken)
 
-    def _divided(self, piece: Piece) -> list[Piece]:
-        parts = divided(piece, self._parts(piece))
+    def _divided(self, micro: MicroBatch) -> list[MicroBatch]:
+        parts = divided(micro, self._parts(micro))
         return parts if len(parts) == 1 else [part._replace(batch=self.shapes.fit(part.batch)) for part in parts]
 
-    def _parts(self, piece: Piece) -> int:
-        units = len(piece.units)
+    def _parts(self, micro: MicroBatch) -> int:
+        groups = len(micro.groups)
         if self.rows:
-            return -(-units // self.rows)
-        each = positions(piece.batch) / max(units, 1)
+            return -(-groups // self.rows)
+        each = position_count(micro.batch) / max(groups, 1)
         room = max(self.limit - mx.get_active_memory(), 0) / max(self.cost, 1e-9)
         fitting = max(int(max(room, self.largest) // each), 1)
-        return -(-units // fitting)
+        return -(-groups // fitting)
 
 
 def cost_of_position(model: nn.Module, *, recomputed: bool) -> float:

@@ -12,7 +12,7 @@ from ..errors import InputError
 
 Rate = float | Callable[[mx.array], mx.array]
 
-_OPTIMISERS: dict[str, Callable[..., optim.Optimizer]] = {
+_OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
     "adam": lambda rate, weight_decay, **more: optim.Adam(rate, bias_correction=True, **more),
     "adamw": lambda rate, **more: optim.AdamW(rate, bias_correction=True, **more),
     "sgd": optim.SGD,
@@ -26,10 +26,10 @@ _HYPERPARAMETERS = {
     "momentum": ("sgd", "muon"),
 }
 """Which optimisers have them; MLX's defaults stand where they are not given."""
-RAISED = "lora_b"
+LORAPLUS_GROUP = "lora_b"
 
 
-def make_optimiser(training: Training, steps: int) -> optim.Optimizer:
+def make_optimizer(training: Training, steps: int) -> optim.Optimizer:
     """The optimiser that `training` names, on its schedule over `steps`.
 
     Adam and AdamW are the published ones (Kingma & Ba, 2015; Loshchilov & Hutter, 2019), with bias correction. LoRA+ (Hayou et
@@ -44,20 +44,20 @@ def make_optimiser(training: Training, steps: int) -> optim.Optimizer:
     for name in given:
         if training.optimizer not in _HYPERPARAMETERS[name]:
             raise InputError(f"--{name} has no effect on {training.optimizer}; it belongs to {', '.join(_HYPERPARAMETERS[name])}")
-    make = partial(_OPTIMISERS[training.optimizer], weight_decay=training.weight_decay, **given)
+    make = partial(_OPTIMIZERS[training.optimizer], weight_decay=training.weight_decay, **given)
     rate, ratio = learning_rate(training, steps), training.loraplus_lr_ratio
     if ratio is None:
         return make(rate)
-    return optim.MultiOptimizer([make(rate), make(_times(rate, ratio))], [lambda path, _: not raised(path)])
+    return optim.MultiOptimizer([make(rate), make(_times(rate, ratio))], [lambda path, _: not in_loraplus_group(path)])
 
 
-def raised(path: str) -> bool:
+def in_loraplus_group(path: str) -> bool:
     """Whether LoRA+ raises the learning rate of a parameter: B, and DoRA's magnitudes, as in PEFT.
 
     >>> raised("layers.0.q_proj.lora_b"), raised("layers.0.q_proj.lora_a")
     (True, False)
     """
-    return path.rpartition(".")[2] in (RAISED, "m")
+    return path.rpartition(".")[2] in (LORAPLUS_GROUP, "m")
 
 
 def _times(rate: Rate, ratio: float) -> Rate:

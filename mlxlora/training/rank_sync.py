@@ -41,23 +41,23 @@ def check_ranks(ranks: Ranks, objective: Objective, examples: Iterable[Example])
         raise refused(f"{', '.join(names)}: this term compares the rows of a batch, which {ranks.size} ranks share; {remedy}")
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(example.tokens.tobytes() + b"|" + example.scored.tobytes())
+        digest.update(example.tokens.tobytes() + b"|" + example.loss_mask.tobytes())
     ranks.check_same("rows", digest.digest())
 
 
-def follow_first(ranks: Ranks, step: Step, optimiser: Any, progress: Progress) -> None:
+def broadcast(ranks: Ranks, step: Step, optimizer: Any, progress: Progress) -> None:
     """Every rank gets the weights, the optimiser and the progress of rank 0, which may have read a checkpoint."""
     if ranks.size == 1:
         return
-    model, state = step.trained.model, [step.trained.masters, optimiser.state]
+    model, state = step.trained.model, [step.trained.master_weights, optimizer.state]
     if ranks.sharded:  # slices are rank 0's already
-        plain = [name for name, array in stored_state(model, optimiser).items() if not isinstance(array, Sliced)]
-        state = tree_unflatten([(name, array) for name, array in tree_flatten(optimiser.state) if name in plain])
-        put_state(optimiser.state, ranks.from_first(state))
+        plain = [name for name, array in stored_state(model, optimizer).items() if not isinstance(array, Sliced)]
+        state = tree_unflatten([(name, array) for name, array in tree_flatten(optimizer.state) if name in plain])
+        put_state(optimizer.state, ranks.from_first(state))
     else:
         model.load_weights(list(ranks.from_first(own_arrays(model)).items()), strict=False)  # what PiSSA started from, too
         put_state(state, ranks.from_first(state))
-        step.trained.show()
+        step.trained.push()
     for name, value in ranks.told(asdict(progress, filter=lambda a, _: "array" not in a.metadata)).items():
         setattr(progress, name, value)
     progress.key = ranks.from_first(progress.key)
@@ -67,7 +67,7 @@ def follow_first(ranks: Ranks, step: Step, optimiser: Any, progress: Progress) -
 def restore(ranks: Ranks, model: nn.Module, directory: Path) -> None:
     """Every rank gets what rank 0 saved, in place of what is trained."""
     if ranks.sharded:
-        led(ranks, model, lambda: put_arrays(model, read_arrays(directory, lazy=True)))
+        on_rank0(ranks, model, lambda: put_arrays(model, read_arrays(directory, lazy=True)))
         return
     if ranks.leads:
         load_weights(model, directory)
@@ -75,7 +75,7 @@ def restore(ranks: Ranks, model: nn.Module, directory: Path) -> None:
         model.update(ranks.from_first(model.trainable_parameters()))
 
 
-def led(ranks: Ranks, model: nn.Module, work: Callable[[], T], optimiser: Any = None) -> T | None:
+def on_rank0(ranks: Ranks, model: nn.Module, work: Callable[[], T], optimizer: Any = None) -> T | None:
     """`work` at rank 0, which writes or reads files; where parameters are slices, the others give and take theirs meanwhile.
 
     Raises:
@@ -91,15 +91,15 @@ def led(ranks: Ranks, model: nn.Module, work: Callable[[], T], optimiser: Any = 
             if ranks.sharded:
                 ranks.told([_END, done])
     if ranks.sharded:
-        _serve(ranks, model, optimiser)
+        _serve(ranks, model, optimizer)
     return None
 
 
 _END = "end"
 
 
-def _serve(ranks: Ranks, model: nn.Module, optimiser: Any) -> None:
-    states = {} if optimiser is None else initial(model, optimiser)
+def _serve(ranks: Ranks, model: nn.Module, optimizer: Any) -> None:
+    states = {} if optimizer is None else initial(model, optimizer)
     places = [*stored(model, own_arrays(model)).values(), *states.values()]
     known = {place.key: place for place in places if isinstance(place, Sliced)}
     while (asked := ranks.told(None))[0] != _END:
@@ -112,7 +112,7 @@ def _serve(ranks: Ranks, model: nn.Module, optimiser: Any) -> None:
         raise LostError("rank 0 could not read or write its files")
 
 
-def mend(
+def repair(
     ranks: Ranks, model: nn.Module, directory: Path, best: float | None, save: Callable[[], None], warn: Callable[[str], object]
 ) -> None:
     """Writes the adapters of a run that has nothing left to train again, if they are missing or damaged.
@@ -138,7 +138,7 @@ def mend(
             remedy = f"take another from {directory / FOLDER}, or train again with --overwrite"
             raise refused(f"{problem}; the best adapters are in no checkpoint: {remedy}")
         restore(ranks, model, Path(found))
-    led(ranks, model, save)
+    on_rank0(ranks, model, save)
     warn(f"{problem}; written again from a checkpoint")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from attrs import evolve
 
 from ..adapters.prepare import disabled
-from ..data.batching import Make, Piece, collate
+from ..data.batching import Make, MicroBatch, collate
 from ..data.shape_buckets import Signatures
 from ..data.tokenize import Example
 from ..distributed.ranks import ALONE, Ranks
@@ -71,24 +71,24 @@ def _heard(known: Mapping[bytes, Logps], wanted: Mapping[bytes, Example], ranks:
     """What rank 0 knows of the wanted sequences."""
     if ranks.size == 1 or not wanted:
         return {}
-    ends = np.cumsum([int(e.scored.sum()) for e in wanted.values()])
+    ends = np.cumsum([int(e.loss_mask.sum()) for e in wanted.values()])
     own = np.concatenate([known[d] for d in wanted]) if ranks.leads else np.zeros(ends[-1], np.float32)
     return dict(zip(wanted, np.split(np.array(ranks.from_first(mx.array(own))), ends[:-1]), strict=True))
 
 
 def _together(examples: Sequence[Example], score: Scorer, batch_size: int, size: int, ranks: Ranks) -> list[Logps]:
     """`log_probabilities`, of which each rank computes its share."""
-    units = batched(range(len(examples)), size)
-    share = list(ranks.share(units))
-    idle = units[:1] * (-(-len(units) // ranks.size) - len(share)) if ranks.sharded else []  # all pass equally often
+    groups = batched(range(len(examples)), size)
+    share = list(ranks.share(groups))
+    idle = groups[:1] * (-(-len(groups) // ranks.size) - len(share)) if ranks.sharded else []  # all pass equally often
     with ranks.computing():
-        found_here = log_probabilities([examples[i] for unit in share + idle for i in unit], score, batch_size, size)
+        found_here = log_probabilities([examples[i] for group in share + idle for i in group], score, batch_size, size)
     own = found_here[: sum(map(len, share))]
     if ranks.size == 1:
         return own
-    numbers = [i for rank in range(ranks.size) for unit in units[rank :: ranks.size] for i in unit]
+    numbers = [i for rank in range(ranks.size) for group in groups[rank :: ranks.size] for i in group]
     flat = np.concatenate(ranks.gathered(np.concatenate([np.zeros(0, np.float32), *own])))
-    ends = np.cumsum([int(examples[i].scored.sum()) for i in numbers])
+    ends = np.cumsum([int(examples[i].loss_mask.sum()) for i in numbers])
     found = dict(zip(numbers, np.split(flat, ends[:-1]), strict=True))
     return [found[i] for i in range(len(examples))]
 
@@ -99,12 +99,12 @@ def referenced(make: Make, model: nn.Module, temperature: float) -> Make:
         score = scorer(model, temperature=temperature)
     run = mx.compile(partial(score, gradient=False))
 
-    def with_column(items: Sequence[Any], index: int) -> Piece:
-        piece = make(items, index)
+    def with_column(items: Sequence[Any], index: int) -> MicroBatch:
+        micro = make(items, index)
         with disabled(model), evaluating(model):
-            ref_logps = run(piece.batch)[0]
+            ref_logps = run(micro.batch)[0]
             mx.eval(ref_logps)
-        return piece._replace(batch=piece.batch._replace(ref_logps=ref_logps))
+        return micro._replace(batch=micro.batch._replace(ref_logps=ref_logps))
 
     return with_column
 
@@ -115,13 +115,13 @@ def log_probabilities(examples: Sequence[Example], score: Scorer, batch_size: in
     So many examples in a row as `together` says share a prompt.
     """
     run, shapes = mx.compile(partial(score, gradient=False)), Signatures()
-    units = sorted(batched(range(len(examples)), together), key=lambda unit: max(len(examples[i].tokens) for i in unit))
+    groups = sorted(batched(range(len(examples)), together), key=lambda group: max(len(examples[i].tokens) for i in group))
     found: dict[int, Logps] = {}
-    for batch in batched(units, max(batch_size // together, 1)):
-        some = [i for unit in batch for i in unit]
+    for batch in batched(groups, max(batch_size // together, 1)):
+        some = [i for group in batch for i in group]
         groups = list(batched(range(len(some)), together)) if together > 1 else ()
         logps = np.array(run(shapes.fit(collate([examples[i] for i in some], groups=groups)))[0])
-        ends = np.cumsum([int(examples[i].scored.sum()) for i in some])
+        ends = np.cumsum([int(examples[i].loss_mask.sum()) for i in some])
         found |= dict(zip(some, np.split(logps[: ends[-1]], ends[:-1]), strict=True))
     return [found[i] for i in range(len(examples))]
 
@@ -157,7 +157,7 @@ def _whole_groups(digests: Sequence[bytes], missing: Mapping[bytes, Example], si
 
 
 def _digest(example: Example) -> bytes:
-    return hashlib.sha256(example.tokens.tobytes() + b"|" + np.packbits(example.scored).tobytes()).digest()
+    return hashlib.sha256(example.tokens.tobytes() + b"|" + np.packbits(example.loss_mask).tobytes()).digest()
 
 
 def _trusted(cache: Path, wanted: dict[bytes, Example], score: Scorer, note: Note) -> dict[bytes, Logps]:

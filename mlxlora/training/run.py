@@ -16,7 +16,7 @@ from attrs import evolve, field, frozen
 from ..adapters.files import CONFIG, WEIGHTS, save
 from ..adapters.prepare import load_weights, prepare
 from ..config.options import AdapterOptions, Output, Training
-from ..data.batching import Make, Order, Piece, grouped, read_positions, spread, stream
+from ..data.batching import Make, MicroBatch, Order, grouped, read_positions, spread, stream
 from ..data.packing import packed
 from ..data.prefetch import prefetched
 from ..data.shape_buckets import capped
@@ -39,9 +39,9 @@ from ..utils.files import atomic_file
 from .checkpoint import Progress, checkpoints, load_checkpoint, newest, save_checkpoint
 from .evaluate import Evaluate, make_evaluate, mean_measures
 from .loop import Abandoned, Every, reported, train
-from .micro_batch import MicroBatches, cost_of_position
-from .optimizers import make_optimiser
-from .rank_sync import check_ranks, follow_first, led, mend, restore
+from .micro_batch import BatchDivider, cost_of_position
+from .optimizers import make_optimizer
+from .rank_sync import broadcast, check_ranks, on_rank0, repair, restore
 from .reference import referenced, with_reference
 from .run_folder import check_no_adapters, check_same, clean
 from .step import Step, entropy_of, make_step
@@ -89,7 +89,7 @@ class Run:
     reference: Callable[[Any], nn.Module] | None = None
     reference_cache: Path | None = None
     share: bool = False
-    micro: MicroBatches | None = None
+    micro: BatchDivider | None = None
     noise: float = 0.0
     extend: Callable[[Scorer, Any], Scorer] | None = None
     ranks: Ranks = field(factory=current_ranks)
@@ -124,16 +124,16 @@ def execute(run: Run) -> dict[str, Any]:
 
 
 def _execute(run: Run) -> dict[str, Any]:
-    run, optimiser, total = ready(run)
-    progress = led(run.ranks, run.model, lambda: _start(run, optimiser), optimiser) or Progress()
+    run, optimizer, total = ready(run)
+    progress = on_rank0(run.ranks, run.model, lambda: _start(run, optimizer), optimizer) or Progress()
     run.tell("start", run.config)
-    step, evaluate = compiled(run, optimiser)
-    follow_first(run.ranks, step, optimiser, progress)
+    step, evaluate = compiled(run, optimizer)
+    broadcast(run.ranks, step, optimizer, progress)
     if progress.step >= total or progress.stop:  # nothing is left to train
         best, warn = progress.best if run.output.keep_best else None, partial(run.tell, "note", warning=True)
-        mend(run.ranks, run.model, run.directory, best, partial(_save, run), warn)
+        repair(run.ranks, run.model, run.directory, best, partial(_save, run), warn)
     began = time.perf_counter()
-    _train(run, step, evaluate, optimiser, progress, total)
+    _train(run, step, evaluate, optimizer, progress, total)
     return _finish(run, step, evaluate, progress, time.perf_counter() - began)
 
 
@@ -169,13 +169,13 @@ def ready(run: Run, only: Mapping[str, Sequence[int]] | None = None) -> tuple[Ru
     if score.split is None:
         run.tell("note", "this model cannot be split into backbone and head: the logits of all tokens are computed", warning=True)
     total = total_steps(run.training, len(run.splits["train"].items), run.source.repeats)
-    return run, make_optimiser(run.training, total), total
+    return run, make_optimizer(run.training, total), total
 
 
-def compiled(run: Run, optimiser: Any) -> tuple[Step, Evaluate]:
+def compiled(run: Run, optimizer: Any) -> tuple[Step, Evaluate]:
     """The step and the validation of a run that is ready."""
     clip, ranks = run.training.max_grad_norm, run.ranks
-    step = make_step(run.model, optimiser, run.objective, score=run.score, max_grad_norm=clip, ranks=ranks)
+    step = make_step(run.model, optimizer, run.objective, score=run.score, max_grad_norm=clip, ranks=ranks)
     assert run.score is not None
     measures = partial(mean_measures, ranks=ranks)
     return step, measures if run.source.online else make_evaluate(run.model, run.objective, run.score, ranks)
@@ -186,10 +186,10 @@ def _recomputes(run: Run) -> bool:
     return run.training.grad_checkpoint or run.ranks.sharded
 
 
-def _micro(run: Run, limit: int) -> MicroBatches:
+def _micro(run: Run, limit: int) -> BatchDivider:
     training = run.training
     cost = cost_of_position(run.model, recomputed=_recomputes(run))
-    return MicroBatches(limit, cost, 0 if training.micro_batch == "auto" else int(training.micro_batch))
+    return BatchDivider(limit, cost, 0 if training.micro_batch == "auto" else int(training.micro_batch))
 
 
 def _saved_by_sharing(run: Run) -> float | None:
@@ -259,7 +259,7 @@ def _batches(training: Training, rows: int) -> int:
     return max(1, math.ceil(training.epochs * -(-rows // training.batch_size)))
 
 
-def _start(run: Run, optimiser: Any) -> Progress:
+def _start(run: Run, optimizer: Any) -> Progress:
     """A new run's progress, or that of the newest good checkpoint."""
     path, problems = newest(run.directory) if run.output.resume else (None, [])
     if problems and path is None:
@@ -275,7 +275,7 @@ def _start(run: Run, optimiser: Any) -> Progress:
         clean(run.directory, WEIGHTS, CONFIG)
         progress = Progress()
     else:
-        progress = load_checkpoint(path, run.model, optimiser)
+        progress = load_checkpoint(path, run.model, optimizer)
         for name in (METRICS, SAMPLES):
             truncate_after(run.directory / name, progress.step or -1)  # step 0 is validated again
         run.tell("note", f"resuming {path} after step {progress.step}")
@@ -285,7 +285,7 @@ def _start(run: Run, optimiser: Any) -> Progress:
     return progress
 
 
-def _train(run: Run, step: Step, evaluate: Evaluate, optimiser: Any, progress: Progress, total: int) -> None:
+def _train(run: Run, step: Step, evaluate: Evaluate, optimizer: Any, progress: Progress, total: int) -> None:
     run.tell("progress", progress.step, total)
     if progress.step == 0:
         _validate(run, evaluate, progress, first=True)
@@ -295,12 +295,12 @@ def _train(run: Run, step: Step, evaluate: Evaluate, optimiser: Any, progress: P
         stays, begun = run.output.keep_best and progress.best is not None, bool(checkpoints(run.directory))
         if begun and not stays:  # before the checkpoint: after the last one nothing is saved any more
             _save(run)
-        save_checkpoint(run.directory, run.model, optimiser, progress, run.adapter, keep=keep)
+        save_checkpoint(run.directory, run.model, optimizer, progress, run.adapter, keep=keep)
         if not (begun or stays):  # after the first one: adapters alone are nothing to go on from
             _save(run)
 
     def checkpoint(*_: Any) -> None:
-        led(run.ranks, run.model, write, optimiser)
+        on_rank0(run.ranks, run.model, write, optimizer)
 
     def rescue() -> None:
         checkpoint()
@@ -320,7 +320,9 @@ def _train(run: Run, step: Step, evaluate: Evaluate, optimiser: Any, progress: P
     )
     try:
         how: dict[str, Any] = {"repeats": multiple, "micro": run.micro, "ranks": run.ranks, "ahead": not _live(run)}
-        train(step, _pieces(run, progress.step), progress, total, hooks, **how, warn=partial(run.tell, "note", warning=True))
+        train(
+            step, _batches_of_steps(run, progress.step), progress, total, hooks, **how, warn=partial(run.tell, "note", warning=True)
+        )
     except Abandoned:
         raise
     except KeyboardInterrupt:
@@ -347,12 +349,12 @@ def _save(run: Run) -> None:
     save(run.model, run.directory, run.adapter, run.name, run.config.get("quantize"))
 
 
-def _pieces(run: Run, done: int) -> Iterator[tuple[Piece, ...]]:
+def _batches_of_steps(run: Run, done: int) -> Iterator[tuple[MicroBatch, ...]]:
     """The batches of each optimiser step after `done`."""
     items, accumulate = run.splits["train"].items, run.training.grad_accumulation_steps
     used = done // run.source.repeats * accumulate
-    pieces = stream(items, order(run, "train"), maker(run, validation=False), used)
-    steps = grouped(islice(pieces, max(_batches(run.training, len(items)) - used, 0)), accumulate)
+    micros = stream(items, order(run, "train"), maker(run, validation=False), used)
+    steps = grouped(islice(micros, max(_batches(run.training, len(items)) - used, 0)), accumulate)
     return steps if _live(run) else prefetched(steps)
 
 
@@ -432,16 +434,16 @@ def _scored(run: Run, name: str, used: Sequence[int], score: Scorer, together: i
         note=lambda text: run.tell("note", text),
         ranks=run.ranks,
     )
-    scored, items = iter(flat), list(split.items)
+    loss_mask, items = iter(flat), list(split.items)
     for row, group in zip(used, examples, strict=True):
-        items[row] = run.source.rebuild(items[row], tuple(islice(scored, len(group))))
+        items[row] = run.source.rebuild(items[row], tuple(islice(loss_mask, len(group))))
     return evolve(split, items=items)
 
 
 # --- hooks ------------------------------------------------------------------------------------
 
 
-def _report(run: Run, progress: Progress, pieces: Sequence[Piece] = ()) -> None:
+def _report(run: Run, progress: Progress, micros: Sequence[MicroBatch] = ()) -> None:
     """The means since the last report, and what the last batches have for a person to read."""
     seen = reported(progress)
     alone = seen.pop("training_tokens_per_second")
@@ -456,28 +458,28 @@ def _report(run: Run, progress: Progress, pieces: Sequence[Piece] = ()) -> None:
             **seen,
         },
     )
-    run.tell("samples", progress.step, [sample for piece in pieces for sample in piece.samples])
+    run.tell("samples", progress.step, [sample for micro in micros for sample in micro.samples])
 
 
 def _validate(run: Run, evaluate: Evaluate, progress: Progress, *, first: bool = False) -> None:
     """Pooled means of the validation split; keeps the best and counts how long ago it was."""
     if not (run.splits["valid"].items and run.output.val_batches):
         return
-    metrics = evaluate(split_pieces(run, "valid", run.output.val_batches))
+    metrics = evaluate(split_batches(run, "valid", run.output.val_batches))
     run.tell("record", {"step": progress.step, "split": "valid", **metrics})
     if first:
         return
     if math.isfinite(metrics["loss"]) and (progress.best is None or metrics["loss"] < progress.best):
         progress.best, progress.waited = metrics["loss"], 0
         if run.output.keep_best:
-            led(run.ranks, run.model, partial(_save, run))
+            on_rank0(run.ranks, run.model, partial(_save, run))
     else:
         progress.waited += 1
     if run.output.patience and progress.waited >= run.output.patience:
         progress.stop = f"no better validation loss in {progress.waited} validations"
 
 
-def split_pieces(run: Run, split: str, limit: int = -1) -> Iterator[Piece]:
+def split_batches(run: Run, split: str, limit: int = -1) -> Iterator[MicroBatch]:
     """The batches of a split other than train, once and in order; at most `limit` of them (-1 = all)."""
     rows = order(run, split)
     count = rows.per_epoch() if limit < 0 else min(limit, rows.per_epoch())
@@ -496,7 +498,7 @@ def _finish(run: Run, step: Step, evaluate: Evaluate, progress: Progress, second
     if run.output.test:
         if run.output.keep_best:
             restore(run.ranks, run.model, run.directory)
-        metrics = evaluate(split_pieces(run, "test"))
+        metrics = evaluate(split_batches(run, "test"))
         run.tell("record", {"step": progress.step, "split": "test", **metrics})
         results |= {f"test {name}": round(metrics[name], 4) for name in ("loss", "perplexity") if name in metrics}
     results["adapters"] = str(run.directory)

@@ -118,7 +118,7 @@ def introduce(run: Run) -> None:
     first = run.source.examples(run.splits["train"].items[0])[0]
     for reporter in run.reporters:
         if isinstance(reporter, Terminal):
-            reporter.example(first.tokens.tolist(), first.scored.tolist(), run.tokenizer.decode)
+            reporter.example(first.tokens.tolist(), first.loss_mask.tolist(), run.tokenizer.decode)
 
 
 def _count(run: Run, name: str, split: Split) -> None:
@@ -142,7 +142,7 @@ def _plain(run: Run) -> bool:
 _WHOLE = ("adafactor", "muon")
 
 
-def check_options(training: Training, adapter: AdapterOptions, *, online: bool, taught: bool) -> None:
+def check_options(training: Training, adapter: AdapterOptions, *, online: bool, with_teacher: bool) -> None:
     """Checks that what --fully-shard is asked to train can be trained in slices.
 
     Raises:
@@ -158,7 +158,7 @@ def check_options(training: Training, adapter: AdapterOptions, *, online: bool, 
         "--qat rounds whole matrices; leave one of the two out": adapter.qat is not None,
         "--resume-adapter-file: make a model with `mlxlora fuse` and name it with --model": bool(adapter.resume_adapter_file),
         "a rank samples at its own pace, with a whole model; use sft, dpo, cpo, orpo or kto, or leave the flag out": online,
-        "a teacher is whole on every rank; use sft on its answers, or leave the flag out": taught,
+        "a teacher is whole on every rank; use sft on its answers, or leave the flag out": with_teacher,
     }
     for problem in (text for text, holds in refused.items() if holds):
         raise InputError(f"--fully-shard: {problem}")

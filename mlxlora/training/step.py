@@ -57,11 +57,11 @@ class Step:
 
     def begin(self, *batches: Batch, idle: Batch | None = None) -> Metrics:
         """The same, not waited for: the model already has the new weights, which are yet to be computed, as are the metrics."""
-        self.trained.follow()
-        metrics = self.whole(batches[0]) if len(batches) == 1 and self.ranks.size == 1 else self._pieces(batches, idle)
+        self.trained.pull()
+        metrics = self.whole(batches[0]) if len(batches) == 1 and self.ranks.size == 1 else self._batches_of_steps(batches, idle)
         with self.ranks.computing():
-            mx.async_eval(self.trained.masters, metrics)
-            self.trained.show()  # while the device works
+            mx.async_eval(self.trained.master_weights, metrics)
+            self.trained.push()  # while the device works
             mx.async_eval(self.state)
         return metrics
 
@@ -75,7 +75,7 @@ class Step:
         """The step, with metrics as numbers."""
         return self.ended(self.begin(*batches, idle=idle))
 
-    def _pieces(self, batches: Sequence[Batch], idle: Batch | None) -> Metrics:
+    def _batches_of_steps(self, batches: Sequence[Batch], idle: Batch | None) -> Metrics:
         with self.ranks.chance():
             counts = self.ranks.summed(reduce(_add, map(self.objective.counts, batches)) if batches else self._zeros())
             total = None
@@ -104,7 +104,7 @@ class Step:
 
     def _nothing(self) -> tuple[Any, Metrics]:
         """Gradient and metrics of a rank without batches."""
-        return tree_map(mx.zeros_like, self.trained.masters), {"loss": mx.array(0.0), **self._zeros()}
+        return tree_map(mx.zeros_like, self.trained.master_weights), {"loss": mx.array(0.0), **self._zeros()}
 
 
 def make_step(
@@ -132,7 +132,7 @@ def make_step(
     """
     score = score or scorer(model, entropy=entropy_of(objective))
     trained = Trained(model, optimizer)
-    state = [model.state, optimizer.state, mx.random.state, trained.masters]
+    state = [model.state, optimizer.state, mx.random.state, trained.master_weights]
     compiled = partial(mx.compile, inputs=state, outputs=state)
     cast = compute_cast(model)
 
@@ -143,17 +143,17 @@ def make_step(
             model.update(parameters)
             return objective(*score(batch), counts)
 
-        with computing(model, trained.unpack(cast(trained.masters))) as parameters:
+        with computing(model, trained.unpack(cast(trained.master_weights))) as parameters:
             (_, metrics), grads = mx.value_and_grad(loss)(parameters)
-        return tree_map(lambda g, p: g.astype(p.dtype), trained.pack(grads), trained.masters), metrics
+        return tree_map(lambda g, p: g.astype(p.dtype), trained.pack(grads), trained.master_weights), metrics
 
     def apply(grads: Any, metrics: Metrics) -> Metrics:
         grads, norm = _clipped(grads, max_grad_norm, ranks)
-        before = tree_map(lambda leaf: leaf, [trained.masters, optimizer.state])  # new containers
-        masters = optimizer.apply_gradients(grads, trained.masters)
-        good = mx.isfinite(metrics["loss"]) & mx.isfinite(norm) & (ranks.pooled(_broken(masters, before[0]), norm) == 0)
-        now = tree_map(partial(mx.where, good), [masters, optimizer.state], before)
-        put_state([trained.masters, optimizer.state], now)
+        before = tree_map(lambda leaf: leaf, [trained.master_weights, optimizer.state])  # new containers
+        master_weights = optimizer.apply_gradients(grads, trained.master_weights)
+        good = mx.isfinite(metrics["loss"]) & mx.isfinite(norm) & (ranks.pooled(_broken(master_weights, before[0]), norm) == 0)
+        now = tree_map(partial(mx.where, good), [master_weights, optimizer.state], before)
+        put_state([trained.master_weights, optimizer.state], now)
         return {**metrics, "grad_norm": norm, "learning_rate": optimizer.learning_rate, "skipped": ~good}
 
     @compiled
@@ -166,7 +166,7 @@ def make_step(
 
 def entropy_of(objective: Objective) -> bool | None:
     """What a scorer has to know about entropies: None = not needed, False = watched, True = optimised."""
-    return "entropy" in objective.optimises if "entropy" in objective.needs else None
+    return "entropy" in objective.optimizes if "entropy" in objective.needs else None
 
 
 def _clipped(grads: Any, max_grad_norm: float, ranks: Ranks) -> tuple[Any, mx.array]:

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..distributed.sharded_files import Sliced
 from ..distributed.sharding import is_sharded, length, nbytes, shape_of
-from .optimizers import RAISED, put_state, raised
+from .optimizers import LORAPLUS_GROUP, in_loraplus_group, put_state
 
 Tree = Any
 
@@ -90,7 +90,7 @@ def layout(optimizer: optim.Optimizer, model: nn.Module) -> Vector | Separate:
     kinds = {type(each) for each in (optimizer.optimizers if several else (optimizer,))}  # type: ignore[attr-defined]
     if not kinds <= set(ELEMENTWISE) or len({array.dtype for _, array in flat}) > 1 or not small:
         return Separate()
-    return Vector({name: (RAISED if several and raised(name) else _NAME, array.shape) for name, array in flat})
+    return Vector({name: (LORAPLUS_GROUP if several and in_loraplus_group(name) else _NAME, array.shape) for name, array in flat})
 
 
 @define(eq=False)
@@ -105,7 +105,7 @@ class Trained:
 
     model: nn.Module
     optimizer: optim.Optimizer
-    masters: Tree = field(init=False)
+    master_weights: Tree = field(init=False)
     _layout: Vector | Separate = field(init=False)
     _places: list[tuple[Any, Any]] = field(init=False)
     _shown: list[mx.array] = field(init=False)
@@ -113,10 +113,10 @@ class Trained:
     def __attrs_post_init__(self) -> None:
         parameters = self.model.trainable_parameters()
         self._layout = layout(self.optimizer, self.model)
-        self.masters = self._layout.pack(parameters)
+        self.master_weights = self._layout.pack(parameters)
         self._places = [_place(self.model, name) for name, _ in tree_flatten(parameters)]
         self._shown = _leaves(parameters)
-        self.optimizer.init(self.masters)
+        self.optimizer.init(self.master_weights)
 
     def pack(self, tree: Tree) -> Tree:
         """Arrays in the layout of the masters."""
@@ -126,16 +126,16 @@ class Trained:
         """Arrays in the layout of the model."""
         return self._layout.unpack(packed)
 
-    def show(self) -> None:
+    def push(self) -> None:
         """Puts the masters into the model."""
-        self._shown = self._layout.views(self.masters)
+        self._shown = self._layout.views(self.master_weights)
         for (container, key), array in zip(self._places, self._shown, strict=True):
             container[key] = array
 
-    def follow(self) -> None:
+    def pull(self) -> None:
         """Takes parameters that were put into the model since then, such as loaded weights, as the masters."""
         if any(container[key] is not array for (container, key), array in zip(self._places, self._shown, strict=True)):
-            put_state(self.masters, self.pack(self.model.trainable_parameters()))
+            put_state(self.master_weights, self.pack(self.model.trainable_parameters()))
 
 
 def stored_state(model: nn.Module, optimizer: optim.Optimizer) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from attrs import evolve
 
 from ..batch import Batch
 from ..config.options import RowOptions
-from ..data.batching import Make, Piece, collate, completion_tokens, singles, spread, token_count
-from ..data.labelled import Judged, _flat, judged_row, with_mismatched
+from ..data.batching import Make, MicroBatch, collate, completion_tokens, singles, spread, token_count
+from ..data.labeled import Judged, _flat, judged_row, with_mismatched
 from ..data.shape_buckets import Signatures
 from ..data.sources import Context, Source
 from ..data.tokenize import Example
@@ -32,7 +32,7 @@ def unpaired(data: str | RowOptions, *, reference_point: bool = True, **options:
     data = RowOptions(data=data, **options) if isinstance(data, str) else evolve(data, **options)
 
     def make(context: Context) -> Make:
-        return _measured(context.model, context.ranks) if reference_point else lambda items, _: _piece(items)
+        return _measured(context.model, context.ranks) if reference_point else lambda items, _: _micro(items)
 
     def examples(item: Judged) -> tuple[Example, ...]:
         return (item.example,) if item.mismatched is None else (item.example, item.mismatched)
@@ -44,15 +44,15 @@ def unpaired(data: str | RowOptions, *, reference_point: bool = True, **options:
     return Source(data, partial(judged_row, data=data), make, examples, rebuild, arrange=arrange, live=reference_point)
 
 
-def _piece(items: Sequence[Judged]) -> Piece:
+def _micro(items: Sequence[Judged]) -> MicroBatch:
     examples = [item.example for item in items]
     batch = collate(examples, label=mx.array([item.label for item in items]))
-    return Piece(batch, token_count(examples), tuple(e.where for e in examples), units=singles(len(examples)))
+    return MicroBatch(batch, token_count(examples), tuple(e.location for e in examples), groups=singles(len(examples)))
 
 
 def _measured(model: nn.Module, ranks: Ranks) -> Make:
     """Pieces with `reference_point`, which all ranks measure together, with the model as it then is."""
-    score, state, own, shapes = scorer(model), [model.state], spread(lambda items, _: _piece(items), ranks), Signatures()
+    score, state, own, shapes = scorer(model), [model.state], spread(lambda items, _: _micro(items), ranks), Signatures()
 
     @partial(mx.compile, inputs=state, outputs=state)
     def logps(batch: Batch) -> mx.array:
@@ -65,14 +65,14 @@ def _measured(model: nn.Module, ranks: Ranks) -> Make:
             policy = np.array(logps(shapes.fit(collate(examples))))
         return sum_log_ratio(policy, examples)
 
-    def with_point(items: Sequence[Judged], index: int) -> Piece:
-        piece = own(items, index)
+    def with_point(items: Sequence[Judged], index: int) -> MicroBatch:
+        micro = own(items, index)
         examples = [item.mismatched for item in ranks.share(items) if item.mismatched is not None]
         if ranks.sharded and not examples:
             divergence([item.mismatched for item in items[:1] if item.mismatched is not None])  # helps the others gathering
         total, count = ranks.totals(divergence(examples), len(examples))
-        column = mx.full((piece.batch.sequences,), max(total / count, 0.0), mx.float32)
-        return piece._replace(batch=piece.batch._replace(reference_point=column))
+        column = mx.full((micro.batch.sequences,), max(total / count, 0.0), mx.float32)
+        return micro._replace(batch=micro.batch._replace(reference_point=column))
 
     return with_point
 

@@ -61,13 +61,15 @@ def check_config(
     for name, value in asked.items():
         flag = "--" + name.replace("_", "-")
         flag = flag if value is True else f"{flag} {value}"
-        where = f"{file}:{lines[name]}: {name}" if name in lines else f"{file}: {name}"
+        location = f"{file}:{lines[name]}: {name}" if name in lines else f"{file}: {name}"
         if name in CODE | SENDS:
             told = "runs code" if name in CODE else "uploads"
             kept = "that a run stored" if stored else "beside a model or adapters"
-            raise InputError(f"{where} {told}, which a configuration {kept} may not; add {flag} to the command line to allow it")
+            raise InputError(f"{location} {told}, which a configuration {kept} may not; add {flag} to the command line to allow it")
         if not inside(str(value), folder, Path()):
-            raise InputError(f"{where} {value} leads out of {folder}, where this configuration came from; add {flag} to allow it")
+            raise InputError(
+                f"{location} {value} leads out of {folder}, where this configuration came from; add {flag} to allow it"
+            )
 
 
 def inside(path: str | Path, folder: Path, start: Path | None = None) -> bool:

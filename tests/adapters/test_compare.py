@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx_lm import generate
-from tests.support.tiny import dense, experts, quantised, same, shaken, snapshot
+from tests.support.tiny import dense, experts, quantized, same, shaken, snapshot
 
 from mlxlora import starter
 from mlxlora.adapters.compare import compare
@@ -21,7 +21,7 @@ from mlxlora.errors import InputError
 TOKENS = mx.array([[5, 3, 9, 1, 7, 2]])
 KINDS = {
     "lora": (dense, {}),
-    "lora on four bits": (quantised, {}),
+    "lora on four bits": (quantized, {}),
     "lora on experts": (experts, {}),
     "dora": (dense, {"train_type": "dora"}),
     "full": (dense, {"train_type": "full"}),

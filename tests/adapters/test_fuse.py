@@ -9,7 +9,7 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm import load as load_with_mlx_lm
-from tests.support.tiny import LLAMA, byte_tokenizer, dense, experts, quantised, same, shaken, tied
+from tests.support.tiny import LLAMA, byte_tokenizer, dense, experts, quantized, same, shaken, tied
 
 from mlxlora.adapters.files import save
 from mlxlora.adapters.fuse import Rounding, fuse, merged, warning
@@ -23,9 +23,9 @@ KINDS = {
     "lora": (dense, {}),
     "lora on an embedding that is also the head": (tied, {"lora_keys": ("model.embed_tokens",)}),
     "lora on experts": (experts, {}),
-    "lora on four bits": (quantised, {}),
+    "lora on four bits": (quantized, {}),
     "dora": (dense, {"train_type": "dora"}),
-    "dora on four bits": (quantised, {"train_type": "dora"}),
+    "dora on four bits": (quantized, {"train_type": "dora"}),
 }
 
 
@@ -47,7 +47,7 @@ def test_same_logits(make: Any, changes: dict[str, Any]) -> None:
 def test_weights_keep_their_type(kind: str) -> None:
     model = dense()
     model.update(tree_map(lambda weight: weight.astype(mx.bfloat16), model.parameters()))
-    for make in (lambda: model, lambda: quantised(lambda: model)):
+    for make in (lambda: model, lambda: quantized(lambda: model)):
         whole, *_ = merged(shaken(prepare(make(), options(train_type=kind))), {})
         assert {weight.dtype for _, weight in tree_flatten(whole.parameters())} <= {mx.bfloat16, mx.uint32}
 
@@ -82,7 +82,7 @@ def test_small_updates_vanish_in_the_steps(bits: int, small: float, large: float
     assert abs(left.kept - 1) < 0.1 and left.noise < 0.6 and warning(left) == ""
 
 
-def test_quantising_what_was_not_quantised_keeps_updates() -> None:
+def test_quantizing_what_was_not_quantized_keeps_updates() -> None:
     """Weights off the grid round by chance, up as often as an update asks for it."""
     model = scaled(shaken(prepare(dense(), options())), 0.1)
     _, config, rounding = merged(model, {}, quantize="4")
@@ -135,7 +135,7 @@ def test_a_folder_that_mlx_lm_loads(mlxlora: Any, base: Path, adapters: Path, tm
     assert [path.name for path in (tmp_path / "gguf").iterdir()] == ["model.gguf"]
 
 
-def test_quantised_bases(mlxlora: Any, base: Path, adapters: Path, tmp_path: Path) -> None:
+def test_quantized_bases(mlxlora: Any, base: Path, adapters: Path, tmp_path: Path) -> None:
     def fused(model: Path, name: str, *more: object) -> Any:
         return mlxlora("fuse", "--model", model, "--adapter-path", adapters, "--save-path", tmp_path / name, *more)
 
@@ -158,9 +158,9 @@ def test_quantised_bases(mlxlora: Any, base: Path, adapters: Path, tmp_path: Pat
 
 def test_mistakes(base: Path, adapters: Path, tmp_path: Path) -> None:
     def refused(*arguments: Any, **named: Any) -> str:
-        with pytest.raises(InputError) as raised:
+        with pytest.raises(InputError) as in_loraplus_group:
             fuse(ModelOptions(model=str(base)), *arguments, **named)
-        return str(raised.value)
+        return str(in_loraplus_group.value)
 
     assert "exclude each other" in refused(str(adapters), tmp_path / "x", dequantize=True, quantize="4")
     assert "--quantize must be one of 2, 3" in refused(str(adapters), tmp_path / "x", quantize="5.5")

@@ -99,10 +99,10 @@ ERRORS: dict[str, Any] = {
 
 @pytest.mark.parametrize(("error", "kind", "message"), ERRORS.values(), ids=ERRORS.keys())
 def test_errors(error: Exception, kind: type[Exception], message: str) -> None:
-    with pytest.raises(kind) as raised:
+    with pytest.raises(kind) as in_loraplus_group:
         connect("me/adapters", Hub(error))
-    assert str(raised.value).startswith("--push-to-hub me/adapters: ") and message in str(raised.value)
-    assert "\n" not in str(raised.value)
+    assert str(in_loraplus_group.value).startswith("--push-to-hub me/adapters: ") and message in str(in_loraplus_group.value)
+    assert "\n" not in str(in_loraplus_group.value)
 
 
 def test_nothing_to_upload(tmp_path: Path) -> None:

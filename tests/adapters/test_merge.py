@@ -88,9 +88,9 @@ def test_mistakes(tmp_path: Path) -> None:
     one = folder(tmp_path / "one", dense, 1, **ONE)
 
     def refused(*others: Path, **named: Any) -> str:
-        with pytest.raises(InputError, match=r"^[^\n]*$") as raised:
+        with pytest.raises(InputError, match=r"^[^\n]*$") as in_loraplus_group:
             merge([one, *others], tmp_path / "sum", **named)
-        return str(raised.value)
+        return str(in_loraplus_group.value)
 
     assert "two adapters or more and one weight each, got 1 and 1 weights" in refused()
     assert "got 2 and 1 weights" in refused(one, weights=[1.0])

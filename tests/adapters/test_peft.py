@@ -162,13 +162,13 @@ def test_we_read_pefts(more: dict[str, Any], bases: dict[str, Path], tmp_path: P
 
 def refused(call: Any, *arguments: Any, **named: Any) -> str:
     """The one line that a mistake is."""
-    with pytest.raises(InputError) as raised:
+    with pytest.raises(InputError) as in_loraplus_group:
         call(*arguments, **named)
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
+    assert "\n" not in str(in_loraplus_group.value)
+    return str(in_loraplus_group.value)
 
 
-def test_quantised_bases(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_quantized_bases(bases: dict[str, Path], tmp_path: Path) -> None:
     base, small = model_of(bases["llama"]), tmp_path / "small"
     fuse(base, str(trained(bases["llama"], tmp_path / "any")), small, quantize="4")
     adapters = trained(small, tmp_path / "adapters", train_type="dora")

@@ -9,7 +9,7 @@ import orjson
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import load_adapters
-from tests.support.tiny import dense, experts, quantised, same, shaken, snapshot, tied
+from tests.support.tiny import dense, experts, quantized, same, shaken, snapshot, tied
 
 from mlxlora.adapters.files import mismatches, read_arrays, read_config, save
 from mlxlora.adapters.prepare import load_weights, prepare
@@ -21,7 +21,7 @@ KINDS = {
     "lora": (dense, {}),
     "lora of the last block": (dense, {"num_layers": 1}),
     "lora of some modules": (dense, {"lora_keys": ("self_attn.q_proj", "lm_head")}),
-    "lora on four bits": (lambda: quantised(dense), {}),
+    "lora on four bits": (lambda: quantized(dense), {}),
     "lora on experts": (experts, {}),
     "lora on an embedding": (tied, {"lora_keys": ("model.embed_tokens",)}),
     "dora": (dense, {"train_type": "dora"}),
@@ -94,7 +94,7 @@ MISTAKES = {
     "a module that mlx-lm cannot adapt": (dense, {"lora_keys": ("mlp",)}, "name other modules with --lora-keys"),
     "dora on experts": (experts, {"train_type": "dora"}, "--train-type dora: "),
     "quantised weights in full": (
-        lambda: quantised(dense),
+        lambda: quantized(dense),
         {"train_type": "full"},
         "--train-type full cannot train quantised weights",
     ),
@@ -103,9 +103,9 @@ MISTAKES = {
 
 @pytest.mark.parametrize(("make", "changes", "message"), MISTAKES.values(), ids=MISTAKES.keys())
 def test_mistakes_are_one_line(make: Any, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError) as raised:
+    with pytest.raises(InputError) as in_loraplus_group:
         prepare(make(), options(**changes))
-    assert message in str(raised.value) and "\n" not in str(raised.value)
+    assert message in str(in_loraplus_group.value) and "\n" not in str(in_loraplus_group.value)
 
 
 def test_an_unknown_module_lists_those_there_are() -> None:
@@ -124,9 +124,9 @@ def test_a_last_name_stands_for_its_paths(tmp_path: Path) -> None:
 
 def test_the_first_mismatches_are_in_one_message(tmp_path: Path) -> None:
     save(prepare(dense(), options(rank=2, lora_keys=("mlp.up_proj", "mlp.gate_proj"))), tmp_path, options())
-    with pytest.raises(InputError) as raised:
+    with pytest.raises(InputError) as in_loraplus_group:
         load_weights(prepare(dense(), options(lora_keys=("mlp.up_proj", "mlp.down_proj"))), tmp_path)
-    message = str(raised.value)
+    message = str(in_loraplus_group.value)
     assert "up_proj.lora_a has shape [64, 2], not [64, 4]" in message
     assert message.startswith(str(tmp_path)) and message.count("; ") == 2
     assert message.endswith(" and 9 more") and "\n" not in message

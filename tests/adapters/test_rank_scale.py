@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.utils import load_adapters
-from tests.support.tiny import dense, distance, example, experts, loss_and_gradient, quantised, same, shaken, snapshot, tied
+from tests.support.tiny import dense, distance, example, experts, loss_and_gradient, quantized, same, shaken, snapshot, tied
 
 from mlxlora.adapters.files import own_arrays, read_config, save
 from mlxlora.adapters.lora import adapted, rank_of
@@ -26,7 +26,7 @@ from mlxlora.models.logprobs import scorer, token_logps
 from mlxlora.models.modes import evaluating
 from mlxlora.objectives.supervised import sft
 from mlxlora.training.checkpoint import Progress, load_checkpoint, save_checkpoint
-from mlxlora.training.optimizers import make_optimiser
+from mlxlora.training.optimizers import make_optimizer
 from mlxlora.training.step import make_step
 
 TOKENS = mx.array([[5, 3, 9, 1, 7, 2]])
@@ -37,15 +37,15 @@ KINDS: dict[str, Any] = {
     "patterns": (dense, PATTERNS),
     "patterns, rank-stabilised": (dense, PATTERNS | {"rslora": True}),
     "patterns, dora": (dense, PATTERNS | {"train_type": "dora"}),
-    "patterns on four bits": (quantised, PATTERNS),
+    "patterns on four bits": (quantized, PATTERNS),
     "patterns on experts": (experts, {"rank_pattern": ("gate_proj=6", "q_proj=2")}),
     "embedding and head": (dense, {"lora_keys": EVERYWHERE, "rank_pattern": ("embed_tokens=2", "lm_head=6")}),
     "embedding and head, dora": (dense, {"lora_keys": EVERYWHERE, "train_type": "dora"}),
     "embedding that is the head, dora": (tied, {"lora_keys": ("embed_tokens",), "train_type": "dora"}),
-    "embedding and head on four bits": (quantised, {"lora_keys": EVERYWHERE}),
+    "embedding and head on four bits": (quantized, {"lora_keys": EVERYWHERE}),
     "components": (dense, {"init_lora_weights": "pissa"}),
     "components, patterns": (dense, PATTERNS | {"init_lora_weights": "pissa"}),
-    "components of four bits": (quantised, {"init_lora_weights": "pissa_niter_4"}),
+    "components of four bits": (quantized, {"init_lora_weights": "pissa_niter_4"}),
     "components of the head": (dense, {"init_lora_weights": "pissa", "lora_keys": ("lm_head", "q_proj")}),
 }
 each_kind = pytest.mark.parametrize(("make", "changes"), KINDS.values(), ids=KINDS.keys())
@@ -84,11 +84,11 @@ def test_a_fresh_adapter_changes_nothing(make: Any, changes: dict[str, Any]) -> 
 def test_a_stopped_run_goes_on_exactly(make: Any, changes: dict[str, Any], tmp_path: Path, eager: None) -> None:
     training, chosen = Training(learning_rate=1e-3), options(**changes)
     batches = [collate([example(4 * k + i) for i in range(4)]) for k in range(2)]
-    model, optimiser = prepare(make(), chosen).train(), make_optimiser(training, 5)
-    step = make_step(model, optimiser, sft())
+    model, optimizer = prepare(make(), chosen).train(), make_optimizer(training, 5)
+    step = make_step(model, optimizer, sft())
     step(batches[0])
-    path = save_checkpoint(tmp_path, model, optimiser, Progress(step=1), chosen)
-    other, again = prepare(make(), chosen).train(), make_optimiser(training, 5)
+    path = save_checkpoint(tmp_path, model, optimizer, Progress(step=1), chosen)
+    other, again = prepare(make(), chosen).train(), make_optimizer(training, 5)
     load_checkpoint(path, other, again)
     assert same(snapshot(own_arrays(other)), snapshot(own_arrays(model)))
     step(batches[1])
@@ -173,7 +173,7 @@ def test_components_train_as_published(eager: None) -> None:
         theirs = adapted(plain)[path]
         theirs.lora_a, theirs.lora_b = module.lora_a, module.lora_b
         theirs.linear.weight = theirs.linear.weight - (3.0 * (module.lora_a @ module.lora_b)).T
-    taken = [make_step(model, make_optimiser(Training(learning_rate=1e-3), 3), sft()) for model in (ours, plain)]
+    taken = [make_step(model, make_optimizer(Training(learning_rate=1e-3), 3), sft()) for model in (ours, plain)]
     for batch in batches:
         a, b = (step.measured(batch) for step in taken)
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
@@ -208,9 +208,9 @@ MISTAKES = {
 
 @pytest.mark.parametrize(("changes", "message"), MISTAKES.values(), ids=MISTAKES.keys())
 def test_mistakes_are_one_line(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError) as raised:
+    with pytest.raises(InputError) as in_loraplus_group:
         prepare(dense(), options(**changes))
-    assert message in str(raised.value) and "\n" not in str(raised.value)
+    assert message in str(in_loraplus_group.value) and "\n" not in str(in_loraplus_group.value)
 
 
 @pytest.mark.parametrize(
@@ -224,9 +224,9 @@ def test_mistakes_are_one_line(changes: dict[str, Any], message: str) -> None:
     ],
 )
 def test_values(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=r"^[^\n]*$") as raised:
+    with pytest.raises(InputError, match=r"^[^\n]*$") as in_loraplus_group:
         options(**changes)
-    assert str(raised.value).startswith(message)
+    assert str(in_loraplus_group.value).startswith(message)
 
 
 class Own(nn.Linear):
@@ -255,7 +255,7 @@ def test_a_tied_head() -> None:
     ("make", "changes", "message"),
     [
         (experts, {}, r"mlx-lm has none for .*mlp\.switch_mlp\.gate_proj.* \(experts\); name the others, --lora-keys .*q_proj"),
-        (quantised, {"lora_keys": ("embed_tokens",)}, r"model\.embed_tokens \(quantised embedding\); use --train-type lora"),
+        (quantized, {"lora_keys": ("embed_tokens",)}, r"model\.embed_tokens \(quantised embedding\); use --train-type lora"),
     ],
 )
 def test_where_there_is_no_dora(make: Any, changes: dict[str, Any], message: str) -> None:

@@ -1,6 +1,6 @@
 """Switching from mlx-lm and mlx-lm-lora: their files run unchanged, and every key and flag of theirs has its place here.
 
-`python tests/test_switch.py` writes the tables of docs/ anew.
+`python tests/config/test_mlx_lm_compat.py` writes the tables of docs/ anew.
 """
 
 import json
@@ -19,7 +19,6 @@ from mlxlora.config import config_file as settings
 from mlxlora.config import mlx_lm_compat as peers
 from mlxlora.config.options import (
     AdapterOptions,
-    ContestSampling,
     CPOOptions,
     DataOptions,
     DPOOptions,
@@ -29,6 +28,7 @@ from mlxlora.config.options import (
     ORPOOptions,
     Output,
     PairData,
+    PairSampling,
     PromptData,
     RewardOptions,
     SamplingOptions,
@@ -36,7 +36,7 @@ from mlxlora.config.options import (
     Training,
 )
 from mlxlora.errors import InputError
-from mlxlora.training.optimizers import learning_rate, make_optimiser
+from mlxlora.training.optimizers import learning_rate, make_optimizer
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -49,7 +49,7 @@ GROUPS = {
     "orpo": (*PAIRS, ORPOOptions),
     "cpo": (*PAIRS, CPOOptions),
     "grpo": (ModelOptions, AdapterOptions, PromptData, Training, Output, SamplingOptions, RewardOptions, GRPOOptions),
-    "online-dpo": (ModelOptions, AdapterOptions, PromptData, Training, Output, ContestSampling, RewardOptions, OnlineDPOOptions),
+    "online-dpo": (ModelOptions, AdapterOptions, PromptData, Training, Output, PairSampling, RewardOptions, OnlineDPOOptions),
 }
 LORA = yaml.safe_load((DATA / "mlx_lm_lora.yaml").read_text(encoding="utf-8"))
 
@@ -88,11 +88,11 @@ def test_every_key_and_flag_has_its_place(peer):
 
 @pytest.mark.parametrize("peer", peers.PEERS, ids=lambda peer: peer.name)
 def test_the_documentation_shows_the_table(peer):
-    assert table(peer) in PAGES[peer.name].read_text(encoding="utf-8"), "run `python tests/test_switch.py`"
+    assert table(peer) in PAGES[peer.name].read_text(encoding="utf-8"), "run `python tests/config/test_mlx_lm_compat.py`"
 
 
 def test_the_readme_has_every_key_and_flag_of_both():
-    assert both() in README.read_text(encoding="utf-8"), "run `python tests/test_switch.py`"
+    assert both() in README.read_text(encoding="utf-8"), "run `python tests/config/test_mlx_lm_compat.py`"
     cells = [row.strip("| ").split(" | ") for row in both().splitlines()[2:]]
     for peer in peers.PEERS:
         own = [name for names, of, *_ in cells if of in ("both", peer.name) for name in names.split(", ")]
@@ -293,10 +293,10 @@ def test_schedules_take_the_whole_run(shape, expected):
         ({}, {"betas": [0.9, 0.999], "eps": 1e-8}),
     ],
 )
-def test_hyperparameters_reach_the_optimiser(options, expected):
-    optimiser = make_optimiser(Training(**options), 10)
-    assert isinstance(optimiser, optim.Optimizer)
-    assert {name: list(v) if isinstance(v := getattr(optimiser, name), list | tuple) else v for name in expected} == expected
+def test_hyperparameters_reach_the_optimizer(options, expected):
+    optimizer = make_optimizer(Training(**options), 10)
+    assert isinstance(optimizer, optim.Optimizer)
+    assert {name: list(v) if isinstance(v := getattr(optimizer, name), list | tuple) else v for name in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -306,9 +306,9 @@ def test_hyperparameters_reach_the_optimiser(options, expected):
         ({"betas": (0.9,)}, r"--betas must be two numbers in \[0, 1\), got \(0.9,\)"),
     ],
 )
-def test_hyperparameters_of_other_optimisers(options, message):
+def test_hyperparameters_of_other_optimizers(options, message):
     with pytest.raises(InputError, match=message):
-        make_optimiser(Training(**options), 10)
+        make_optimizer(Training(**options), 10)
 
 
 REPLACED = ("--num-layers", 1, "--iters", 2, "--batch-size", 2, "--steps-per-eval", 0, "--val-batches", 1, "--max-seq-length", 64)
@@ -420,7 +420,7 @@ def test_the_data_set_of_the_published_file(monkeypatch, tmp_path):
         "train": [{"text": "billsum", "summary": "train[:1000]"}],
         "valid": [{"text": "billsum", "summary": "train[-100:]"}],
     }
-    assert rows["train"][0].where == "billsum[train]:1"
+    assert rows["train"][0].location == "billsum[train]:1"
 
 
 def table(peer):
@@ -446,11 +446,11 @@ def both():
 
 def meaning(name, key):
     option = key.option and ("the same" if key.option == name else f"`{key.option}`")
-    where = f" (in {', '.join(key.modes)})" if key.modes and not key.text else ""
+    location = f" (in {', '.join(key.modes)})" if key.modes and not key.text else ""
     fate = {"refused": "an error", "told": "a note"}.get(key.fate)
     idle = [f"`{value}`" if value else "empty" for value in key.idle if value not in (None, False)]
     text = f"{fate}{f' unless it is {idle[0]}' if idle else ''}: {key.text}" if fate else key.text
-    return "; ".join(part for part in (option and option + where, text) if part)
+    return "; ".join(part for part in (option and option + location, text) if part)
 
 
 def write_tables():

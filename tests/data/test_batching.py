@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxlora.data.batching import ALIGN, Order, bucket, collate, completion_tokens, example_piece, grouped, pair_piece, stream
+from mlxlora.data.batching import ALIGN, Order, bucket, collate, completion_tokens, example_batch, grouped, pair_batch, stream
 from mlxlora.data.tokenize import Example, Pair
 from tests.support.tiny import example
 
@@ -15,9 +15,9 @@ LENGTHS = st.lists(st.integers(1, 500), min_size=1, max_size=80).map(tuple)
 some = settings(deadline=None, max_examples=40, derandomize=True)
 
 
-def row(tokens: list[int], scored: list[int], prompt: list[int] | None = None, where: str = "a.jsonl:1") -> Example:
+def row(tokens: list[int], loss_mask: list[int], prompt: list[int] | None = None, location: str = "a.jsonl:1") -> Example:
     marks = None if prompt is None else np.array(prompt, bool)
-    return Example(np.array(tokens, np.int32), np.array(scored, bool), marks, where)
+    return Example(np.array(tokens, np.int32), np.array(loss_mask, bool), marks, location)
 
 
 # --- order --------------------------------------------------------------------------------------
@@ -97,10 +97,10 @@ def test_collate_by_hand() -> None:
     batch = collate([row([10, 11, 12, 13], [0, 0, 1, 1]), row([20, 21, 22], [0, 1, 1])])
     assert batch.tokens.shape == (2, 32)
     assert batch.tokens[:, :5].tolist() == [[10, 11, 12, 0, 0], [20, 21, 0, 0, 0]]  # the last token is a target only
-    assert batch.where[:4].tolist() == [1, 2, 32, 33]
+    assert batch.positions[:4].tolist() == [1, 2, 32, 33]
     assert batch.targets[:4].tolist() == [12, 13, 21, 22]
     assert batch.sequence[:4].tolist() == [0, 0, 1, 1]
-    assert batch.where.shape == (32,) and batch.sequence[4:].tolist() == [2] * 28
+    assert batch.positions.shape == (32,) and batch.sequence[4:].tolist() == [2] * 28
     assert batch.lengths.tolist() == [2, 2]
     assert batch.prompt is None and batch.ref_logps is None and batch.advantages is None
 
@@ -126,31 +126,31 @@ def test_reference_is_carried_only_if_every_row_has_one() -> None:
 def test_collate_keeps_every_scored_token_and_its_context(seeds: list[int], score_prompt: bool) -> None:
     rows = [example(seed, score_prompt=score_prompt) for seed in seeds]
     batch = collate(rows)
-    where, targets, sequence = (np.array(a) for a in (batch.where, batch.targets, batch.sequence))
+    positions, targets, sequence = (np.array(a) for a in (batch.positions, batch.targets, batch.sequence))
     tokens, width = np.array(batch.tokens), batch.tokens.shape[1]
-    assert width % ALIGN == 0 and len(where) % ALIGN == 0
+    assert width % ALIGN == 0 and len(positions) % ALIGN == 0
     for s, r in enumerate(rows):
         at = np.flatnonzero(sequence == s)
-        position = where[at] - s * width
-        np.testing.assert_array_equal(position + 1, np.flatnonzero(r.scored))
-        np.testing.assert_array_equal(targets[at], r.tokens[r.scored])
+        position = positions[at] - s * width
+        np.testing.assert_array_equal(position + 1, np.flatnonzero(r.loss_mask))
+        np.testing.assert_array_equal(targets[at], r.tokens[r.loss_mask])
         np.testing.assert_array_equal(tokens[s, : len(r.tokens) - 1], r.tokens[:-1])
         assert batch.lengths[s].item() == completion_tokens(r)
-    assert np.all(sequence[sum(int(r.scored.sum()) for r in rows) :] == len(rows))
+    assert np.all(sequence[sum(int(r.loss_mask.sum()) for r in rows) :] == len(rows))
 
 
 # --- pieces -------------------------------------------------------------------------------------
 
 
 def test_pieces_of_examples_and_pairs() -> None:
-    a, b, c, d = (row([i, i, i + 1], [0, 1, 1], where=f"a.jsonl:{i}") for i in range(1, 5))
-    piece = example_piece([a, b])
-    assert piece.tokens == 6 and piece.rows == ("a.jsonl:1", "a.jsonl:2")
-    pairs = pair_piece([Pair(a, b), Pair(c, d, preference_score=0.5)])
+    a, b, c, d = (row([i, i, i + 1], [0, 1, 1], location=f"a.jsonl:{i}") for i in range(1, 5))
+    micro = example_batch([a, b])
+    assert micro.tokens == 6 and micro.rows == ("a.jsonl:1", "a.jsonl:2")
+    pairs = pair_batch([Pair(a, b), Pair(c, d, preference_score=0.5)])
     assert pairs.batch.tokens[:, 0].tolist() == [1, 3, 2, 4]  # all chosen, then all rejected
     assert pairs.rows == ("a.jsonl:1", "a.jsonl:3") and pairs.tokens == 12
     assert pairs.batch.preference_score is not None and pairs.batch.preference_score.tolist() == [1.0, 0.5]
-    assert pair_piece([Pair(a, b)]).batch.preference_score is None
+    assert pair_batch([Pair(a, b)]).batch.preference_score is None
 
 
 def test_stream_counts_batches_from_its_start() -> None:
@@ -158,14 +158,14 @@ def test_stream_counts_batches_from_its_start() -> None:
 
     def make(items: list[Example], number: int) -> object:
         seen.append(number)
-        return example_piece(items)
+        return example_batch(items)
 
     rows = [example(seed) for seed in range(5)]
-    pieces = list(islice(stream(rows, Order((1,) * 5, 2), make, start=2), 2))  # type: ignore[arg-type]
-    assert seen == [2, 3] and [p.rows for p in pieces] == [("rows.jsonl:5",), ("rows.jsonl:1", "rows.jsonl:2")]
+    micros = list(islice(stream(rows, Order((1,) * 5, 2), make, start=2), 2))  # type: ignore[arg-type]
+    assert seen == [2, 3] and [p.rows for p in micros] == [("rows.jsonl:5",), ("rows.jsonl:1", "rows.jsonl:2")]
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(4, [2, 2]), (5, [2, 2, 1]), (0, [])])
 def test_grouped(count: int, sizes: list[int]) -> None:
-    piece = example_piece([example(0)])
-    assert [len(group) for group in grouped(iter([piece] * count), 2)] == sizes
+    micro = example_batch([example(0)])
+    assert [len(group) for group in grouped(iter([micro] * count), 2)] == sizes

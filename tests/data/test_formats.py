@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from mlxlora.data.formats import (
     Chat,
     Completion,
-    Labelled,
+    Labeled,
     Preference,
     PromptRow,
     Text,
-    labelled,
+    labeled,
     preference,
     prompt_row,
     supervised,
@@ -47,7 +47,7 @@ def write(path: Path, content: bytes) -> Path:
 def test_jsonl_skips_blank_lines_and_keeps_line_numbers(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name, b'\xef\xbb\xbf{"text": "a"}\r\n\n   \n{"text": "\xc3\xa9"}')
     assert [(r.fields["text"], r.line) for r in read_rows(path)] == [("a", 1), ("é", 4)]
-    assert read_rows(path)[1].where == f"{path}:4"
+    assert read_rows(path)[1].location == f"{path}:4"
 
 
 def test_json_list_counts_rows_as_lines(tmp_path: Path) -> None:
@@ -75,10 +75,10 @@ def test_json_list_counts_rows_as_lines(tmp_path: Path) -> None:
 )
 def test_broken_files_name_place_value_and_remedy(tmp_path: Path, name: str, content: bytes, says: str) -> None:
     path = write(tmp_path / name, content)
-    with pytest.raises(InputError) as raised:
+    with pytest.raises(InputError) as in_loraplus_group:
         read_rows(path)
-    assert says in str(raised.value)
-    assert "\n" not in str(raised.value)
+    assert says in str(in_loraplus_group.value)
+    assert "\n" not in str(in_loraplus_group.value)
 
 
 def test_broken_gzip(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_hub_splits(monkeypatch: pytest.MonkeyPatch, valid: str) -> None:
     splits = read_splits("org/name:main")
     assert asked == [("org/name", "main")]
     assert {split: rows[0].fields["text"] for split, rows in splits.items()} == {"train": "a", "valid": "b"}
-    assert splits["valid"][0].where == "org/name:main[valid]:1"
+    assert splits["valid"][0].location == "org/name:main[valid]:1"
 
 
 def test_hub_errors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,9 +293,9 @@ def test_preference_strings() -> None:
     assert preference(row(instruction="Add.", output="2", chosen="2", rejected="3")).prompt.endswith("### Response:")
 
 
-def test_labelled() -> None:
-    assert labelled(row(messages=[USER, ASSISTANT], label=True)) == Labelled(Completion([USER], [ASSISTANT], "a.jsonl:7"), True)
-    assert labelled(row(prompt="a", completion="b", label=False)) == Labelled(Completion("a", "b", "a.jsonl:7"), False)
+def test_labeled() -> None:
+    assert labeled(row(messages=[USER, ASSISTANT], label=True)) == Labeled(Completion([USER], [ASSISTANT], "a.jsonl:7"), True)
+    assert labeled(row(prompt="a", completion="b", label=False)) == Labeled(Completion("a", "b", "a.jsonl:7"), False)
 
 
 def test_prompt_rows_keep_columns() -> None:
@@ -333,20 +333,20 @@ def test_prompt_rows_keep_columns() -> None:
         (preference, {"prompt": "a", "chosen": "b", "rejected": 5}, "'rejected' must be a string or a list of messages, got int 5"),
         (preference, {"prompt": "a", "chosen": "b", "rejected": "c", "preference_score": float("nan")}, "finite number"),
         (preference, {"prompt": "a", "chosen": "b", "rejected": "c", "preference_score": True}, "got bool True"),
-        (labelled, {"prompt": "a", "completion": "b", "label": 1}, "'label' must be true or false, got int 1"),
-        (labelled, {"prompt": "a", "completion": "b"}, "found completion, prompt"),
-        (labelled, {"messages": [USER], "label": True}, "an assistant's answer"),
+        (labeled, {"prompt": "a", "completion": "b", "label": 1}, "'label' must be true or false, got int 1"),
+        (labeled, {"prompt": "a", "completion": "b"}, "found completion, prompt"),
+        (labeled, {"messages": [USER], "label": True}, "an assistant's answer"),
         (prompt_row, {"answer": "a"}, "found answer"),
         (prompt_row, {"prompt": ""}, "'prompt' is empty"),
         (prompt_row, {"prompt": 1.5}, "got float 1.5"),
     ],
 )
 def test_errors_name_place_field_and_value(read: Any, fields: dict, says: str) -> None:
-    with pytest.raises(InputError) as raised:
+    with pytest.raises(InputError) as in_loraplus_group:
         read(Row(fields, "a.jsonl", 7))
-    assert str(raised.value).startswith("a.jsonl:7: ")
-    assert says in str(raised.value)
-    assert "\n" not in str(raised.value)
+    assert str(in_loraplus_group.value).startswith("a.jsonl:7: ")
+    assert says in str(in_loraplus_group.value)
+    assert "\n" not in str(in_loraplus_group.value)
 
 
 names = st.sampled_from(
@@ -395,20 +395,20 @@ values = st.recursive(
 @given(st.dictionaries(names, values, max_size=5))
 @settings(deadline=None, max_examples=400)
 def test_any_row_is_a_record_or_an_input_error(fields: dict) -> None:
-    for read in (supervised, preference, labelled, prompt_row):
+    for read in (supervised, preference, labeled, prompt_row):
         try:
             record = read(Row(fields, "a.jsonl", 7))
         except InputError as error:
             assert str(error).startswith("a.jsonl:7: ")
         else:
-            assert isinstance(record, (Text, Completion, Chat, Preference, Labelled, PromptRow))
+            assert isinstance(record, (Text, Completion, Chat, Preference, Labeled, PromptRow))
 
 
 @given(st.dictionaries(names, values, max_size=5))
 @settings(deadline=None, max_examples=50)
 def test_recognition_leaves_the_row_alone(fields: dict) -> None:
     before = orjson.dumps(fields)
-    for read in (supervised, preference, labelled, prompt_row):
+    for read in (supervised, preference, labeled, prompt_row):
         try:
             read(Row(fields, "a.jsonl", 7))
         except InputError:
@@ -418,7 +418,7 @@ def test_recognition_leaves_the_row_alone(fields: dict) -> None:
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
 def test_every_row_of_the_real_data_is_read() -> None:
-    readers = {"preference": preference, "dpo": preference, "hh": preference, "kto": labelled, "gsm8k": prompt_row}
+    readers = {"preference": preference, "dpo": preference, "hh": preference, "kto": labeled, "gsm8k": prompt_row}
     files = [
         file for file in sorted((SHARED / "data").iterdir()) if file.suffix in (".json", ".jsonl", ".gz") and file.stem != "svamp"
     ]

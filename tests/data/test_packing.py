@@ -17,8 +17,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import gpt2, mamba2
 
 from mlxlora import objectives
-from mlxlora.data.batching import Piece, bucket, collate
-from mlxlora.data.packing import ROW, best_fit, packed_piece, row_length
+from mlxlora.data.batching import MicroBatch, bucket, collate
+from mlxlora.data.packing import ROW, best_fit, packed_batch, row_length
 from mlxlora.data.tokenize import Example
 from mlxlora.models import attention
 from mlxlora.models.grad_checkpoint import checkpointed
@@ -39,10 +39,10 @@ def packs(seed: int = 0, count: int = 9, room: int = 64) -> list[tuple[Example, 
     return [tuple(examples[i] for i in row) for row in best_fit([len(e.tokens) - 1 for e in examples], room)]
 
 
-def both(seed: int = 0) -> tuple[Piece, Any]:
+def both(seed: int = 0) -> tuple[MicroBatch, Any]:
     """Packed, and the same examples as plain rows."""
     rows = packs(seed)
-    return packed_piece(rows, 64), collate([example for row in rows for example in row])
+    return packed_batch(rows, 64), collate([example for row in rows for example in row])
 
 
 # --- the law --------------------------------------------------------------------------------------
@@ -95,13 +95,13 @@ def test_pieces_of_packed_rows_are_one_step() -> None:
     assert len(divided(packed, 3)) == 3 and distance(*models) < 1e-5
 
 
-def test_a_neighbour_is_never_seen() -> None:
+def test_a_neighbor_is_never_seen() -> None:
     """Other tokens in one example change no log-probability of another."""
     model, rows = adapted(dense()), packs()
     score = scorer(model)
     changed = random_example(999, score_prompt=True)
-    first = packed_piece(rows, 64).batch
-    other = packed_piece([(*rows[0][:-1], changed), *rows[1:]], 64 + len(changed.tokens)).batch
+    first = packed_batch(rows, 64).batch
+    other = packed_batch([(*rows[0][:-1], changed), *rows[1:]], 64 + len(changed.tokens)).batch
     last = len(rows[0]) - 1
     for s in (s for s in range(first.sequences) if s != last):
         a, b = (np.array(score(batch)[0])[np.array(batch.sequence) == s] for batch in (first, other))
@@ -136,7 +136,7 @@ def test_a_row_holds_the_longest_example_and_several_short_ones() -> None:
 
 def test_segments_are_numbered_and_padding_is_none() -> None:
     rows = packs()
-    batch = packed_piece(rows, 64).batch
+    batch = packed_batch(rows, 64).batch
     assert batch.segments is not None and batch.tokens.shape == batch.segments.shape == (len(rows), 64)
     for row, segments in zip(rows, np.array(batch.segments), strict=True):
         assert [int((segments == n).sum()) for n in range(1, len(row) + 1)] == [len(e.tokens) - 1 for e in row]

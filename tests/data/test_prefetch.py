@@ -10,7 +10,7 @@ from itertools import count, islice
 import mlx.core as mx
 import pytest
 
-from mlxlora.data.batching import Order, example_piece, stream
+from mlxlora.data.batching import Order, example_batch, stream
 from mlxlora.data.prefetch import prefetched
 from tests.support.tiny import example
 
@@ -23,10 +23,10 @@ def test_nothing_changes():
     examples = [example(seed) for seed in range(24)]
     order = Order(tuple(len(e.tokens) for e in examples), 4, seed=0)
 
-    def pieces():
-        return islice(stream(examples, order, lambda items, _: example_piece(items)), 9)
+    def micros():
+        return islice(stream(examples, order, lambda items, _: example_batch(items)), 9)
 
-    for plain, made in zip(pieces(), prefetched(pieces()), strict=True):
+    for plain, made in zip(micros(), prefetched(micros()), strict=True):
         assert plain.rows == made.rows
         for a, b in zip(plain.batch, made.batch, strict=True):
             assert (a is None and b is None) or mx.array_equal(a * 1, b * 1)  # arrays of the thread enter computations here

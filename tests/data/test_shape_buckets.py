@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxlora.data.batching import Order, bucket, collate, example_piece, pair_piece, stream
+from mlxlora.data.batching import Order, bucket, collate, example_batch, pair_batch, stream
 from mlxlora.data.shape_buckets import LIMIT, Signatures, capped, padded
 from mlxlora.data.tokenize import Example, Pair
 from mlxlora.objectives.supervised import sft
-from mlxlora.training.micro_batch import MicroBatches
+from mlxlora.training.micro_batch import BatchDivider
 from mlxlora.training.reference import log_probabilities
 from tests.support.tiny import dense, distance, example, loss_and_gradient
 
@@ -43,16 +43,16 @@ def longest(item):
 
 @pytest.mark.parametrize(
     ("item", "piece"),
-    [(row, example_piece), (pair, pair_piece), (pair, lambda pairs: pair_piece(pairs, share=True))],
+    [(row, example_batch), (pair, pair_batch), (pair, lambda pairs: pair_batch(pairs, share=True))],
     ids=["rows", "pairs", "shared prompts"],
 )
-def test_random_lengths_stay_under_the_cap(item, piece):
+def test_random_lengths_stay_under_the_cap(item, micro):
     rng = np.random.default_rng(0)
     items = [item(rng) for _ in range(4 * 900 + 1)]  # more than two epochs, with a smaller last batch in each
     order = Order(tuple(map(longest, items)), 4, seed=0)
     seen, work, least = set(), 0, 0
-    plain = stream(items, order, lambda rows, _: piece(rows))
-    made = stream(items, order, capped(lambda rows, _: piece(rows)))
+    plain = stream(items, order, lambda rows, _: micro(rows))
+    made = stream(items, order, capped(lambda rows, _: micro(rows)))
     for _, before, after in zip(range(STEPS), plain, made, strict=False):
         seen.add(shapes(after.batch))
         work, least = work + after.batch.tokens.size, least + before.batch.tokens.size
@@ -64,14 +64,14 @@ def test_random_lengths_stay_under_the_cap(item, piece):
 @pytest.mark.parametrize(("item", "share"), [(row, False), (pair, False), (pair, True)], ids=["rows", "pairs", "shared prompts"])
 def test_parts_of_batches_stay_under_the_cap(item, share, rows):
     rng, seen, plain, whole = np.random.default_rng(0), set(), set(), Signatures()
-    micro, free = (MicroBatches(mx.get_active_memory() + (1 << 22), cost=1e3, rows=rows) for _ in range(2))
+    micro, free = (BatchDivider(mx.get_active_memory() + (1 << 22), cost=1e3, rows=rows) for _ in range(2))
     free.shapes.own = STEPS
     for _ in range(400):
         items = [item(rng) for _ in range(4)]
-        piece = example_piece(items) if item is row else pair_piece(items, share=share)
-        piece = piece._replace(batch=whole.fit(piece.batch))
+        micro = example_batch(items) if item is row else pair_batch(items, share=share)
+        micro = micro._replace(batch=whole.fit(micro.batch))
         for shown, method in ((seen, micro), (plain, free)):
-            shown |= {shapes(part.batch) for part in method([piece])}
+            shown |= {shapes(part.batch) for part in method([micro])}
     assert len(seen) <= (LIMIT if rows else 2 * LIMIT)  # batches that fit whole have shapes of their own
     assert len(seen) < len(plain)
 
@@ -88,7 +88,7 @@ def test_the_reference_stays_under_the_cap(together):
     examples = [side for _ in range(300) for some in [pair(rng)] for side in (some.chosen, some.rejected)]
     found = log_probabilities(examples, score, 2, together)  # type: ignore[arg-type]
     assert len(traced) <= LIMIT
-    assert [len(logps) for logps in found] == [int(e.scored.sum()) for e in examples]
+    assert [len(logps) for logps in found] == [int(e.loss_mask.sum()) for e in examples]
 
 
 def test_ever_longer_rows_stay_under_the_cap():
@@ -111,10 +111,12 @@ def test_few_shapes_are_left_alone():
 @settings(max_examples=12, deadline=None)
 def test_padding_changes_no_result(seed, steps, shared, reference):
     examples = [example(seed + i, score_prompt=True, reference=reference) for i in range(3)]
-    sides = [Example(np.concatenate([examples[0].tokens[:4], e.tokens]), np.pad(e.scored, (4, 0)), None, "") for e in examples[:2]]
+    sides = [
+        Example(np.concatenate([examples[0].tokens[:4], e.tokens]), np.pad(e.loss_mask, (4, 0)), None, "") for e in examples[:2]
+    ]
     batch = collate(sides, groups=[(0, 1)]) if shared else collate(examples)
     length, prompt = batch.tokens.shape[1], batch.prefix.shape[1] if batch.prefix is not None else 0
-    sizes = tuple(bucket(size + 32 * steps) if size else 0 for size in (length, batch.where.size, prompt))
+    sizes = tuple(bucket(size + 32 * steps) if size else 0 for size in (length, batch.positions.size, prompt))
     model = dense()
     (loss, gradient), (same, its) = (loss_and_gradient(model, sft(), b) for b in (batch, padded(batch, sizes)))
     assert same == pytest.approx(loss, rel=1e-5) and distance(its, gradient) < 1e-5
@@ -122,5 +124,5 @@ def test_padding_changes_no_result(seed, steps, shared, reference):
 
 def test_columns_are_filled():
     batch = padded(collate([example(0, reference=True)], preference_score=mx.array([2.0])), (96, 128, 0))
-    assert batch.tokens.shape == (1, 96) and batch.where.shape == batch.ref_logps.shape == batch.sequence.shape == (128,)
+    assert batch.tokens.shape == (1, 96) and batch.positions.shape == batch.ref_logps.shape == batch.sequence.shape == (128,)
     assert int((batch.sequence == 0).sum()) == int(batch.lengths.sum()) and batch.preference_score.shape == (1,)

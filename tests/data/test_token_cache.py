@@ -70,7 +70,7 @@ def test_the_place_of_a_row_is_that_of_now(data, tokenizer):
     made(rows(str(data / "rows.jsonl")), tokenizer)
     (data / "rows.jsonl").rename(data / "moved.jsonl")
     again, notes = made(rows(str(data / "moved.jsonl")), tokenizer)
-    assert notes and again["train"].items[0].where.endswith("moved.jsonl:1")
+    assert notes and again["train"].items[0].location.endswith("moved.jsonl:1")
 
 
 @pytest.mark.parametrize("change", ["row", "option", "template", "tokenizer", "code"])

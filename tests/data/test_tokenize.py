@@ -86,11 +86,11 @@ def row(**fields: Any) -> Row:
     return Row(fields, "a.jsonl", 7)
 
 
-def pieces(example: Example | None, tok: TokenizerWrapper) -> list[str]:
+def micros(example: Example | None, tok: TokenizerWrapper) -> list[str]:
     """The texts of the runs of scored tokens."""
     assert example is not None
-    runs = np.split(np.arange(len(example.tokens)), np.flatnonzero(np.diff(example.scored.astype(int))) + 1)
-    return [tok.decode(example.tokens[run]) for run in runs if example.scored[run[0]]]
+    runs = np.split(np.arange(len(example.tokens)), np.flatnonzero(np.diff(example.loss_mask.astype(int))) + 1)
+    return [tok.decode(example.tokens[run]) for run in runs if example.loss_mask[run[0]]]
 
 
 def text(example: Example | Prompt | None, tok: TokenizerWrapper) -> str:
@@ -104,9 +104,9 @@ def test_text_is_scored_whole_and_ends_once() -> None:
         example = supervised_example(row(text=plain), tok, mask_prompt=True)
         assert example is not None
         assert text(example, tok) == "ab<|im_end|>"
-        assert (example.tokens.dtype, example.scored.dtype, example.prompt) == (np.int32, np.bool_, None)
-        assert example.scored.tolist() == [False, True, True]
-        assert (example.where, example.truncated) == ("a.jsonl:7", False)
+        assert (example.tokens.dtype, example.loss_mask.dtype, example.prompt) == (np.int32, np.bool_, None)
+        assert example.loss_mask.tolist() == [False, True, True]
+        assert (example.location, example.truncated) == ("a.jsonl:7", False)
 
 
 def test_bos_comes_once() -> None:
@@ -117,7 +117,7 @@ def test_bos_comes_once() -> None:
     assert text(supervised_example(row(prompt="a", completion="b"), tok, use_chat_template=True), tok).count("<s>") == 1
     assert text(prompt_example(row(prompt="a"), tok), tok) == "<s>a"
     assert text(prompt_example(row(prompt="a"), tok, use_chat_template=True), tok).count("<s>") == 1
-    assert pieces(supervised_example(row(prompt="", completion="b"), tok, mask_prompt=True), tok) == ["b<|im_end|>"]
+    assert micros(supervised_example(row(prompt="", completion="b"), tok, mask_prompt=True), tok) == ["b<|im_end|>"]
 
 
 def test_a_tokenizer_without_end_appends_none() -> None:
@@ -128,9 +128,9 @@ def test_a_tokenizer_without_end_appends_none() -> None:
 def test_completion_starts_where_the_whole_leaves_the_prompt() -> None:
     tok = tokenizer()
     example = partial(supervised_example, tokenizer=tok, mask_prompt=True)
-    assert pieces(example(row(prompt="a: ", completion="b")), tok) == ["b<|im_end|>"]
-    assert pieces(example(row(prompt="10", completion="0")), tok) == ["00<|im_end|>"]
-    assert pieces(supervised_example(row(prompt="ab", completion="c"), tok), tok) == ["bc<|im_end|>"]
+    assert micros(example(row(prompt="a: ", completion="b")), tok) == ["b<|im_end|>"]
+    assert micros(example(row(prompt="10", completion="0")), tok) == ["00<|im_end|>"]
+    assert micros(supervised_example(row(prompt="ab", completion="c"), tok), tok) == ["bc<|im_end|>"]
 
 
 def test_system_of_plain_text_and_of_templates() -> None:
@@ -139,7 +139,7 @@ def test_system_of_plain_text_and_of_templates() -> None:
     assert text(supervised_example(fields, tok), tok) == "s\n\npc<|im_end|>"
     chat = supervised_example(fields, tok, use_chat_template=True, mask_prompt=True)
     assert text(chat, tok).startswith("<|im_start|>system\ns<|im_end|>\n<|im_start|>user\np<|im_end|>\n")
-    assert pieces(chat, tok) == ["c<|im_end|>\n"]
+    assert micros(chat, tok) == ["c<|im_end|>\n"]
     assert text(prompt_example(row(prompt="p"), tok, system="t"), tok) == "t\n\np"
     assert text(prompt_example(row(prompt="p", system="s"), tok, system="t"), tok) == "s\n\np"
     assert text(prompt_example(row(prompt=CHAT[:1]), tok, system="t"), tok).startswith("<|im_start|>system\nt<|im_end|>")
@@ -156,21 +156,21 @@ def test_system_of_plain_text_and_of_templates() -> None:
         (THINKING, ["2<|im_end|>\n", "\n</think>\n\n3 <3<|im_end|>\n"]),
     ],
 )
-def test_every_assistant_turn_is_scored_with_its_end(template: str, scored: list[str]) -> None:
+def test_every_assistant_turn_is_scored_with_its_end(template: str, loss_mask: list[str]) -> None:
     tok = tokenizer(template, bos=template is WITH_BOS)
     example = supervised_example(row(messages=CHAT), tok, mask_prompt=True)
-    assert pieces(example, tok) == scored
+    assert micros(example, tok) == loss_mask
     whole = supervised_example(row(messages=CHAT), tok)
     assert whole is not None and example is not None
     assert whole.tokens.tolist() == example.tokens.tolist()
-    assert whole.scored.tolist() == [False] + [True] * (len(whole.tokens) - 1)
+    assert whole.loss_mask.tolist() == [False] + [True] * (len(whole.tokens) - 1)
 
 
 def test_reasoning_that_a_template_strips_from_history_is_not_scored() -> None:
     tok = tokenizer(THINKING)
     messages = [{**m, "content": f"<think>\nhm\n</think>\n\n{m['content']}"} if m["role"] == "assistant" else m for m in CHAT]
     example = supervised_example(row(messages=messages), tok, mask_prompt=True)
-    assert pieces(example, tok) == ["2<|im_end|>\n", "hm\n</think>\n\n3 <3<|im_end|>\n"]
+    assert micros(example, tok) == ["2<|im_end|>\n", "hm\n</think>\n\n3 <3<|im_end|>\n"]
 
 
 def test_answers_between_tool_calls_keep_their_place_when_reasoning_goes() -> None:
@@ -179,12 +179,12 @@ def test_answers_between_tool_calls_keep_their_place_when_reasoning_goes() -> No
         for role, content in (("user", "a"), ("assistant", "b"), ("tool", "c"), ("assistant", "d"))
     ]
     example = supervised_example(row(messages=[*tools, *CHAT[:2]]), tokenizer(CURRENT), mask_prompt=True)
-    assert pieces(example, tokenizer(CURRENT)) == ["b<|im_end|>\n", "d<|im_end|>\n", "\n</think>\n\n2<|im_end|>\n"]
+    assert micros(example, tokenizer(CURRENT)) == ["b<|im_end|>\n", "d<|im_end|>\n", "\n</think>\n\n2<|im_end|>\n"]
 
 
 def test_a_conversation_that_the_assistant_opens() -> None:
     example = supervised_example(row(messages=CHAT[1:]), tokenizer(CHATML), mask_prompt=True)
-    assert pieces(example, tokenizer(CHATML)) == ["2<|im_end|>\n", "3 <3<|im_end|>\n"]
+    assert micros(example, tokenizer(CHATML)) == ["2<|im_end|>\n", "3 <3<|im_end|>\n"]
 
 
 def test_a_template_that_hides_the_turns_is_an_error() -> None:
@@ -218,7 +218,7 @@ def test_tool_calls_survive_a_template_that_does_not_know_them() -> None:
     ]
     fields = row(conversations=[{"from": role, "value": value} for role, value in turns], tools='[{"name": "now"}]')
     example = supervised_example(fields, tokenizer(TOOLS), mask_prompt=True)
-    assert pieces(example, tokenizer(TOOLS)) == ['{"name":"now","arguments":{"a":1}}<|im_end|>\n', "Sun.<|im_end|>\n"]
+    assert micros(example, tokenizer(TOOLS)) == ['{"name":"now","arguments":{"a":1}}<|im_end|>\n', "Sun.<|im_end|>\n"]
     assert text(example, tokenizer(TOOLS)).startswith('[{"type": "function", "function": {"name": "now"}}]')
 
 
@@ -230,7 +230,7 @@ def test_a_template_in_python_is_used() -> None:
 def test_truncation_cuts_the_end_and_drops_what_has_nothing_left() -> None:
     tok = tokenizer()
     make = partial(supervised_example, row(prompt="abcd", completion="ef"), tok, mask_prompt=True)
-    assert pieces(make(max_seq_length=5), tok) == ["e"]
+    assert micros(make(max_seq_length=5), tok) == ["e"]
     assert [example.truncated for limit in (7, 6, 5) if (example := make(max_seq_length=limit))] == [False, True, True]
     assert make(max_seq_length=4) is None
     assert supervised_example(row(text="a"), tokenizer(eos=None)) is None
@@ -239,14 +239,14 @@ def test_truncation_cuts_the_end_and_drops_what_has_nothing_left() -> None:
 def test_pair_shares_a_prompt_up_to_the_first_merge() -> None:
     pair = preference_pair(row(prompt="10", chosen="0", rejected="1"), tokenizer())
     assert pair is not None
-    assert [pieces(side, tokenizer()) for side in (pair.chosen, pair.rejected)] == [["00<|im_end|>"], ["01<|im_end|>"]]
+    assert [micros(side, tokenizer()) for side in (pair.chosen, pair.rejected)] == [["00<|im_end|>"], ["01<|im_end|>"]]
     assert pair.preference_score is None
 
 
 def test_pair_scores_prompts_on_request() -> None:
     pair = preference_pair(row(prompt="abc", chosen="d", rejected="ef", preference_score=0.5), tokenizer(), score_prompt=True)
     assert pair is not None and pair.chosen.prompt is not None
-    assert pair.chosen.scored.tolist() == [False, True, True, True, True]
+    assert pair.chosen.loss_mask.tolist() == [False, True, True, True, True]
     assert pair.chosen.prompt.tolist() == [False, True, True, False, False]
     assert pair.preference_score == 0.5
 
@@ -272,7 +272,7 @@ def test_prompt_keeps_columns_and_respects_its_limit() -> None:
     tok = tokenizer(CHATML)
     prompt = prompt_example(row(prompt="ab", answer="c"), tok)
     assert prompt is not None
-    assert (text(prompt, tok), prompt.columns, prompt.prompt, prompt.where) == ("ab", {"answer": "c"}, "ab", "a.jsonl:7")
+    assert (text(prompt, tok), prompt.columns, prompt.prompt, prompt.location) == ("ab", {"answer": "c"}, "ab", "a.jsonl:7")
     assert prompt_example(row(prompt="ab"), tok, max_prompt_length=2) is not None
     assert prompt_example(row(prompt="ab"), tok, max_prompt_length=1) is None
     chat = prompt_example(row(prompt="ab"), tok, use_chat_template=True)
@@ -318,13 +318,13 @@ limits = st.integers(2, 40)
 
 
 def check(example: Example, limit: int) -> None:
-    assert example.tokens.dtype == np.int32 and example.scored.dtype == np.bool_
-    assert example.tokens.shape == example.scored.shape
+    assert example.tokens.dtype == np.int32 and example.loss_mask.dtype == np.bool_
+    assert example.tokens.shape == example.loss_mask.shape
     assert len(example.tokens) <= limit
-    assert example.scored.any() and not example.scored[0]
+    assert example.loss_mask.any() and not example.loss_mask[0]
     if example.prompt is not None:
-        assert (example.scored & ~example.prompt).any()
-        assert not (example.prompt & ~example.scored).any()
+        assert (example.loss_mask & ~example.prompt).any()
+        assert not (example.prompt & ~example.loss_mask).any()
 
 
 @given(fields_of_rows, st.booleans(), st.booleans(), st.sampled_from([None, CHATML, MARKED, THINKING, WITH_BOS, SHOUTING]), limits)
@@ -354,8 +354,8 @@ def test_completion_is_scored_to_its_end_and_the_prompt_is_not(prompt: str, comp
     example = supervised_example(row(prompt=prompt, completion=completion), tok, mask_prompt=True)
     assert example is not None
     assert text(example, tok).removeprefix("<s>") == prompt + completion + "<|im_end|>"
-    start = int(np.flatnonzero(example.scored)[0])
-    assert example.scored[start:].all()
+    start = int(np.flatnonzero(example.loss_mask)[0])
+    assert example.loss_mask[start:].all()
     assert tok.decode(example.tokens[:start]).removeprefix("<s>") in prompt
 
 
@@ -365,7 +365,7 @@ def test_scored_runs_are_the_answers(chat: list[dict], template: str) -> None:
     chat = [{**m, "content": m["content"] or "x"} for m in chat]
     tail = "<|im_end|>" if template is MARKED else "<|im_end|>\n"
     answers = [m["content"] + tail for m in chat if m["role"] == "assistant"]
-    assert pieces(supervised_example(row(messages=chat), tokenizer(template), mask_prompt=True), tokenizer(template)) == answers
+    assert micros(supervised_example(row(messages=chat), tokenizer(template), mask_prompt=True), tokenizer(template)) == answers
 
 
 @cache
@@ -381,7 +381,7 @@ def targets(example: Example | None) -> dict[str, list[int]] | None:
     """TRL's ids and labels; its label of the first token is never trained on and is not compared."""
     if example is None:
         return None
-    return {"input_ids": example.tokens.tolist(), "labels": np.where(example.scored, example.tokens, -100)[1:].tolist()}
+    return {"input_ids": example.tokens.tolist(), "labels": np.where(example.loss_mask, example.tokens, -100)[1:].tolist()}
 
 
 def expected(entry: dict) -> dict[str, list[int]] | None:
@@ -446,12 +446,12 @@ def test_tokenization_goldens_dpo() -> None:
 
 def check_collated(pairs: list[Pair], tensors: dict[str, list[list[int]]]) -> None:
     sides = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    for side, ids, attended, scored in zip(
+    for side, ids, attended, loss_mask in zip(
         sides, *(tensors[n] for n in ("input_ids", "attention_mask", "completion_mask")), strict=True
     ):
         length = sum(attended)
         assert side.tokens.tolist() == ids[:length]
-        assert side.scored.tolist() == [bool(mark) for mark in scored[:length]]
+        assert side.loss_mask.tolist() == [bool(mark) for mark in loss_mask[:length]]
 
 
 @needs_shared
@@ -543,4 +543,4 @@ def test_marked_and_located_turns_agree_on_real_conversations() -> None:
     plain.chat_template = CHATML
     for chat in read_rows(SHARED / "data" / "fastchat_dummy_conversation.json")[:20]:
         marked, located = (supervised_example(chat, tok, mask_prompt=True) for tok in (tiny_llama(), plain))
-        assert [piece + "\n" for piece in pieces(marked, plain)] == pieces(located, plain)
+        assert [micro + "\n" for micro in micros(marked, plain)] == micros(located, plain)

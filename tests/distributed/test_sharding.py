@@ -28,7 +28,7 @@ from mlxlora.starter import model_path
 from mlxlora.training.checkpoint import newest
 from mlxlora.training.startup import check_options
 from tests.distributed.test_ranks import assert_same, checkpoints, ended, environment, finished, free_ports, start, to_run, wait_for
-from tests.support.tiny import dense, quantised
+from tests.support.tiny import dense, quantized
 
 needs_ring = pytest.mark.skipif(not mx.distributed.is_available("ring"), reason="this MLX was built without the ring backend")
 
@@ -158,7 +158,7 @@ def run_ranks(tmp_path, script, *arguments, size=2):
 
 
 @needs_ring
-def test_a_rank_holds_its_share_of_parameters_and_optimiser(tmp_path, size=2):
+def test_a_rank_holds_its_share_of_parameters_and_optimizer(tmp_path, size=2):
     found = [list(map(float, said.split())) for said in run_ranks(tmp_path, HELD, size=size)]
     for held, active, more, total in found:
         assert held == pytest.approx(3 / size, rel=0.01), "parameters and two moments"
@@ -284,14 +284,14 @@ def test_one_process_has_the_whole_model():
         ({}, {"qat": "4"}, {}, "--qat"),
         ({}, {"resume_adapter_file": "x"}, {}, "mlxlora fuse"),
         ({}, {}, {"online": True}, "use sft, dpo"),
-        ({}, {}, {"taught": True}, "use sft on its answers"),
+        ({}, {}, {"with_teacher": True}, "use sft on its answers"),
     ],
 )
 def test_what_has_no_slices_is_refused(training, adapter, how, remedy):
     options = evolve(AdapterOptions(train_type="full"), **adapter)
     with pytest.raises(InputError, match=f"--fully-shard.*{remedy}"):
-        check_options(Training(fully_shard=True, **training), options, **{"online": False, "taught": False} | how)
-    check_options(Training(**training), options, **{"online": False, "taught": False} | how)
+        check_options(Training(fully_shard=True, **training), options, **{"online": False, "with_teacher": False} | how)
+    check_options(Training(**training), options, **{"online": False, "with_teacher": False} | how)
 
 
 def test_a_module_of_two_blocks_is_refused():
@@ -302,9 +302,9 @@ def test_a_module_of_two_blocks_is_refused():
         shard(model, Ranks(size=2))
 
 
-def test_quantised_weights_are_refused():
+def test_quantized_weights_are_refused():
     with pytest.raises(InputError, match="not quantised"):
-        shard(quantised(), Ranks(size=2))
+        shard(quantized(), Ranks(size=2))
 
 
 def test_the_command_line_refuses_in_one_line(tmp_path):

@@ -68,7 +68,7 @@ def test_both_sides_start_from_the_same_loss() -> None:
 
 def test_cases_have_scored_tokens_and_whole_batches() -> None:
     for case in [*cases(mixed_lengths(32)), *quick_cases()]:
-        assert all(0 < scored <= length for length, scored in case.lengths)
+        assert all(0 < loss_mask <= length for length, loss_mask in case.lengths)
         assert len(case.lengths) % case.batch_size == 0, "mlx-lm drops what does not fill a batch"
 
 

@@ -36,7 +36,7 @@ class Block(NamedTuple):
     notes: dict[str, str]
 
     @property
-    def where(self):
+    def location(self):
         return f"{self.page}:{self.line}"
 
 
@@ -59,7 +59,7 @@ def execute(block, folder):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([*RUN[block.language], name], cwd=folder, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, f"{block.where}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
+    assert done.returncode == 0, f"{block.location}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
 
 
 def shows_what_runs(page):
@@ -70,8 +70,8 @@ def shows_what_runs(page):
 def test_blocks_are_marked(page):
     assert len(BLOCKS[page]) == len(re.findall(r"^```", PAGES[page], re.MULTILINE)) / 2
     for block in BLOCKS[page]:
-        assert block.notes.keys() <= {"not run", "file"}, f"{block.where}: unknown mark {block.notes}"
-        assert block.language in RUN or block.notes, f"{block.where}: a {block.language} block that nothing checks"
+        assert block.notes.keys() <= {"not run", "file"}, f"{block.location}: unknown mark {block.notes}"
+        assert block.language in RUN or block.notes, f"{block.location}: a {block.language} block that nothing checks"
 
 
 @pytest.mark.parametrize("page", list(filter(shows_what_runs, PAGES)))

@@ -12,7 +12,6 @@ from mlxlora import starter
 from mlxlora.config import config_file as settings
 from mlxlora.config.options import (
     AdapterOptions,
-    ContestSampling,
     CPOOptions,
     DataOptions,
     DPOOptions,
@@ -21,6 +20,7 @@ from mlxlora.config.options import (
     ORPOOptions,
     Output,
     PairData,
+    PairSampling,
     PromptData,
     RewardOptions,
     RowOptions,
@@ -35,7 +35,7 @@ OPTIONS = {
     "orpo": (PairData, ORPOOptions),
     "cpo": (PairData, CPOOptions),
     "kto": (RowOptions, KTOOptions),
-    "online-dpo": (PromptData, ContestSampling, RewardOptions, OnlineDPOOptions),
+    "online-dpo": (PromptData, PairSampling, RewardOptions, OnlineDPOOptions),
 }
 
 
@@ -103,8 +103,8 @@ def test_pretraining_text_is_the_chat_template_of_its_conversation():
     rendered = tokenizer.apply_chat_template(turns, tokenize=False)
     assert rendered == text.CHAT.format(question="add 1 and 2.", reply="3") + "\n"
     marked = tokenizer.apply_chat_template(turns, return_assistant_tokens_mask=True, return_dict=True)
-    scored = [i for i, mask in zip(marked["input_ids"], marked["assistant_masks"], strict=True) if mask]
-    assert tokenizer.decode(scored) == "3<|im_end|>"
+    loss_mask = [i for i, mask in zip(marked["input_ids"], marked["assistant_masks"], strict=True) if mask]
+    assert tokenizer.decode(loss_mask) == "3<|im_end|>"
 
 
 def test_it_answers_some_questions_and_not_most():

@@ -161,15 +161,15 @@ def test_pieces_make_one_batch(name: str) -> None:
     loss, metrics = objective(logps, batch)
     grad = by_row(gradient(objective, logps, batch)[1], batch)
     places = [[0], [1, 3], [2]]
-    pieces = [build(swapped(whole, place), filler=2) for place in places]
-    counts = reduce(lambda a, b: {k: a[k] + b[k] for k in a}, [objective.counts(b) for _, b in pieces])
-    parts = [objective(x, b, counts) for x, b in pieces]
+    micros = [build(swapped(whole, place), filler=2) for place in places]
+    counts = reduce(lambda a, b: {k: a[k] + b[k] for k in a}, [objective.counts(b) for _, b in micros])
+    parts = [objective(x, b, counts) for x, b in micros]
     near(sum(part.item() for part, _ in parts), loss.item())
     for key in metrics:
         near(sum(m[key].item() for _, m in parts), metrics[key].item())
-    for place, (x, b) in zip(places, pieces, strict=True):
-        piece = mx.grad(lambda x, b=b: objective(x, b, counts)[0])(x)
-        for i, row in enumerate(by_row(np.array(piece), b)):
+    for place, (x, b) in zip(places, micros, strict=True):
+        micro = mx.grad(lambda x, b=b: objective(x, b, counts)[0])(x)
+        for i, row in enumerate(by_row(np.array(micro), b)):
             near(row, grad[place[i % len(place)] + 4 * (i // len(place))])
 
 

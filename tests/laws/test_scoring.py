@@ -30,7 +30,7 @@ from tests.support.tiny import (
     experts,
     loss_and_gradient,
     numbers,
-    quantised,
+    quantized,
     same,
     shaken,
     snapshot,
@@ -56,9 +56,9 @@ class Case:
     pairs: bool = False
     score_prompt: bool = False
 
-    def batch(self, units: Sequence[int]) -> Batch:
+    def batch(self, groups: Sequence[int]) -> Batch:
         """The batch of these rows, or of these pairs."""
-        seeds = [*units, *(u + 1000 for u in units)] if self.pairs else units
+        seeds = [*groups, *(u + 1000 for u in groups)] if self.pairs else groups
         needs = self.objective.needs
         examples = [example(s, score_prompt=self.score_prompt, reference="ref_logps" in needs) for s in seeds]
         advantages = mx.array([np.random.default_rng(s).normal() for s in seeds]) if "advantages" in needs else None
@@ -115,7 +115,7 @@ def test_compiled_is_eager(case: Case) -> None:
 @pytest.mark.usefixtures("eager")
 @every_objective
 @pytest.mark.parametrize("pieces", [[[0], [1, 2, 3]], [[3], [1], [0], [2]]], ids=len)
-def test_pieces_are_one_batch(case: Case, pieces: list[list[int]]) -> None:
+def test_pieces_are_one_batch(case: Case, micros: list[list[int]]) -> None:
     def trained(*batches: Batch) -> tuple[dict[str, float], dict[str, mx.array]]:
         model = adapted()
         start = tree_map(lambda p: mx.array(p), model.trainable_parameters())
@@ -124,7 +124,7 @@ def test_pieces_are_one_batch(case: Case, pieces: list[list[int]]) -> None:
         return metrics, dict(tree_flatten(tree_map(mx.subtract, model.trainable_parameters(), start)))
 
     whole, of_whole = trained(case.batch(range(4)))
-    split, of_split = trained(*map(case.batch, pieces))
+    split, of_split = trained(*map(case.batch, micros))
     close(split, whole)
     assert distance(of_split, of_whole) < 2 * GRADIENT
 
@@ -145,14 +145,14 @@ def padded(batch: Batch, columns: int, filler: int) -> Batch:
     """More positions, with any tokens in them, and more filler, with any targets."""
     rng, (rows, width) = np.random.default_rng(3), batch.tokens.shape
     junk = mx.array(rng.integers(1, VOCABULARY, (rows, columns)).astype(np.int32))
-    at = batch.where // width * (width + columns) + batch.where % width
+    at = batch.positions // width * (width + columns) + batch.positions % width
 
     def longer(values: mx.array | None, more: Any) -> mx.array | None:
         return None if values is None else mx.concatenate([values, mx.array(np.full(filler, more)).astype(values.dtype)])
 
     return batch._replace(
         tokens=mx.concatenate([batch.tokens, junk], axis=1),
-        where=longer(at, 1),
+        location=longer(at, 1),
         targets=longer(batch.targets, 5),
         sequence=longer(batch.sequence, batch.sequences),
         prompt=longer(batch.prompt, False),
@@ -165,10 +165,10 @@ def padded(batch: Batch, columns: int, filler: int) -> Batch:
 ADAPTED = {
     "lora": (dense, {}),
     "dora": (dense, {"train_type": "dora"}),
-    "lora on four bits": (quantised, {}),
-    "dora on four bits": (quantised, {"train_type": "dora"}),
+    "lora on four bits": (quantized, {}),
+    "dora on four bits": (quantized, {"train_type": "dora"}),
     "lora on experts": (experts, {}),
-    "lora on four-bit experts": (lambda: quantised(experts), {}),
+    "lora on four-bit experts": (lambda: quantized(experts), {}),
     "lora on a tied embedding": (tied, {"lora_keys": ("model.embed_tokens", "self_attn.q_proj")}),
     "dora on an embedding": (softcapped, {"train_type": "dora", "lora_keys": ("model.embed_tokens",)}),
     "lora on the head": (dense, {"lora_keys": ("lm_head", "mlp.up_proj")}),
@@ -261,18 +261,18 @@ def weighted() -> Objective:
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e38])
 @pytest.mark.parametrize("pieces", [1, 2])
-def test_a_step_that_is_not_finite_changes_nothing(poison: float, pieces: int) -> None:
+def test_a_step_that_is_not_finite_changes_nothing(poison: float, micros: int) -> None:
     def batches(value: float) -> list[Batch]:
         good = OBJECTIVES["sft"].batch(range(2))
-        return [good._replace(advantages=mx.array([1.0, last])) for last in [*[1.0] * (pieces - 1), value]]
+        return [good._replace(advantages=mx.array([1.0, last])) for last in [*[1.0] * (micros - 1), value]]
 
-    model, optimiser, steady = adapted(), optim.AdamW(1e-2, bias_correction=True), adapted()
-    step, beside = make_step(model, optimiser, weighted()), make_step(steady, optim.AdamW(1e-2, bias_correction=True), weighted())
+    model, optimizer, steady = adapted(), optim.AdamW(1e-2, bias_correction=True), adapted()
+    step, beside = make_step(model, optimizer, weighted()), make_step(steady, optim.AdamW(1e-2, bias_correction=True), weighted())
     step(*batches(1.0)), beside(*batches(1.0))
-    before = snapshot(model.parameters()), snapshot(optimiser.state)
+    before = snapshot(model.parameters()), snapshot(optimizer.state)
     metrics = numbers(step(*batches(poison)))
     assert not np.isfinite(metrics["grad_norm"] + metrics["loss"])
-    assert same(snapshot(model.parameters()), before[0]) and same(snapshot(optimiser.state), before[1])
+    assert same(snapshot(model.parameters()), before[0]) and same(snapshot(optimizer.state), before[1])
     step(*batches(1.0)), beside(*batches(1.0))
     assert same(snapshot(model.parameters()), snapshot(steady.parameters()))
 

@@ -16,7 +16,7 @@ from mlxlora.batch import Batch
 from mlxlora.config.options import AdapterOptions
 from mlxlora.data.batching import collate
 from mlxlora.models.logprobs import scorer, token_logps
-from tests.support.tiny import dense, distance, example, experts, quantised, shaken, softcapped, tied
+from tests.support.tiny import dense, distance, example, experts, quantized, shaken, softcapped, tied
 
 BATCH = collate([example(seed) for seed in range(5)])
 LORA: dict[str, Any] = {"num_layers": -1, "rank": 4, "scale": 2.0}
@@ -30,12 +30,12 @@ def lora(make: Callable[[], nn.Module], **options: Any) -> nn.Module:
 HEADS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # the model, and how many trainable parameters its head reads
     "dense": (lambda: lora(dense), 0),
     "tied": (lambda: lora(tied), 0),
-    "four bits": (lambda: lora(lambda: quantised(dense)), 0),
-    "tied in four bits": (lambda: lora(lambda: quantised(tied)), 0),
+    "four bits": (lambda: lora(lambda: quantized(dense)), 0),
+    "tied in four bits": (lambda: lora(lambda: quantized(tied)), 0),
     "soft-capped": (lambda: lora(softcapped), 0),
     "experts": (lambda: lora(experts), 0),
     "adapted": (lambda: lora(dense, lora_keys=("lm_head", "self_attn.q_proj")), 2),
-    "adapted, four bits": (lambda: lora(lambda: quantised(dense), lora_keys=("lm_head",)), 2),
+    "adapted, four bits": (lambda: lora(lambda: quantized(dense), lora_keys=("lm_head",)), 2),
     "adapted by dora": (lambda: lora(dense, train_type="dora", lora_keys=("lm_head", "mlp.up_proj")), 3),
     "adapted and tied": (lambda: lora(tied, lora_keys=("model.embed_tokens", "self_attn.q_proj")), 2),
     "trained": (lambda: lora(dense, train_type="full"), 1),
@@ -47,7 +47,7 @@ HEADS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # the model, and how 
 def plain(model: nn.Module, batch: Batch, dtype: mx.Dtype = mx.float32) -> tuple[mx.array, mx.array]:
     """[N] log-probabilities and entropies by the definition."""
     logits = model(batch.tokens)
-    logits = logits.reshape(-1, logits.shape[-1])[batch.where].astype(dtype)
+    logits = logits.reshape(-1, logits.shape[-1])[batch.positions].astype(dtype)
     logps = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     real = batch.sequence < batch.sequences
     chosen = mx.take_along_axis(logps, batch.targets[:, None], axis=-1)[:, 0]
@@ -134,7 +134,7 @@ def test_dropout_does_not_hide_the_head() -> None:
 @given(temperature=st.floats(0.3, 3.0), seed=st.integers(0, 1000))
 def test_temperature(temperature: float, seed: int) -> None:
     model, batch = MODEL, collate([example(seed)])
-    logits = model(batch.tokens).reshape(-1, 96)[batch.where] / temperature
+    logits = model(batch.tokens).reshape(-1, 96)[batch.positions] / temperature
     expected = mx.take_along_axis(logits - mx.logsumexp(logits, axis=-1, keepdims=True), batch.targets[:, None], axis=-1)[:, 0]
     ours = scorer(model, temperature=temperature)(batch)[0]
     np.testing.assert_allclose(ours, mx.where(batch.sequence < 1, expected, 0), rtol=1e-5, atol=2e-5)

@@ -20,11 +20,11 @@ from mlxlora.models.logprobs import scorer
 from mlxlora.models.modes import evaluating
 from mlxlora.models.neftune import magnitude, noisy
 from mlxlora.objectives.supervised import sft
-from tests.support.tiny import dense, loss_and_gradient, quantised, softcapped, tied
+from tests.support.tiny import dense, loss_and_gradient, quantized, softcapped, tied
 
 ALPHA = 5.0
 TOKENS = mx.array([[3, 9, 2, 7, 1], [4, 8, 0, 0, 0]])
-MODELS: dict[str, Callable[[], nn.Module]] = {"dense": dense, "tied": tied, "quantised": quantised, "softcapped": softcapped}
+MODELS: dict[str, Callable[[], nn.Module]] = {"dense": dense, "tied": tied, "quantised": quantized, "softcapped": softcapped}
 every = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 
 

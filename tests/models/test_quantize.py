@@ -23,11 +23,11 @@ from mlxlora.errors import InputError
 from mlxlora.models.initialize import init_model
 from mlxlora.models.logprobs import scorer
 from mlxlora.models.modes import computing, evaluating
-from mlxlora.models.quantize import QUANTISATIONS, quantise
+from mlxlora.models.quantize import QUANTIZATIONS, quantize
 from mlxlora.objectives.objective import Objective
 from mlxlora.objectives.preference import dpo, orpo
 from mlxlora.objectives.supervised import sft
-from mlxlora.training.optimizers import make_optimiser
+from mlxlora.training.optimizers import make_optimizer
 from mlxlora.training.step import make_step
 from tests.support.tiny import (
     LLAMA,
@@ -36,7 +36,7 @@ from tests.support.tiny import (
     example,
     experts,
     loss_and_gradient,
-    quantised,
+    quantized,
     same,
     shaken,
     snapshot,
@@ -67,7 +67,7 @@ def run(folder: Path, model: Path, data: Path, **changes: Any) -> dict[str, Any]
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_converted_model(form: str, model_folder: Path, tmp_path: Path) -> None:
-    how = {f"q_{name}": value for name, value in QUANTISATIONS[form].items()}
+    how = {f"q_{name}": value for name, value in QUANTIZATIONS[form].items()}
     convert(str(model_folder), str(tmp_path / "converted"), quantize=True, **how)
     theirs, *_ = load_with_mlx_lm(str(tmp_path / "converted"))
     ours, _, config = recipes.load_with_config(ModelOptions(str(model_folder), quantize=form))  # type: ignore[arg-type]
@@ -98,9 +98,9 @@ def test_what_is_left_says_so(mlxlora: Any, model_folder: Path, data: Path, tmp_
     asked = ("generate", "--adapter-path", adapters, "--prompt", "abc", "--max-tokens", 4)
     first, second = (mlxlora(*asked, *more) for more in ((), ("--model", model_folder, "--quantize", 4)))
     assert first.out.splitlines()[-1] == second.out.splitlines()[-1] and first.code == second.code == 0
-    scored = mlxlora("eval", "--model", model_folder, "--quantize", "4", "--data", data, "--adapter-path", adapters)
-    assert scored.code == 0, scored.err
-    assert scored.out != mlxlora("eval", "--model", model_folder, "--data", data, "--adapter-path", adapters).out
+    loss_mask = mlxlora("eval", "--model", model_folder, "--quantize", "4", "--data", data, "--adapter-path", adapters)
+    assert loss_mask.code == 0, loss_mask.err
+    assert loss_mask.out != mlxlora("eval", "--model", model_folder, "--data", data, "--adapter-path", adapters).out
     assert mlxlora("fuse", "--adapter-path", adapters, "--save-path", tmp_path / "fused").code == 0
     assert json.loads((tmp_path / "fused" / "config.json").read_text())["quantization"]["bits"] == 4
 
@@ -125,7 +125,7 @@ def test_references_of_both_are_kept_apart(model_folder: Path) -> None:
     assert other[0]["reference_cache"] == other[1]["reference_cache"], "another model is loaded as it is"
 
 
-def test_what_cannot_be_quantised(model_folder: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_quantized(model_folder: Path, tmp_path: Path) -> None:
     convert(str(model_folder), str(tmp_path / "converted"), quantize=True, q_bits=8)
     with pytest.raises(InputError, match=r"--quantize 4: the model is quantised already \(8 bits\); leave --quantize out"):
         recipes.load(ModelOptions(str(tmp_path / "converted"), quantize="4"))
@@ -163,7 +163,7 @@ def test_the_model_computes_as_it_will(make: Any, changes: dict[str, Any], form:
     assert same(snapshot(model.parameters()), before) and mx.array_equal(model(TOKENS), exact)
     plain = make()
     plain.load_weights([(name, array) for name, array in weights(fused(model)).items()])
-    whole, _ = quantise(plain, {}, form)
+    whole, _ = quantize(plain, {}, form)
     error = mx.abs(logits - whole(TOKENS)).max().item()
     assert error < 1e-3 * mx.abs(exact).max().item() < mx.abs(logits - exact).max().item() or (form in ("6", "8") and error < 5e-3)
 
@@ -185,7 +185,7 @@ def test_the_gradient_passes_straight_through() -> None:
     with computing(model, model.trainable_parameters()) as parameters:
         plain.update(parameters)
     _, wanted = loss_and_gradient(plain, sft(), batch)
-    step = make_step(model, make_optimiser(Training(), 1), sft())
+    step = make_step(model, make_optimizer(Training(), 1), sft())
     found, _ = step.backward(batch, sft().counts(batch))
     found = dict(tree_flatten(step.trained.unpack(found)))
     assert all(mx.allclose(found[name], wanted[name], rtol=1e-3, atol=1e-6) for name in wanted)
@@ -202,18 +202,18 @@ OBJECTIVES = {"sft": sft(), "dpo": dpo(beta=0.3), "orpo": orpo(beta=0.3)}
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_quantising_loses_less(name: str, kind: str, eager: None) -> None:
+def test_quantizing_loses_less(name: str, kind: str, eager: None) -> None:
     """The loss of the quantised model after the same steps, with and without."""
-    losses = {form: _quantised_loss(OBJECTIVES[name], kind, form) for form in (None, "4")}
+    losses = {form: _quantized_loss(OBJECTIVES[name], kind, form) for form in (None, "4")}
     assert losses["4"] < 0.9 * losses[None], losses
 
 
-def _quantised_loss(objective: Objective, kind: str, form: str | None) -> float:
+def _quantized_loss(objective: Objective, kind: str, form: str | None) -> float:
     mx.random.seed(0)
     batch = collate([example(i, reference=True) for i in range(8)])
     chosen = AdapterOptions(train_type=kind, num_layers=-1, rank=8, scale=4.0, qat=form)  # type: ignore[arg-type]
     model = prepare(dense(), chosen).train()
-    step = make_step(model, make_optimiser(Training(learning_rate=3e-3), 40), objective)
+    step = make_step(model, make_optimizer(Training(learning_rate=3e-3), 40), objective)
     for _ in range(40):
         step(batch)
     whole, *_ = merged(model.eval(), {}, quantize="4")
@@ -224,7 +224,7 @@ def _quantised_loss(objective: Objective, kind: str, form: str | None) -> float:
 @pytest.mark.parametrize(
     ("make", "changes", "message"),
     [
-        (quantised, {}, "--qat 4: the model is quantised; leave --quantize out or give one that is not"),
+        (quantized, {}, "--qat 4: the model is quantised; leave --quantize out or give one that is not"),
         (dense, {"train_type": "dora"}, "--qat 4 goes with --train-type lora or full"),
     ],
 )

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import gemma3_text, gpt_oss, mamba2, mixtral, phi3, qwen3
 
 from mlxlora import AdapterOptions, prepare
-from mlxlora.data.batching import bucket, collate, pair_piece, read_positions, shared_tokens
+from mlxlora.data.batching import bucket, collate, pair_batch, read_positions, shared_tokens
 from mlxlora.data.tokenize import Example, Pair
 from mlxlora.models import attention
 from mlxlora.models.grad_checkpoint import checkpointed
@@ -28,7 +28,7 @@ from mlxlora.objectives.objective import Objective
 from mlxlora.objectives.preference import dpo, orpo
 from mlxlora.training.step import entropy_of, make_step
 from tests.laws.test_objectives import OBJECTIVES
-from tests.support.tiny import LLAMA, VOCABULARY, dense, distance, experts, loss_and_gradient, quantised, shaken, softcapped, tied
+from tests.support.tiny import LLAMA, VOCABULARY, dense, distance, experts, loss_and_gradient, quantized, shaken, softcapped, tied
 
 SMALL = LLAMA | {"max_position_embeddings": 512, "rope_theta": 1e4}
 WINDOWED = {"sliding_window": 8, "sliding_window_pattern": 2, "query_pre_attn_scalar": 16.0}
@@ -49,7 +49,7 @@ def _of(module: Any, **more: Any) -> Callable[[], nn.Module]:
 ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "llama": dense,
     "tied": tied,
-    "quantised": lambda: quantised(dense),
+    "quantised": lambda: quantized(dense),
     "qwen3": _of(qwen3),
     "softcapped": softcapped,
     "experts": experts,
@@ -88,8 +88,8 @@ def pair(seed: int, *, prompt: int, longest: int = 12) -> Pair:
 
 def _example(rng: np.random.Generator, prompt: np.ndarray, completion: np.ndarray) -> Example:
     tokens = np.concatenate([prompt, completion]).astype(np.int32)
-    scored = np.arange(len(tokens)) >= len(prompt)
-    return Example(tokens, scored, None, "rows.jsonl:1", ref_logps=-rng.exponential(3, len(completion)).astype(np.float32))
+    loss_mask = np.arange(len(tokens)) >= len(prompt)
+    return Example(tokens, loss_mask, None, "rows.jsonl:1", ref_logps=-rng.exponential(3, len(completion)).astype(np.float32))
 
 
 def pairs(seed: int = 0, count: int = 3) -> list[Pair]:
@@ -99,7 +99,7 @@ def pairs(seed: int = 0, count: int = 3) -> list[Pair]:
 
 def with_squares(items: Sequence[Pair], *, share: bool) -> Any:
     """A batch of pairs with every column that an objective may read."""
-    batch = pair_piece(items, share=share).batch
+    batch = pair_batch(items, share=share).batch
     return batch._replace(log_sum_sq_probs=-mx.abs(batch.ref_logps))
 
 
@@ -181,7 +181,9 @@ def test_groups_of_completions_share_a_prompt() -> None:
     rng = np.random.default_rng(0)
     prompts = [rng.integers(1, VOCABULARY, n) for n in (17, 6)]
     examples = [_example(rng, p, rng.integers(1, VOCABULARY, rng.integers(2, 9))) for p in prompts for _ in range(4)]
-    examples[5] = evolve(examples[5], scored=np.zeros(len(examples[5].tokens), bool), ref_logps=np.zeros(0, np.float32))  # masked
+    examples[5] = evolve(
+        examples[5], loss_mask=np.zeros(len(examples[5].tokens), bool), ref_logps=np.zeros(0, np.float32)
+    )  # masked
     advantages = mx.array(rng.standard_normal(8).astype(np.float32))
     shared = collate(examples, groups=[range(4), range(4, 8)], advantages=advantages)
     assert shared.prefix is not None and shared.prefix.shape[0] == 2
@@ -191,9 +193,9 @@ def test_groups_of_completions_share_a_prompt() -> None:
 @pytest.mark.parametrize("cut", [1, 2, 3])
 def test_pieces_of_shared_prompts_are_one_step(cut: int) -> None:
     items, models = pairs(count=5), []
-    for batches in ([pair_piece(items)], [pair_piece(items[:cut], share=True), pair_piece(items[cut:], share=True)]):
+    for batches in ([pair_batch(items)], [pair_batch(items[:cut], share=True), pair_batch(items[cut:], share=True)]):
         model = adapted(dense())
-        make_step(model, optim.SGD(learning_rate=1.0), dpo())(*(piece.batch for piece in batches))
+        make_step(model, optim.SGD(learning_rate=1.0), dpo())(*(micro.batch for micro in batches))
         models.append(dict(tree_flatten(model.trainable_parameters())))
     assert distance(*models) < 1e-6
 
@@ -202,14 +204,14 @@ def test_a_compiled_step_is_taken_for_each_shape_once() -> None:
     model = adapted(dense())
     step = make_step(model, optim.SGD(learning_rate=0.1), dpo())
     for seed in range(4):
-        step(pair_piece([pair(seed, prompt=20 + seed)], share=True).batch)
+        step(pair_batch([pair(seed, prompt=20 + seed)], share=True).batch)
     assert step.compilations == 1
 
 
 def test_evaluation_reads_the_layout_too() -> None:
     model, items = adapted(dense()), pairs()
     score = scorer(model)
-    logps = [np.array(score(pair_piece(items, share=share).batch, gradient=False)[0]) for share in (True, False)]
+    logps = [np.array(score(pair_batch(items, share=share).batch, gradient=False)[0]) for share in (True, False)]
     np.testing.assert_allclose(*logps, atol=1e-4)
 
 
@@ -217,7 +219,7 @@ def test_evaluation_reads_the_layout_too() -> None:
 
 
 def test_shapes_are_on_the_ladder() -> None:
-    batch = pair_piece(pairs(), share=True).batch
+    batch = pair_batch(pairs(), share=True).batch
     assert batch.prefix is not None and batch.prefix_lengths is not None
     assert batch.prefix.shape == (3, bucket(37)) and batch.tokens.shape == (6, 32)
     assert (np.array(batch.prefix_lengths) <= [19, 0, 36]).all()
@@ -233,10 +235,10 @@ def test_the_token_that_predicts_the_first_scored_one_stays_in_the_row() -> None
 def test_scored_prompts_are_not_shared() -> None:
     rng = np.random.default_rng(0)
     e = _example(rng, np.array([5, 6, 7]), np.array([8]))
-    scored = [evolve(e, scored=np.arange(4) > 0)] * 2
-    assert shared_tokens(scored) == 0
-    assert collate(scored, groups=[(0, 1)]).prefix is None
-    assert read_positions([scored]) == (64, 64)
+    loss_mask = [evolve(e, loss_mask=np.arange(4) > 0)] * 2
+    assert shared_tokens(loss_mask) == 0
+    assert collate(loss_mask, groups=[(0, 1)]).prefix is None
+    assert read_positions([loss_mask]) == (64, 64)
 
 
 def test_the_estimate_counts_padding() -> None:

@@ -18,16 +18,16 @@ from mlxlora.config.options import AdapterOptions
 from mlxlora.data.batching import collate
 from mlxlora.errors import InputError
 from mlxlora.models.logprobs import scorer
-from mlxlora.models.teacher import taught
+from mlxlora.models.teacher import with_teacher
 from mlxlora.objectives.divergences import DIVERGENCES
 from mlxlora.objectives.supervised import distill
-from tests.support.tiny import dense, distance, example, loss_and_gradient, quantised, snapshot, softcapped, tied
+from tests.support.tiny import dense, distance, example, loss_and_gradient, quantized, snapshot, softcapped, tied
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "dense": (dense, "lora"),
     "tied, in full": (tied, "full"),
     "dense, in full": (dense, "full"),
-    "quantised": (lambda: quantised(dense), "lora"),
+    "quantised": (lambda: quantized(dense), "lora"),
     "softcapped": (softcapped, "dora"),
 }
 
@@ -53,14 +53,14 @@ KINDS = [("forward_kl", 0.5, 0.0), ("reverse_kl", 0.5, 1.0), ("jsd", 0.5, 0.5), 
 
 def direct(model: nn.Module, batch: Batch) -> np.ndarray:
     logits = model(batch.tokens).astype(mx.float32)
-    return np.array(logits.reshape(-1, logits.shape[-1])[batch.where])
+    return np.array(logits.reshape(-1, logits.shape[-1])[batch.positions])
 
 
 @pytest.mark.parametrize(("name", "beta", "theirs"), KINDS)
 def test_the_column_is_trls(name: str, beta: float, theirs: float) -> None:
     student, teacher = dense(), other()
     batch = collate([example(seed) for seed in range(3)])
-    logps, seen = taught(scorer(student), teacher, DIVERGENCES[name](beta))(batch)
+    logps, seen = with_teacher(scorer(student), teacher, DIVERGENCES[name](beta))(batch)
     real = np.array(batch.sequence) < 3
     expected = trl(direct(teacher, batch), direct(student, batch), theirs)
     np.testing.assert_allclose(np.array(seen.divergence)[real], expected[real], rtol=1e-4, atol=1e-5)
@@ -74,8 +74,8 @@ def test_gradients_are_those_of_the_plain_computation(make: Callable[[], nn.Modu
     """Without chunks or a split: every logit of every position, differentiated by MLX."""
     student, teacher = prepare(make(), AdapterOptions(num_layers=-1, train_type=kind)), other()
     batch, measure = collate([example(seed) for seed in range(3)]), DIVERGENCES[name](0.5)
-    chunked = taught(scorer(student, chunk=64), teacher, measure)
-    plain = taught(scorer(student), teacher, measure)
+    chunked = with_teacher(scorer(student, chunk=64), teacher, measure)
+    plain = with_teacher(scorer(student), teacher, measure)
     object.__setattr__(plain, "split", None)
     (ours, gradient), (theirs, expected) = (loss_and_gradient(student, distill(nll_weight=0.3), batch, s) for s in (chunked, plain))
     assert ours["divergence"] == pytest.approx(theirs["divergence"], rel=1e-4) and ours["divergence"] > 0.01
@@ -86,14 +86,16 @@ def test_a_student_that_is_its_teacher_learns_nothing() -> None:
     student = prepare(dense(), AdapterOptions(num_layers=-1))
     batch = collate([example(0), example(1)])
     for name in DIVERGENCES:
-        metrics, gradient = loss_and_gradient(student, distill(), batch, taught(scorer(student), dense(), DIVERGENCES[name](0.5)))
+        metrics, gradient = loss_and_gradient(
+            student, distill(), batch, with_teacher(scorer(student), dense(), DIVERGENCES[name](0.5))
+        )
         assert abs(metrics["divergence"]) < 1e-5 and all(np.abs(np.array(g)).max() < 1e-4 for g in gradient.values())
 
 
 def test_the_teacher_stays_and_may_have_padding_in_its_vocabulary() -> None:
     student, teacher = prepare(dense(), AdapterOptions(num_layers=-1)), dense(vocab_size=104)
     before = snapshot(teacher.parameters())
-    score = taught(scorer(student), teacher, DIVERGENCES["forward_kl"](0.5))
+    score = with_teacher(scorer(student), teacher, DIVERGENCES["forward_kl"](0.5))
     batch = collate([example(0), example(1)])
     metrics, _ = loss_and_gradient(student, distill(), batch, score)
     expected = trl(direct(teacher, batch)[:, :96], direct(student, batch), 0.0)[np.array(batch.sequence) < 2].mean()

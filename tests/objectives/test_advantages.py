@@ -14,12 +14,12 @@ from mlxlora.objectives import advantages as adv
 from mlxlora.rollouts.rewards import combine
 
 GOLDENS = Path(__file__).resolve().parents[3] / "shared" / "parity" / "loss_goldens.json"
-GROUP_WISE = (adv.centred, adv.group_relative, adv.batch_scaled, adv.leave_one_out)
-ALL = (*GROUP_WISE, adv.batch_centred)
+GROUP_WISE = (adv.centered, adv.group_relative, adv.batch_scaled, adv.leave_one_out)
+ALL = (*GROUP_WISE, adv.batch_centered)
 NAN = float("nan")
 
 # scale_rewards in TRL -> ours
-SCALED = {"group": adv.group_relative, "batch": adv.batch_scaled, "none": adv.centred}
+SCALED = {"group": adv.group_relative, "batch": adv.batch_scaled, "none": adv.centered}
 
 
 def cases():
@@ -60,10 +60,10 @@ def test_trl_fraction_without_signal(case):
 
 def test_by_hand():
     rewards = mx.array([[3.0, 1.0, 2.0], [5.0, 5.0, NAN]])
-    assert adv.centred(rewards).tolist() == [[1, -1, 0], [0, 0, 0]]
+    assert adv.centered(rewards).tolist() == [[1, -1, 0], [0, 0, 0]]
     np.testing.assert_allclose(adv.group_relative(rewards, eps=1.0), [[0.5, -0.5, 0], [0, 0, 0]])
     assert adv.leave_one_out(rewards).tolist() == [[1.5, -1.5, 0], [0, 0, 0]]
-    np.testing.assert_allclose(adv.batch_centred(rewards), [[-0.2, -2.2, -1.2], [1.8, 1.8, 0]], rtol=1e-6)
+    np.testing.assert_allclose(adv.batch_centered(rewards), [[-0.2, -2.2, -1.2], [1.8, 1.8, 0]], rtol=1e-6)
     deviation = np.std([3, 1, 2, 5, 5], ddof=1)
     np.testing.assert_allclose(adv.batch_scaled(rewards, eps=0.0), [[1 / deviation, -1 / deviation, 0], [0, 0, 0]], rtol=1e-6)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from mlxlora.batch import Batch
-from mlxlora.objectives.advantages import BASELINES, SCALES, advantage, batch_scaled, centred, group_relative
+from mlxlora.objectives.advantages import BASELINES, SCALES, advantage, batch_scaled, centered, group_relative
 from mlxlora.objectives.grpo import rloo
 
 REWARDS = np.array([1.0, -0.5, 3.0], np.float32)
@@ -30,7 +30,7 @@ def test_leave_one_out_is_the_reward_minus_the_mean_of_the_others(rewards: np.nd
 
 def test_every_baseline_goes_with_every_scale() -> None:
     rewards = mx.array([[1.0, 0.0, 2.0], [4.0, 4.0, 1.0]])
-    known = {("group", "group"): group_relative, ("group", "batch"): batch_scaled, ("group", "none"): centred}
+    known = {("group", "group"): group_relative, ("group", "batch"): batch_scaled, ("group", "none"): centered}
     for names in product(BASELINES, SCALES):
         found = advantage(*names)(rewards)
         assert found.shape == rewards.shape

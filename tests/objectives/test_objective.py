@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxlora.batch import Batch, chosen, chosen_rows, completions, everything, positions, rejected, token_sum
+from mlxlora.batch import Batch, chosen, chosen_rows, completions, everything, token_offsets, rejected, token_sum
 from mlxlora.objectives.objective import (
     Objective,
     Reduction,
@@ -26,7 +26,7 @@ from tests.support.random_batches import build, rows
 LOGPS = mx.array([-1.0, -2.0, -3.0, -4.0, -50.0])
 TWO = Batch(  # lengths 3 and 1, then a token of filler
     tokens=mx.zeros((2, 8), mx.int32),
-    where=mx.array([0, 1, 2, 8, 0]),
+    positions=mx.array([0, 1, 2, 8, 0]),
     targets=mx.zeros((5,), mx.int32),
     sequence=mx.array([0, 0, 0, 1, 2]),
     lengths=mx.array([3, 1]),
@@ -63,8 +63,8 @@ def test_sums_over_sequences_and_back() -> None:
     assert token_sum(LOGPS, TWO).tolist() == [-6, -4]
     assert token_sum(LOGPS, PROMPTED).tolist() == [-5, -4]
     assert by_token(mx.array([7.0, 8.0]), TWO).tolist() == [7, 7, 7, 8, 0]
-    assert positions(TWO).tolist()[:4] == [0, 1, 2, 0]
-    assert positions(PROMPTED).tolist()[1:4] == [0, 1, 0]
+    assert token_offsets(TWO).tolist()[:4] == [0, 1, 2, 0]
+    assert token_offsets(PROMPTED).tolist()[1:4] == [0, 1, 0]
 
 
 def test_spreading_is_the_transpose_of_summing() -> None:
@@ -94,7 +94,7 @@ def test_terms_need_names_of_their_own() -> None:
         nll() + nll()
 
 
-def test_a_metric_is_reported_and_not_optimised() -> None:
+def test_a_metric_is_reported_and_not_optimized() -> None:
     objective = nll() + watch("shame", lambda logps, batch: -1e9 * logps, token_mean(), needs={"entropy"})
     loss, metrics = objective(LOGPS, TWO)
     assert loss.item() == metrics["nll"].item() == 2.5

@@ -88,7 +88,7 @@ def test_first_batch_is_trls(case: Case) -> None:
     for item, (ids, labels, attention) in zip(items, recorded, strict=False):
         length = sum(attention)
         assert item.tokens.tolist() == ids[:length]
-        assert item.scored.tolist() == [t > 0 and label != -100 for t, label in enumerate(labels[:length])]
+        assert item.loss_mask.tolist() == [t > 0 and label != -100 for t, label in enumerate(labels[:length])]
 
 
 @cache

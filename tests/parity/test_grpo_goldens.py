@@ -50,8 +50,8 @@ def rollouts(case: dict[str, Any]) -> tuple[np.ndarray, Batch, np.ndarray]:
     columns = {name: grid(given[key]) for name, key in (("ref_logps", "ref_logps"), ("entropy", "entropies"))}
     if case["uses_old_logps"]:
         columns["old_logps"] = grid(given["old_logps"])
-    batch, scored = flat_batch(mask, advantages=grid([given["advantages"]])[0], **columns)
-    return grid(given["policy_logps"]), batch, scored
+    batch, loss_mask = flat_batch(mask, advantages=grid([given["advantages"]])[0], **columns)
+    return grid(given["policy_logps"]), batch, loss_mask
 
 
 def trl_scale(case: dict[str, Any]) -> float:
@@ -75,23 +75,23 @@ def test_grpo(case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("case", [c for c in cases("grpo") if "per_token_loss_masked" in c.values[0]])
 def test_grpo_of_each_token(case: dict[str, Any]) -> None:
-    objective, (logps, batch, scored) = grpo_of(case), rollouts(case)
-    ours = np.zeros(scored.shape, np.float32)
+    objective, (logps, batch, loss_mask) = grpo_of(case), rollouts(case)
+    ours = np.zeros(loss_mask.shape, np.float32)
     for coefficient, t in objective.terms:
         if coefficient and t.name in ("policy_loss", "kl_penalty"):
-            ours[scored] += coefficient * values(objective, t.name, logps, batch, scored)
-    theirs = np.broadcast_to(np.array(case["per_token_loss_masked"], np.float32), scored.shape)
-    close(ours[scored], theirs[scored], operands=1.0)
+            ours[loss_mask] += coefficient * values(objective, t.name, logps, batch, loss_mask)
+    theirs = np.broadcast_to(np.array(case["per_token_loss_masked"], np.float32), loss_mask.shape)
+    close(ours[loss_mask], theirs[loss_mask], operands=1.0)
 
 
 def test_accumulated_pieces_make_the_same_gradient_without_a_scale() -> None:
     """One micro-batch of TRL's `_ga2` is half of a step; ours, given the step's counts, needs no normaliser."""
     (case,) = (c for c in GOLDENS["grpo"] if c["name"] == "grpo_ga2")
-    logps, batch, scored = rollouts(case)
+    logps, batch, loss_mask = rollouts(case)
     objective = grpo_of(case)
     counts = {name: 2 * count for name, count in objective.counts(batch).items()}
 
-    loss, _ = objective(mx.array(logps[scored]), batch, counts)
+    loss, _ = objective(mx.array(logps[loss_mask]), batch, counts)
     close(loss.item(), case["loss"])
 
 

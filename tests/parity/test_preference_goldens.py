@@ -29,13 +29,13 @@ def preferences(*, prompts: bool = False) -> tuple[np.ndarray, Batch, np.ndarray
     both = {k: grid(given[k.format("chosen")], given[k.format("rejected")]) for k in (
         "policy_{}_logps", "ref_{}_logps", "policy_{}_log_sum_sq_probs", "{}_completion_mask", "{}_attention_mask"
     )}  # fmt: skip
-    batch, scored = flat_batch(
+    batch, loss_mask = flat_batch(
         both["{}_completion_mask"],
         both["{}_attention_mask"] if prompts else None,
         ref_logps=both["ref_{}_logps"],
         log_sum_sq_probs=both["policy_{}_log_sum_sq_probs"],
     )
-    return both["policy_{}_logps"], batch, scored
+    return both["policy_{}_logps"], batch, loss_mask
 
 
 def dpo_of(config: dict[str, Any]) -> Objective:
@@ -102,19 +102,19 @@ def test_orpo(case: dict[str, Any]) -> None:
     close(values(objective, "log_odds_ratio", *given), case["log_sigmoid_log_odds"])
 
 
-def labelled() -> tuple[np.ndarray, Batch, np.ndarray]:
+def labeled() -> tuple[np.ndarray, Batch, np.ndarray]:
     """Completions with their labels, and the reference point of TRL's mismatched log-probabilities."""
-    logps, batch, scored = preferences()
+    logps, batch, loss_mask = preferences()
     given = GOLDENS["kto_inputs"]
-    mismatched = np.roll(scored, 1, axis=0)  # the mask of the completion before
+    mismatched = np.roll(loss_mask, 1, axis=0)  # the mask of the completion before
     ratios = np.where(mismatched, grid(given["kl_policy_logps"]) - grid(given["kl_ref_logps"]), 0).sum(axis=1)
     point = mx.full((len(ratios),), max(float(ratios.mean()), 0.0))
-    return logps, batch._replace(label=mx.array(grid([given["labels"]])[0] > 0), reference_point=point), scored
+    return logps, batch._replace(label=mx.array(grid([given["labels"]])[0] > 0), reference_point=point), loss_mask
 
 
 @pytest.mark.parametrize("case", cases("kto"))
 def test_kto(case: dict[str, Any]) -> None:
-    objective, given = kto(**case["config"]), labelled()
+    objective, given = kto(**case["config"]), labeled()
     loss, metrics, gradient = evaluate(objective, *given)
     close(loss, case["loss"])
     close(gradient, case["grad_policy"], operands=np.abs(gradient).max())
@@ -128,37 +128,37 @@ def test_kto(case: dict[str, Any]) -> None:
 
 def test_sigmoid_is_smoothed() -> None:
     (case,) = (c for c in GOLDENS["dpo"] if c["name"] in DIFFERENT)
-    logps, batch, scored = preferences()
-    loss, *_ = evaluate(dpo(beta=0.1, label_smoothing=0.1), logps, batch, scored)
-    margins = 0.1 * np.subtract(*np.split(np.array(log_ratio(mx.array(logps[scored]), batch)), 2))
+    logps, batch, loss_mask = preferences()
+    loss, *_ = evaluate(dpo(beta=0.1, label_smoothing=0.1), logps, batch, loss_mask)
+    margins = 0.1 * np.subtract(*np.split(np.array(log_ratio(mx.array(logps[loss_mask]), batch)), 2))
     close(loss, np.mean(0.9 * np.logaddexp(0, -margins) + 0.1 * np.logaddexp(0, margins)))
-    close(evaluate(dpo(beta=0.1), logps, batch, scored)[0], case["loss"])
+    close(evaluate(dpo(beta=0.1), logps, batch, loss_mask)[0], case["loss"])
 
 
 def test_odds_ratio_from_one_to_nothing() -> None:
     golden = GOLDENS["orpo_odds_ratio"]
     averages = grid(golden["chosen_avg_logps"], golden["rejected_avg_logps"])[:, None]
-    batch, scored = flat_batch(np.ones_like(averages))
+    batch, loss_mask = flat_batch(np.ones_like(averages))
     objective, beta = orpo(beta=0.1), golden["config"]["beta"]
     odds = beta * Objective(tuple((1.0, t) for _, t in objective.terms if t.name == "odds_ratio"))
-    _, _, gradient = evaluate(odds, averages, batch, scored)
-    close(values(objective, "log_odds_chosen", averages, batch, scored), golden["log_odds"])
+    _, _, gradient = evaluate(odds, averages, batch, loss_mask)
+    close(values(objective, "log_odds_chosen", averages, batch, loss_mask), golden["log_odds"])
     np.testing.assert_allclose(
-        values(objective, "log_odds_ratio", averages, batch, scored), golden["log_sigmoid_log_odds"], rtol=1e-5
+        values(objective, "log_odds_ratio", averages, batch, loss_mask), golden["log_sigmoid_log_odds"], rtol=1e-5
     )
-    close(values(objective, "rewards/chosen", averages, batch, scored), golden["chosen_rewards"])
+    close(values(objective, "rewards/chosen", averages, batch, loss_mask), golden["chosen_rewards"])
     expected = grid(golden["grad_of_minus_mean_wrt_chosen"], golden["grad_of_minus_mean_wrt_rejected"])[:, None]
     np.testing.assert_allclose(gradient, expected, rtol=1e-5)
 
 
 def test_odds_ratio_at_probability_one_has_a_gradient() -> None:
     """TRL's is NaN there; so is that of every log(1 - exp(x)) whose branches both see x."""
-    batch, scored = flat_batch(np.ones((2, 1)))
+    batch, loss_mask = flat_batch(np.ones((2, 1)))
     logps = np.array([[-1e-9], [-3.0]], np.float32)
-    _, metrics, gradient = evaluate(orpo(beta=0.1), logps, batch, scored)
+    _, metrics, gradient = evaluate(orpo(beta=0.1), logps, batch, loss_mask)
     assert np.isfinite(gradient).all()
     assert -1e-7 < metrics["log_odds_ratio"] <= 0
-    assert np.isfinite(np.array(mx.grad(lambda x: log_odds(x, batch).sum())(mx.array(logps[scored])))).all()
+    assert np.isfinite(np.array(mx.grad(lambda x: log_odds(x, batch).sum())(mx.array(logps[loss_mask])))).all()
 
 
 def test_every_golden_is_reproduced_or_listed() -> None:

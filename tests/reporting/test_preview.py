@@ -95,7 +95,7 @@ def test_lengths_are_those_of_whole_rows(method, tmp_path):
     assert "-  --max-seq-length 60" in told
 
 
-def test_a_terminal_has_colours_and_the_datas_own_escapes_are_text(tmp_path):
+def test_a_terminal_has_colors_and_the_datas_own_escapes_are_text(tmp_path):
     data = tmp_path / "pairs.jsonl"
     data.write_text(json.dumps({"prompt": "a\x1b[2J", "chosen": " yes", "rejected": " no"}) + "\n")
     found = look("dpo", tokenizer(), PairData(data=str(data)))

@@ -145,13 +145,13 @@ def decode(tokens):
         ([False, True, False, True], "w1[[ w2]] w3[[ <|end|>]]"),
     ],
 )
-def test_example_marks_the_scored_part(scored, expected):
+def test_example_marks_the_scored_part(loss_mask, expected):
     screen = console()
-    show_example([1, 2, 3, 0], scored, decode, screen)
+    show_example([1, 2, 3, 0], loss_mask, decode, screen)
     assert written(screen).splitlines()[1] == expected
 
 
-def test_example_in_a_terminal_uses_colour_and_escapes_the_datas_own():
+def test_example_in_a_terminal_uses_color_and_escapes_the_datas_own():
     screen = console(terminal=True)
     show_example([1, 2], [False, True], lambda tokens: "a\x1b[31m"[: len(tokens) * 3], screen)
     assert "[[" not in written(screen) and "\x1b[31m" not in written(screen) and "\\x1b" in written(screen)

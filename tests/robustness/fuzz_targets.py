@@ -57,8 +57,9 @@ def tokenizer() -> Any:
 
 @cache
 def readers() -> tuple[Callable[..., Any], ...]:
+    from mlxlora.data.labeled import judged_row
+
     from mlxlora.config.options import RowOptions
-    from mlxlora.data.labelled import judged_row
     from mlxlora.data.tokenize import preference_pair, prompt_example, supervised_example
 
     return (
@@ -274,7 +275,7 @@ def call_templates(folder: Path, case: tuple[str, int]) -> None:
     from mlxlora.data import chat_template as templates
 
     text, which = case
-    wrapper, where = tokenizer(), f"{folder}/rows.jsonl:1"
+    wrapper, location = tokenizer(), f"{folder}/rows.jsonl:1"
     inner, kept = wrapper._tokenizer, wrapper._tokenizer.chat_template
     inner.chat_template, templates._SECONDS = text, 1.0
     try:
@@ -282,12 +283,12 @@ def call_templates(folder: Path, case: tuple[str, int]) -> None:
             templates.render(
                 wrapper,
                 CHAT[which % 2 : 3],
-                where,
+                location,
                 generation_prompt=which == 2,
                 tools=[{"function": {"name": "f"}}] if which else None,
             )
         else:
-            templates.assistant_turns(wrapper, CHAT, where)
+            templates.assistant_turns(wrapper, CHAT, location)
     finally:
         inner.chat_template = kept
 
@@ -399,9 +400,9 @@ def call_rewards(folder: Path, case: tuple[str, Any]) -> None:
         return
     known = _answers()
     given_ = [rewards.NamedReward(f"r{i}", lambda prompts, _i=i, **_: known[_i % len(known)]()) for i in value]
-    where = [f"{folder}/rows.jsonl:{n}" for n in (1, 2)]
+    location = [f"{folder}/rows.jsonl:{n}" for n in (1, 2)]
     columns = {"prompts": ["a", "b"], "completions": ["c", "d"], "completion_ids": [[1], [2]]}
-    found = rewards.score(given_, **columns, columns={"answer": ["1", "2"]}, wheres=where, timeout=5.0)
+    found = rewards.score(given_, **columns, columns={"answer": ["1", "2"]}, locations=location, timeout=5.0)
     rewards.combine(found, [1.0] * len(given_))
 
 

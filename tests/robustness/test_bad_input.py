@@ -61,10 +61,10 @@ def line(capsys):
     return printed.strip().removeprefix("mlxlora: error: ")
 
 
-def refused(place, capsys, *options, **where):
+def refused(place, capsys, *options, **location):
     """The line of a run that is not begun; asserts that it left nothing behind."""
     before = listing(place)
-    assert sft(*options, **where) == 2
+    assert sft(*options, **location) == 2
     assert listing(place) == before and not (place / "out").exists()
     return line(capsys)
 

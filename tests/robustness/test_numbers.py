@@ -239,7 +239,7 @@ def test_the_best_checkpoint_has_a_finite_loss(train: Any, tmp_path: Path, monke
 
     def evaluates(*arguments: Any) -> Any:
         evaluate = make(*arguments)
-        return lambda pieces: {**evaluate(pieces), "loss": float(next(losses))}
+        return lambda micros: {**evaluate(micros), "loss": float(next(losses))}
 
     monkeypatch.setattr(runs, "make_evaluate", evaluates)
     options = ("--keep-best", "--val-batches", 1, "--steps-per-eval", 1, "--save-every", 1, "--save-total-limit", 0)

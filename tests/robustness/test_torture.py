@@ -58,9 +58,9 @@ def test_every_flip_in_a_checkpoint_is_noticed(model, tmp_path, name):
 
 @pytest.fixture
 def adam(model):
-    optimiser = optim.Adam(1e-3)
-    initial(model, optimiser)
-    return optimiser
+    optimizer = optim.Adam(1e-3)
+    initial(model, optimizer)
+    return optimizer
 
 
 def test_a_checkpoint_without_a_digest_of_its_state_is_read(model, adam, tmp_path):
@@ -267,9 +267,9 @@ def test_nothing_is_left_of_folders_for_nothing(tmp_path):
 
 @pytest.mark.parametrize(("number", "told"), [(errno.ENOSPC, "free some space"), (errno.EROFS, "make the folder writable")])
 def test_what_cannot_be_written_is_one_line(tmp_path, number, told):
-    with pytest.raises(RunError, match=told) as raised, writing(tmp_path, "--adapter-path"):
+    with pytest.raises(RunError, match=told) as in_loraplus_group, writing(tmp_path, "--adapter-path"):
         raise OSError(number, os.strerror(number), str(tmp_path / "metrics.jsonl"))
-    assert "--resume" in str(raised.value) and str(tmp_path) in str(raised.value)
+    assert "--resume" in str(in_loraplus_group.value) and str(tmp_path) in str(in_loraplus_group.value)
     with pytest.raises(OSError), writing(tmp_path / "run", "--adapter-path"):
         raise OSError(number, os.strerror(number), "/elsewhere")
 

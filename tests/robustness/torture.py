@@ -132,7 +132,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="torture-", ignore_cleanup_errors=True) as root:
         Path(root).chmod(0o755)
         tallies = torture(numbers, options.jobs, options.seed, Path(root))
-    command = shlex.join(["python", "-m", "tests.torture", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "tests.robustness.torture", *sys.argv[1:]])
     text = report(tallies, command, time.monotonic() - began)
     if options.report and options.only and options.report.exists():
         text = updated(options.report.read_text(encoding="utf-8"), tallies, command)

@@ -79,14 +79,14 @@ def rows(prompts, groups):
     """The batch that training would score: completions after their prompts."""
     whole = [[*prompt, *c.tokens] for prompt, group in zip(prompts, groups, strict=True) for c in group]
     width = max(map(len, whole)) - 1
-    inputs, where, targets, sequence = np.zeros((len(whole), width), np.int32), [], [], []
+    inputs, positions, targets, sequence = np.zeros((len(whole), width), np.int32), [], [], []
     for r, (row, c) in enumerate(zip(whole, flat(groups), strict=True)):
         inputs[r, : len(row) - 1] = row[:-1]
-        where += range(r * width + len(row) - 1 - len(c.tokens), r * width + len(row) - 1)
+        positions += range(r * width + len(row) - 1 - len(c.tokens), r * width + len(row) - 1)
         targets += c.tokens.tolist()
         sequence += [r] * len(c.tokens)
     lengths = [len(c.tokens) for c in flat(groups)]
-    return Batch(mx.array(inputs), *(mx.array(column, mx.int32) for column in (where, targets, sequence, lengths)))
+    return Batch(mx.array(inputs), *(mx.array(column, mx.int32) for column in (positions, targets, sequence, lengths)))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -227,7 +227,7 @@ def test_a_compiled_step_sees_new_weights(plain, monkeypatch):
 
 @pytest.mark.parametrize(("bits", "tolerance"), [(8, 0.05), (4, 0.6)])
 @pytest.mark.parametrize("head", [32, 64])
-def test_quantised_keys_and_values(bits, tolerance, head):
+def test_quantized_keys_and_values(bits, tolerance, head):
     model = built(qwen3, QWEN3 | {"head_dim": head})
     groups = drawn(model, kv_bits=bits, batch=5)
     logps, _ = scorer(model)(rows(PROMPTS, groups), gradient=False)
@@ -236,7 +236,7 @@ def test_quantised_keys_and_values(bits, tolerance, head):
     assert tokens(groups) == tokens(drawn(model, kv_bits=bits, batch=5))
 
 
-def test_what_cannot_be_quantised(plain):
+def test_what_cannot_be_quantized(plain):
     with pytest.raises(InputError, match="--kv-bits 8: this model's heads have 16 entries"):
         drawn(plain, kv_bits=8)
     with pytest.raises(InputError, match="--kv-bits 4: this model's cache cannot be quantised"):

@@ -66,9 +66,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def command(model_folder: Path, folder: Path) -> tuple[Any, ...]:
     """`mlxlora grpo` of the tiny model: two prompts, three completions each, of up to twelve tokens."""
-    optimisation = ("--learning-rate", 1e-3, "--batch-size", 2, "--group-size", 3, "--max-completion-length", 12)
+    optimization = ("--learning-rate", 1e-3, "--batch-size", 2, "--group-size", 3, "--max-completion-length", 12)
     rewards = ("--reward-file", folder / "rewards.py", "--rewards", "spread")
-    return "grpo", "--model", model_folder, "--data", folder, "--num-layers", -1, *optimisation, *rewards
+    return "grpo", "--model", model_folder, "--data", folder, "--num-layers", -1, *optimization, *rewards
 
 
 def records(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -341,8 +341,8 @@ def test_a_real_model_learns(shared: Callable[[str], Path], tmp_path: Path, mlxl
     data.write_text("".join(islice(rows, 64)))
     model = ("--model", shared("models/stories260K"), "--data", data, "--num-layers", -1, "--scale", 4)
     sizes = ("--iters", 10, "--batch-size", 4, "--group-size", 8, "--max-completion-length", 16, "--steps-per-report", 1)
-    optimisation = ("--learning-rate", 3e-3, "--optimizer", "adamw", "--beta", 0, "--rewards", r"regex(pattern='\.')")
-    outcome = mlxlora("grpo", *model, *sizes, *optimisation, "--adapter-path", tmp_path / "run")
+    optimization = ("--learning-rate", 3e-3, "--optimizer", "adamw", "--beta", 0, "--rewards", r"regex(pattern='\.')")
+    outcome = mlxlora("grpo", *model, *sizes, *optimization, "--adapter-path", tmp_path / "run")
     assert outcome.code == 0, outcome.err
     rewards = [record["reward"] for record in train_records(tmp_path / "run")]
     assert np.mean(rewards[-3:]) > np.mean(rewards[:2]) + 0.3

@@ -40,9 +40,9 @@ def chat(model_folder: Path) -> tuple[Any, Any]:
 def called(reward: Any, prompts: list, completions: list) -> np.ndarray:
     """As a run calls it: in a thread."""
     ids = [[1]] * len(prompts)
-    return score([reward], prompts=prompts, completions=completions, completion_ids=ids, columns={}, wheres=["a:1"] * len(prompts))[
-        0
-    ]
+    return score(
+        [reward], prompts=prompts, completions=completions, completion_ids=ids, columns={}, locations=["a:1"] * len(prompts)
+    )[0]
 
 
 def test_a_reward_model_scores_the_last_position(classifier: Path, model_folder: Path) -> None:

@@ -13,7 +13,7 @@ from mlx_lm.utils import load
 
 from mlxlora.adapters.prepare import disabled, prepare
 from mlxlora.config.options import AdapterOptions, PromptData
-from mlxlora.data.batching import Piece, pair_piece
+from mlxlora.data.batching import MicroBatch, pair_batch
 from mlxlora.data.rows import Row
 from mlxlora.data.sources import Context
 from mlxlora.data.tokenize import Example, Pair
@@ -21,7 +21,7 @@ from mlxlora.models.logprobs import scorer
 from mlxlora.models.modes import evaluating
 from mlxlora.objectives.preference import dpo, xpo
 from mlxlora.rollouts.kv_cache import find_route
-from mlxlora.rollouts.pairs import contests
+from mlxlora.rollouts.pairs import on_policy_pairs
 from mlxlora.rollouts.rewards import NamedReward
 from mlxlora.rollouts.sampling import Sampling
 from mlxlora.rollouts.source import Rollouts
@@ -45,18 +45,18 @@ def spread(completion_ids: list[list[int]]) -> list[float | None]:
 
 def roll(
     loaded: Any, reward: Any = spread, *, group: int = 2, explore: bool = False, share: bool = False, **sampling: Any
-) -> Piece:
+) -> MicroBatch:
     model, tokenizer = loaded
     how = Rollouts((NamedReward("r", reward),), group, Sampling(max_tokens=8, **sampling), route=find_route(model))
-    source = contests(PromptData(), how, explore=explore)
+    source = on_policy_pairs(PromptData(), how, explore=explore)
     items = [source.prepare(Row({"prompt": text}, "rows.jsonl", line), tokenizer) for line, text in enumerate(TEXTS, 1)]
     make = source.make(Context(model, tokenizer, 0, False, items, share))
     return referenced(make, model, source.temperature)(items, 0)
 
 
-def completions(piece: Piece) -> list[list[int]]:
+def completions(micro: MicroBatch) -> list[list[int]]:
     """The scored tokens of each sequence."""
-    batch = piece.batch
+    batch = micro.batch
     sequence, targets = np.array(batch.sequence), np.array(batch.targets)
     return [targets[sequence == s].tolist() for s in range(batch.sequences)]
 
@@ -64,10 +64,10 @@ def completions(piece: Piece) -> list[list[int]]:
 @pytest.mark.parametrize("group", [2, 4])
 @pytest.mark.parametrize("share", [False, True])
 def test_the_better_answer_is_chosen(loaded: Any, group: int, share: bool) -> None:
-    piece = roll(loaded, group=group, share=share)
-    rewards = np.array(spread(completions(piece)), float)
-    assert (rewards[:3] > rewards[3:]).all() and piece.batch.sequences == 6
-    assert piece.units == ((0, 3), (1, 4), (2, 5)) and (piece.batch.prefix is not None) == share
+    micro = roll(loaded, group=group, share=share)
+    rewards = np.array(spread(completions(micro)), float)
+    assert (rewards[:3] > rewards[3:]).all() and micro.batch.sequences == 6
+    assert micro.groups == ((0, 3), (1, 4), (2, 5)) and (micro.batch.prefix is not None) == share
 
 
 def test_best_and_worst_of_more(loaded: Any) -> None:
@@ -77,42 +77,42 @@ def test_best_and_worst_of_more(loaded: Any) -> None:
         seen[:] = [float(x or 0) for x in spread(completion_ids)]
         return list(seen)
 
-    piece = roll(loaded, reward, group=4)
-    groups, rewards = np.reshape(seen, (3, 4)), np.array(spread(completions(piece)), float)
+    micro = roll(loaded, reward, group=4)
+    groups, rewards = np.reshape(seen, (3, 4)), np.array(spread(completions(micro)), float)
     np.testing.assert_array_equal(rewards, [*groups.max(axis=1), *groups.min(axis=1)])
 
 
 @pytest.mark.parametrize("reward", [lambda completions: [0.5] * len(completions), lambda completions: [None] * len(completions)])
 def test_undecided_pairs_teach_nothing(loaded: Any, reward: Any) -> None:
-    piece = roll(loaded, reward)
-    assert not np.array(piece.batch.lengths).any() and piece.metrics["frac_reward_zero_std"] == 1
-    metrics, gradient = loss_and_gradient(loaded[0], dpo(), piece.batch)
+    micro = roll(loaded, reward)
+    assert not np.array(micro.batch.lengths).any() and micro.metrics["frac_reward_zero_std"] == 1
+    metrics, gradient = loss_and_gradient(loaded[0], dpo(), micro.batch)
     assert metrics["loss"] == pytest.approx(np.log(2)) and not any(mx.any(g != 0).item() for g in gradient.values())
 
 
 def test_it_is_dpo_on_the_sampled_pairs(loaded: Any) -> None:
     """The same loss as for the same pairs from a file, with the reference of the model without adapters."""
     model, tokenizer = loaded
-    piece = roll(loaded)
+    micro = roll(loaded)
     prompts = [tokenizer.encode(text) for text in TEXTS] * 2
     examples = [
         Example(np.array([*p, *c], np.int32), np.arange(len(p) + len(c)) >= len(p), None, "rows.jsonl:1")
-        for p, c in zip(prompts, completions(piece), strict=True)
+        for p, c in zip(prompts, completions(micro), strict=True)
     ]
-    offline = pair_piece([Pair(c, r) for c, r in zip(examples[:3], examples[3:], strict=True)]).batch
+    offline = pair_batch([Pair(c, r) for c, r in zip(examples[:3], examples[3:], strict=True)]).batch
     with evaluating(model), disabled(model):
         offline = offline._replace(ref_logps=scorer(model)(offline)[0])
-    (ours, _), (theirs, _) = (loss_and_gradient(model, dpo(), batch) for batch in (piece.batch, offline))
+    (ours, _), (theirs, _) = (loss_and_gradient(model, dpo(), batch) for batch in (micro.batch, offline))
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4) and abs(ours["loss"] - np.log(2)) > 1e-3
 
 
 def test_exploration_samples_from_the_reference(loaded: Any) -> None:
     """Greedy, so that it is known what each of the two says."""
     model, tokenizer = loaded
-    piece = roll(loaded, explore=True, top_k=1)
-    marks = np.array(piece.batch.from_reference)
+    micro = roll(loaded, explore=True, top_k=1)
+    marks = np.array(micro.batch.from_reference)
     assert (marks[:3] != marks[3:]).all()
-    said = completions(piece)
+    said = completions(micro)
     for place, text in enumerate(TEXTS):
         ours, theirs = (said[place + 3 * int(marks[place] == by)] for by in (True, False))
         assert ours != theirs
@@ -130,11 +130,11 @@ def greedy(model: Any, tokens: list[int], count: int) -> list[int]:
 
 
 def test_exploration_is_the_reference_answers_log_probability(loaded: Any) -> None:
-    piece = roll(loaded, explore=True)
-    plain, explored = (loss_and_gradient(loaded[0], o, piece.batch)[0] for o in (dpo(), xpo(alpha=0.25)))
-    logps = np.array(scorer(loaded[0])(piece.batch)[0])
-    sequence = np.array(piece.batch.sequence)
-    marked = [logps[sequence == s].sum() for s in range(6) if piece.batch.from_reference[s].item()]  # type: ignore[index]
+    micro = roll(loaded, explore=True)
+    plain, explored = (loss_and_gradient(loaded[0], o, micro.batch)[0] for o in (dpo(), xpo(alpha=0.25)))
+    logps = np.array(scorer(loaded[0])(micro.batch)[0])
+    sequence = np.array(micro.batch.sequence)
+    marked = [logps[sequence == s].sum() for s in range(6) if micro.batch.from_reference[s].item()]  # type: ignore[index]
     assert explored["exploration"] == pytest.approx(sum(marked) / 3, rel=1e-4)
     assert explored["loss"] == pytest.approx(plain["loss"] + 0.25 * explored["exploration"], rel=1e-4)
 

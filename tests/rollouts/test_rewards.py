@@ -31,7 +31,7 @@ def asked(*functions, completions=("a", "b"), timeout=None, **columns):
         completions=completions,
         completion_ids=[list(range(len(rf.text_of(c)))) for c in completions],
         columns=columns,
-        wheres=[f"train.jsonl:{row + 1}" for row in range(size)],
+        locations=[f"train.jsonl:{row + 1}" for row in range(size)],
         timeout=timeout,
     )
 
@@ -248,7 +248,7 @@ def asked_of(rewards, **columns):
     chat = [[{"role": "assistant", "content": c}] for c in "ab"]
     prompts = [[{"role": "user", "content": "?"}]] * 2
     return {
-        kind: score(rewards, prompts=prompts, completions=c, completion_ids=[[1], [2]], columns=columns, wheres=["d:1", "d:2"])
+        kind: score(rewards, prompts=prompts, completions=c, completion_ids=[[1], [2]], columns=columns, locations=["d:1", "d:2"])
         for kind, c in (("text", ["a", "b"]), ("chat", chat))
     }
 
@@ -473,10 +473,10 @@ EVERY_BUILT_IN = (
     "accuracy", "accuracy_strict", "integer", "format", "format_soft", "think_format", "tag_count", "regex(pattern='a|#')",
     "length(max_length=5)", "repetition", "soft_overlong(max_length=9,cache=4)",
 )  # fmt: skip
-pieces = st.sampled_from(
+micros = st.sampled_from(
     ["<think>", "</think>", "<answer>", "</answer>", "#### ", "\\boxed{", "\\frac{1}{2}", "}", "72", "-", ",", "\n"]
 )
-texts = st.lists(st.one_of(pieces, st.text(max_size=4)), max_size=8).map("".join)
+texts = st.lists(st.one_of(micros, st.text(max_size=4)), max_size=8).map("".join)
 
 
 @settings(deadline=None, max_examples=80)

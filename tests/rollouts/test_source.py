@@ -16,11 +16,11 @@ from mlx_lm.utils import load
 
 from mlxlora.adapters.prepare import disabled, prepare
 from mlxlora.config.options import AdapterOptions, PromptData, RewardOptions
-from mlxlora.data.batching import Make, Piece
+from mlxlora.data.batching import Make, MicroBatch
 from mlxlora.data.rows import Row
 from mlxlora.data.sources import Context
 from mlxlora.models.logprobs import scorer
-from mlxlora.objectives.advantages import SCALES, advantage, batch_scaled, centred, group_relative
+from mlxlora.objectives.advantages import SCALES, advantage, batch_scaled, centered, group_relative
 from mlxlora.objectives.grpo import grpo
 from mlxlora.rollouts.kv_cache import Route, find_route
 from mlxlora.rollouts.rewards import NamedReward, combine
@@ -55,10 +55,12 @@ def loaded(model_folder: Path) -> tuple[nn.Module, Any, Route]:
 
 
 @pytest.fixture
-def roll(loaded: tuple[nn.Module, Any, Route]) -> Callable[..., Piece]:
+def roll(loaded: tuple[nn.Module, Any, Route]) -> Callable[..., MicroBatch]:
     """`roll(reward, index=0, ...)`: the piece of two prompts with four completions each."""
 
-    def run(reward: Callable[..., Any] | None = None, *, index: int = 0, texts: Sequence[Any] = TEXTS[:2], **options: Any) -> Piece:
+    def run(
+        reward: Callable[..., Any] | None = None, *, index: int = 0, texts: Sequence[Any] = TEXTS[:2], **options: Any
+    ) -> MicroBatch:
         make, items = source(loaded, reward, texts, **options)
         return make(items, index)
 
@@ -95,7 +97,7 @@ def constant(completions: list[str]) -> list[float]:
     return [0.5] * len(completions)
 
 
-def scored(batch: Any, model: nn.Module, temperature: float) -> np.ndarray:
+def loss_mask(batch: Any, model: nn.Module, temperature: float) -> np.ndarray:
     model.eval()
     logps = np.array(scorer(model, temperature=temperature)(batch)[0])
     model.train()
@@ -107,21 +109,21 @@ def scored(batch: Any, model: nn.Module, temperature: float) -> np.ndarray:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_kept_log_probabilities_are_those_of_training(roll: Any, loaded: Any, temperature: float) -> None:
-    piece = roll(sampling={"temperature": temperature}, keep_logps=True, texts=TEXTS)
-    count = int(piece.batch.lengths.sum().item())
-    expected = scored(piece.batch, loaded[0], temperature)
-    np.testing.assert_allclose(np.array(piece.batch.old_logps)[:count], expected[:count], rtol=1e-5, atol=1e-5)
+    micro = roll(sampling={"temperature": temperature}, keep_logps=True, texts=TEXTS)
+    count = int(micro.batch.lengths.sum().item())
+    expected = loss_mask(micro.batch, loaded[0], temperature)
+    np.testing.assert_allclose(np.array(micro.batch.old_logps)[:count], expected[:count], rtol=1e-5, atol=1e-5)
     with disabled(loaded[0]):
-        without = scored(piece.batch, loaded[0], temperature)
+        without = loss_mask(micro.batch, loaded[0], temperature)
     assert np.abs(without - expected)[:count].max() > 0.01, "the adapters were not active"
 
 
 def test_truncated_sampling_keeps_the_policy_s_log_probabilities(roll: Any, loaded: Any) -> None:
     how = {"temperature": 0.9, "top_k": 5, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.3}
-    piece = roll(sampling=how, keep_logps=True)
-    count = int(piece.batch.lengths.sum().item())
-    expected = scored(piece.batch, loaded[0], 0.9)
-    np.testing.assert_allclose(np.array(piece.batch.old_logps)[:count], expected[:count], rtol=1e-5, atol=1e-5)
+    micro = roll(sampling=how, keep_logps=True)
+    count = int(micro.batch.lengths.sum().item())
+    expected = loss_mask(micro.batch, loaded[0], 0.9)
+    np.testing.assert_allclose(np.array(micro.batch.old_logps)[:count], expected[:count], rtol=1e-5, atol=1e-5)
 
 
 def test_the_reference_is_the_model_without_adapters_and_training_goes_on(loaded: Any) -> None:
@@ -129,31 +131,31 @@ def test_the_reference_is_the_model_without_adapters_and_training_goes_on(loaded
     make, items = source(loaded, None, TEXTS[:2], sampling={"temperature": 0.7})
     make = referenced(make, model, 0.7)
     assert model.training, "dropout would be off for the rest of the run"
-    piece = make(items, 0)
+    micro = make(items, 0)
     assert model.training
     with disabled(model):
-        expected = scored(piece.batch, model, 0.7)
-    np.testing.assert_array_equal(np.array(piece.batch.ref_logps), expected)
+        expected = loss_mask(micro.batch, model, 0.7)
+    np.testing.assert_array_equal(np.array(micro.batch.ref_logps), expected)
 
 
 # --- advantages and what is scored ----------------------------------------------------------------------
 
 
 def test_equal_rewards_have_no_gradient(roll: Any, loaded: Any) -> None:
-    piece = roll(constant)
-    metrics, gradient = loss_and_gradient(loaded[0], grpo(beta=0.0), piece.batch)
+    micro = roll(constant)
+    metrics, gradient = loss_and_gradient(loaded[0], grpo(beta=0.0), micro.batch)
     assert metrics["policy_loss"] == 0 and all(not mx.any(g != 0).item() for g in gradient.values())
-    assert piece.metrics["frac_reward_zero_std"] == 1 and piece.metrics["reward"] == 0.5
+    assert micro.metrics["frac_reward_zero_std"] == 1 and micro.metrics["reward"] == 0.5
     _, gradient = loss_and_gradient(loaded[0], grpo(beta=0.0), roll().batch)
     assert any(mx.any(g != 0).item() for g in gradient.values())
 
 
 @pytest.mark.parametrize("name", SCALES)
 def test_scale_rewards(roll: Any, name: str) -> None:
-    expected = {"group": group_relative, "batch": batch_scaled, "none": centred}[name]
-    piece = roll(advantage=advantage(scale=name))
-    rewards = mx.array([spread(ids) for ids in by_group(piece, 2)])
-    np.testing.assert_allclose(np.array(piece.batch.advantages), np.array(expected(rewards)).ravel(), atol=1e-5)
+    expected = {"group": group_relative, "batch": batch_scaled, "none": centered}[name]
+    micro = roll(advantage=advantage(scale=name))
+    rewards = mx.array([spread(ids) for ids in by_group(micro, 2)])
+    np.testing.assert_allclose(np.array(micro.batch.advantages), np.array(expected(rewards)).ravel(), atol=1e-5)
 
 
 def test_mask_truncated(roll: Any) -> None:
@@ -171,9 +173,9 @@ def test_mask_truncated(roll: Any) -> None:
 
 
 def test_a_batch_of_truncated_completions_weighs_nothing(roll: Any, loaded: Any) -> None:
-    piece = roll(options=RewardOptions(mask_truncated=True), tokens=1, keep_logps=True)
-    assert piece.metrics["completions/clipped_ratio"] == 1 and not np.array(piece.batch.lengths).any()
-    metrics, gradient = loss_and_gradient(loaded[0], grpo(beta=0.0), piece.batch)
+    micro = roll(options=RewardOptions(mask_truncated=True), tokens=1, keep_logps=True)
+    assert micro.metrics["completions/clipped_ratio"] == 1 and not np.array(micro.batch.lengths).any()
+    metrics, gradient = loss_and_gradient(loaded[0], grpo(beta=0.0), micro.batch)
     assert metrics["policy_loss"] == 0 and all(not mx.any(g != 0).item() for g in gradient.values())
 
 
@@ -186,9 +188,9 @@ def test_use_prompt(roll: Any) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_shortest_completions(roll: Any, loaded: Any, tokens: int) -> None:
-    piece = roll(tokens=tokens, keep_logps=True)
-    assert piece.metrics["completions/max_length"] == tokens
-    metrics, _ = loss_and_gradient(loaded[0], grpo(beta=0.0), piece.batch)
+    micro = roll(tokens=tokens, keep_logps=True)
+    assert micro.metrics["completions/max_length"] == tokens
+    metrics, _ = loss_and_gradient(loaded[0], grpo(beta=0.0), micro.batch)
     assert np.isfinite(metrics["policy_loss"])
 
 
@@ -196,25 +198,25 @@ def test_shortest_completions(roll: Any, loaded: Any, tokens: int) -> None:
 
 
 def test_a_reward_that_does_not_apply(roll: Any) -> None:
-    piece = roll(lambda completions: [1.0, None, 0.0, None] * 2)
-    advantages = np.array(piece.batch.advantages).reshape(2, 4)
+    micro = roll(lambda completions: [1.0, None, 0.0, None] * 2)
+    advantages = np.array(micro.batch.advantages).reshape(2, 4)
     assert (advantages[:, [1, 3]] == 0).all() and (advantages[:, 0] > 0).all() and (advantages[:, 2] < 0).all()
-    assert piece.metrics["reward"] == 0.5
-    assert [sample["reward"] for sample in piece.samples] == [1.0, None, 0.0, None]
+    assert micro.metrics["reward"] == 0.5
+    assert [sample["reward"] for sample in micro.samples] == [1.0, None, 0.0, None]
 
 
 def test_no_reward_applies(roll: Any) -> None:
-    piece = roll(lambda completions: [None] * 8)
-    assert not np.array(piece.batch.advantages).any()
-    assert (piece.metrics["reward"], piece.metrics["reward_std"], piece.metrics["frac_reward_zero_std"]) == (0, 0, 1)
+    micro = roll(lambda completions: [None] * 8)
+    assert not np.array(micro.batch.advantages).any()
+    assert (micro.metrics["reward"], micro.metrics["reward_std"], micro.metrics["frac_reward_zero_std"]) == (0, 0, 1)
 
 
 def test_frac_reward_zero_std(roll: Any) -> None:
     first_only = [0.0, 1.0, 0.0, 1.0, 2.0, 2.0, 2.0, 2.0]
-    piece = roll(lambda completions: first_only)
-    assert piece.metrics["frac_reward_zero_std"] == 0.5
-    assert piece.metrics["reward_std"] == pytest.approx(np.mean([np.std([0, 1, 0, 1], ddof=1), 0]))
-    assert piece.metrics["rewards/spread/std"] == pytest.approx(np.std(first_only, ddof=1))
+    micro = roll(lambda completions: first_only)
+    assert micro.metrics["frac_reward_zero_std"] == 0.5
+    assert micro.metrics["reward_std"] == pytest.approx(np.mean([np.std([0, 1, 0, 1], ddof=1), 0]))
+    assert micro.metrics["rewards/spread/std"] == pytest.approx(np.std(first_only, ddof=1))
 
 
 @given(st.lists(st.lists(st.none() | st.floats(-4, 4), min_size=8, max_size=8), min_size=1, max_size=3))
@@ -222,12 +224,12 @@ def test_frac_reward_zero_std(roll: Any) -> None:
 def test_any_rewards(loaded: Any, answers: list[list[float | None]]) -> None:
     rewards = tuple(NamedReward(f"r{k}", lambda completions, said=said: said, k - 0.5) for k, said in enumerate(answers))
     make, items = source(loaded, None, TEXTS[:2], rewards=rewards, tokens=2)
-    piece = make(items, 0)
+    micro = make(items, 0)
     matrix = np.array(answers, float)
     total = mx.array(combine(matrix, [r.weight for r in rewards]).reshape(2, 4).astype(np.float32))
-    np.testing.assert_array_equal(np.array(piece.batch.advantages), np.array(group_relative(total)).ravel())
-    assert np.isfinite(list(piece.metrics.values())).all()
-    assert piece.metrics.keys() == METRICS - {"rewards/spread/mean", "rewards/spread/std"} | {
+    np.testing.assert_array_equal(np.array(micro.batch.advantages), np.array(group_relative(total)).ravel())
+    assert np.isfinite(list(micro.metrics.values())).all()
+    assert micro.metrics.keys() == METRICS - {"rewards/spread/mean", "rewards/spread/std"} | {
         f"rewards/r{k}/{kind}" for k in range(len(rewards)) for kind in ("mean", "std")
     }
 
@@ -259,10 +261,10 @@ def test_conversational_prompts_get_conversational_completions(loaded: Any) -> N
 
     make, items = source((loaded[0], tokenizer, loaded[2]), reward, [messages])
     assert tokenizer.decode(items[0].tokens.tolist()) == "[user]2 + 3?[a]"
-    piece = make(items, 0)
+    micro = make(items, 0)
     assert all(prompt == messages for prompt, _ in seen)
     assert all(len(turns) == 1 and turns[0]["role"] == "assistant" and isinstance(turns[0]["content"], str) for _, turns in seen)
-    assert piece.samples[0]["prompt"] == messages and piece.samples[0]["completion"] == seen[0][1][0]["content"]
+    assert micro.samples[0]["prompt"] == messages and micro.samples[0]["completion"] == seen[0][1][0]["content"]
 
 
 # --- dynamic sampling ---------------------------------------------------------------------------------------
@@ -273,12 +275,12 @@ def test_dynamic_sampling_replaces_silent_groups(loaded: Any) -> None:
         return [0.0 if prompt == "z" else value for prompt, value in zip(prompts, spread(completion_ids), strict=True)]
 
     make, items = source(loaded, reward, TEXTS, options=RewardOptions(dynamic_sampling=True), tokens=6)
-    piece = make([items[0], items[3]], 0)
-    assert piece.metrics["frac_reward_zero_std"] == 0.5, "before the replacement"
-    assert piece.rows[0] == "rows.jsonl:1" and piece.rows[1] != "rows.jsonl:4"
-    assert np.array(piece.batch.advantages).reshape(2, 4).any(axis=1).all()
+    micro = make([items[0], items[3]], 0)
+    assert micro.metrics["frac_reward_zero_std"] == 0.5, "before the replacement"
+    assert micro.rows[0] == "rows.jsonl:1" and micro.rows[1] != "rows.jsonl:4"
+    assert np.array(micro.batch.advantages).reshape(2, 4).any(axis=1).all()
     again = make([items[0], items[3]], 0)
-    assert again.rows == piece.rows and mx.array_equal(again.batch.tokens, piece.batch.tokens)
+    assert again.rows == micro.rows and mx.array_equal(again.batch.tokens, micro.batch.tokens)
 
 
 def test_dynamic_sampling_ends(loaded: Any) -> None:
@@ -289,9 +291,9 @@ def test_dynamic_sampling_ends(loaded: Any) -> None:
         return [1.0] * len(completions)
 
     make, items = source(loaded, reward, TEXTS, options=RewardOptions(dynamic_sampling=True), tokens=2)
-    piece = make(items[:2], 0)
-    assert 1 < len(calls) <= 6 and piece.rows == ("rows.jsonl:1", "rows.jsonl:2")
-    assert not np.array(piece.batch.advantages).any()
+    micro = make(items[:2], 0)
+    assert 1 < len(calls) <= 6 and micro.rows == ("rows.jsonl:1", "rows.jsonl:2")
+    assert not np.array(micro.batch.advantages).any()
     calls.clear()
     make, items = source(loaded, reward, TEXTS, options=RewardOptions(dynamic_sampling=True), tokens=2, validation=True)
     make(items[:2], 0)
@@ -328,43 +330,43 @@ def test_rollout_batch_changes_nothing(roll: Any) -> None:
 
 
 def test_validation_is_greedy_and_has_one_completion(roll: Any, loaded: Any) -> None:
-    piece = roll(validation=True)
-    assert piece.batch.sequences == 2 and tokens_of(roll(validation=True, seed=5, index=7)) == tokens_of(piece)
+    micro = roll(validation=True)
+    assert micro.batch.sequences == 2 and tokens_of(roll(validation=True, seed=5, index=7)) == tokens_of(micro)
     model, tokenizer, _ = loaded
     model.eval()
     ids = tokenizer.encode(TEXTS[0])
     logits = model(mx.array([ids]))[0, -1]
     model.train()
-    assert by_group(piece, 2)[0][0][0] == logits.argmax().item()
+    assert by_group(micro, 2)[0][0][0] == logits.argmax().item()
 
 
 def test_metrics(roll: Any) -> None:
-    piece = roll(tokens=200)
-    assert piece.metrics.keys() == METRICS
-    lengths = np.array(piece.batch.lengths)
-    assert piece.metrics["completions/mean_length"] == lengths.mean()
-    assert piece.metrics["completions/min_length"] == lengths.min() < piece.metrics["completions/max_length"] == lengths.max()
-    rewards = np.array([spread(ids) for ids in by_group(piece, 2)])
-    assert piece.metrics["reward"] == piece.metrics["rewards/spread/mean"] == pytest.approx(rewards.mean())
-    assert piece.metrics["reward_std"] == pytest.approx(rewards.std(axis=1, ddof=1).mean())
+    micro = roll(tokens=200)
+    assert micro.metrics.keys() == METRICS
+    lengths = np.array(micro.batch.lengths)
+    assert micro.metrics["completions/mean_length"] == lengths.mean()
+    assert micro.metrics["completions/min_length"] == lengths.min() < micro.metrics["completions/max_length"] == lengths.max()
+    rewards = np.array([spread(ids) for ids in by_group(micro, 2)])
+    assert micro.metrics["reward"] == micro.metrics["rewards/spread/mean"] == pytest.approx(rewards.mean())
+    assert micro.metrics["reward_std"] == pytest.approx(rewards.std(axis=1, ddof=1).mean())
 
 
 def test_samples(roll: Any, loaded: Any) -> None:
-    piece = roll(tokens=200)
-    assert [sample["prompt"] for sample in piece.samples] == ["ab"] * 4
-    assert {sample["where"] for sample in piece.samples} == {"rows.jsonl:1"}
-    for sample, ids in zip(piece.samples, by_group(piece, 2)[0], strict=True):
+    micro = roll(tokens=200)
+    assert [sample["prompt"] for sample in micro.samples] == ["ab"] * 4
+    assert {sample["where"] for sample in micro.samples} == {"rows.jsonl:1"}
+    for sample, ids in zip(micro.samples, by_group(micro, 2)[0], strict=True):
         assert sample["completion"] == loaded[1].decode([i for i in ids if i not in loaded[1].eos_token_ids])
         assert sample["reward"] == sample["rewards"]["spread"] == spread([ids])[0]
 
 
-def tokens_of(piece: Piece) -> list[list[int]]:
+def tokens_of(micro: MicroBatch) -> list[list[int]]:
     """The scored tokens of every sequence."""
-    ends = np.cumsum(np.array(piece.batch.lengths))
-    return [part.tolist() for part in np.split(np.array(piece.batch.targets)[: ends[-1]], ends[:-1])]
+    ends = np.cumsum(np.array(micro.batch.lengths))
+    return [part.tolist() for part in np.split(np.array(micro.batch.targets)[: ends[-1]], ends[:-1])]
 
 
-def by_group(piece: Piece, groups: int) -> list[list[list[int]]]:
-    found = tokens_of(piece)
+def by_group(micro: MicroBatch, groups: int) -> list[list[list[int]]]:
+    found = tokens_of(micro)
     size = len(found) // groups
     return [found[i : i + size] for i in range(0, len(found), size)]

@@ -29,36 +29,36 @@ def grid(*arrays: list) -> np.ndarray:
 def flat_batch(completion: np.ndarray, attention: np.ndarray | None = None, **columns: np.ndarray) -> tuple[Batch, np.ndarray]:
     """The batch of the scored positions of [S, T] masks, and where they are: [S, T] bool. Columns are [S, T] or not by token."""
     completion = completion.astype(bool)
-    scored = completion if attention is None else attention.astype(bool)
-    n = int(scored.sum())
+    loss_mask = completion if attention is None else attention.astype(bool)
+    n = int(loss_mask.sum())
     batch = Batch(
-        tokens=mx.zeros(scored.shape, mx.int32),
-        where=mx.array(np.flatnonzero(scored).astype(np.int32)),
+        tokens=mx.zeros(loss_mask.shape, mx.int32),
+        positions=mx.array(np.flatnonzero(loss_mask).astype(np.int32)),
         targets=mx.zeros((n,), mx.int32),
-        sequence=mx.array(np.nonzero(scored)[0].astype(np.int32)),
+        sequence=mx.array(np.nonzero(loss_mask)[0].astype(np.int32)),
         lengths=mx.array(completion.sum(1).astype(np.int32)),
-        prompt=None if attention is None else mx.array(~completion[scored]),
-        **{name: mx.array(a[scored] if a.shape == scored.shape else a) for name, a in columns.items()},
+        prompt=None if attention is None else mx.array(~completion[loss_mask]),
+        **{name: mx.array(a[loss_mask] if a.shape == loss_mask.shape else a) for name, a in columns.items()},
     )
-    return batch, scored
+    return batch, loss_mask
 
 
-def evaluate(objective: Objective, logps: np.ndarray, batch: Batch, scored: np.ndarray) -> tuple[float, dict, np.ndarray]:
+def evaluate(objective: Objective, logps: np.ndarray, batch: Batch, loss_mask: np.ndarray) -> tuple[float, dict, np.ndarray]:
     """Loss, metrics and the gradient as [S, T], 0 at positions that are not scored."""
 
     def loss(logps: mx.array) -> tuple[mx.array, dict]:
         return objective(logps, batch)
 
-    (value, metrics), gradient = mx.value_and_grad(loss)(mx.array(logps[scored]))
-    whole = np.zeros(scored.shape, np.float32)
-    whole[scored] = np.array(gradient)
+    (value, metrics), gradient = mx.value_and_grad(loss)(mx.array(logps[loss_mask]))
+    whole = np.zeros(loss_mask.shape, np.float32)
+    whole[loss_mask] = np.array(gradient)
     return value.item(), {k: v.item() for k, v in metrics.items()}, whole
 
 
-def values(objective: Objective, name: str, logps: np.ndarray, batch: Batch, scored: np.ndarray) -> np.ndarray:
+def values(objective: Objective, name: str, logps: np.ndarray, batch: Batch, loss_mask: np.ndarray) -> np.ndarray:
     """The values of one term, before its mean."""
     (found,) = (t for _, t in objective.terms if t.name == name)
-    return np.array(found.values(mx.array(logps[scored]), batch))
+    return np.array(found.values(mx.array(logps[loss_mask]), batch))
 
 
 def close(ours: object, theirs: object, *, operands: float = 0.0) -> None:

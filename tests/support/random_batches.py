@@ -58,7 +58,7 @@ def build(
     sizes = [len(rows[s].prompt) for s in order]
     batch = Batch(
         tokens=mx.zeros((len(rows), width), mx.int32),
-        where=flags([place * width + np.arange(n) for place, n in enumerate(sizes)], 0, mx.int32),
+        location=flags([place * width + np.arange(n) for place, n in enumerate(sizes)], 0, mx.int32),
         targets=mx.zeros((sum(sizes) + filler,), mx.int32),
         sequence=flags([np.full(n, s) for s, n in zip(order, sizes, strict=True)], len(rows), mx.int32),
         lengths=mx.array([int((~row.prompt).sum()) for row in rows], mx.int32),

@@ -56,7 +56,7 @@ def experts() -> nn.Module:
     return _random(qwen3_moe.Model(qwen3_moe.ModelArgs.from_dict(MOE)))
 
 
-def quantised(make: Callable[[], nn.Module] = dense) -> nn.Module:
+def quantized(make: Callable[[], nn.Module] = dense) -> nn.Module:
     """Four bits a weight, the head and the embedding too."""
     model = make()
     nn.quantize(model, group_size=32, bits=4)
@@ -102,11 +102,11 @@ def example(seed: int, *, score_prompt: bool = False, reference: bool = False, l
     length = int(rng.integers(6, longest))
     start = int(rng.integers(2, length - 2))
     completion = np.arange(length) >= start
-    scored = np.arange(length) > 0 if score_prompt else completion
-    prompt = scored & ~completion if score_prompt else None
+    loss_mask = np.arange(length) > 0 if score_prompt else completion
+    prompt = loss_mask & ~completion if score_prompt else None
     tokens = rng.integers(1, VOCABULARY, length).astype(np.int32)
-    ref_logps = -rng.exponential(2.0, int(scored.sum())).astype(np.float32) if reference else None
-    return Example(tokens, scored, prompt, f"rows.jsonl:{seed + 1}", ref_logps=ref_logps)
+    ref_logps = -rng.exponential(2.0, int(loss_mask.sum())).astype(np.float32) if reference else None
+    return Example(tokens, loss_mask, prompt, f"rows.jsonl:{seed + 1}", ref_logps=ref_logps)
 
 
 def loss_and_gradient(model: nn.Module, objective: Objective, batch: Batch, score: Scorer | None = None) -> tuple[dict, dict]:

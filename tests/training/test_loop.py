@@ -11,7 +11,7 @@ import pytest
 from mlxlora.adapters.prepare import prepare
 from mlxlora.batch import Batch
 from mlxlora.config.options import AdapterOptions
-from mlxlora.data.batching import Piece, collate
+from mlxlora.data.batching import MicroBatch, collate
 from mlxlora.errors import RunError
 from mlxlora.objectives.objective import term, token_mean
 from mlxlora.training.checkpoint import Progress
@@ -39,9 +39,9 @@ def fresh() -> Step:
     return make_step(model, optim.Adam(1e-2), objective)
 
 
-def pieces(batches: Sequence[Batch]) -> Iterator[tuple[Piece, ...]]:
+def micros(batches: Sequence[Batch]) -> Iterator[tuple[MicroBatch, ...]]:
     for number, batch in enumerate(batches):
-        yield (Piece(batch, rows=(f"row {number}",), tokens=batch.tokens.size),)
+        yield (MicroBatch(batch, rows=(f"row {number}",), tokens=batch.tokens.size),)
 
 
 class Seen:
@@ -50,7 +50,7 @@ class Seen:
     def __init__(self, step: Step) -> None:
         self.step, self.steps, self.begun = step, [], []  # type: ignore[var-annotated]
         self.looks: list[tuple[int, dict[str, np.ndarray], dict[str, float]]] = []
-        self.optimiser: list[dict[str, np.ndarray]] = []
+        self.optimizer: list[dict[str, np.ndarray]] = []
         whole = step.whole
 
         def counted(batch: Batch) -> Any:
@@ -59,10 +59,10 @@ class Seen:
 
         step.whole = counted
 
-    def look(self, progress: Progress, _: Sequence[Piece]) -> None:
+    def look(self, progress: Progress, _: Sequence[MicroBatch]) -> None:
         metrics = {name: value for name, value in progress.window.items() if not name.startswith("seconds")}
         self.looks.append((progress.step, snapshot(self.step.trained.model.trainable_parameters()), metrics))
-        self.optimiser.append(snapshot(self.step.state[1]) | {"key": np.array(progress.key)})
+        self.optimizer.append(snapshot(self.step.state[1]) | {"key": np.array(progress.key)})
 
     def hooks(self) -> tuple[Every, ...]:
         watch = Every(1, lambda progress, _: self.steps.append(progress.step), TOTAL, beside=True)
@@ -72,7 +72,7 @@ class Seen:
 def run(batches: Sequence[Batch], *, ahead: bool, **options: Any) -> tuple[Seen, Progress]:
     seen, progress = Seen(fresh()), Progress()
     try:
-        train(seen.step, pieces(batches), progress, TOTAL, seen.hooks(), ahead=ahead, **options)
+        train(seen.step, micros(batches), progress, TOTAL, seen.hooks(), ahead=ahead, **options)
     finally:
         seen.look(progress, ())
     return seen, progress
@@ -84,7 +84,7 @@ def test_hooks_see_the_same() -> None:
     assert [at for at, *_ in ahead.looks] == [3, 6, 7, 7]
     for (at, weights, metrics), (other_at, other_weights, other_metrics) in zip(ahead.looks, plain.looks, strict=True):
         assert at == other_at and same(weights, other_weights) and metrics == other_metrics
-    assert all(same(a, b) for a, b in zip(ahead.optimiser, plain.optimiser, strict=True))
+    assert all(same(a, b) for a, b in zip(ahead.optimizer, plain.optimizer, strict=True))
     assert (progress.step, progress.tokens) == (other.step, other.tokens)
 
 
@@ -96,7 +96,7 @@ def test_the_next_step_is_begun_before_the_one_before_is_told() -> None:
 
 def test_plain_hooks_look() -> None:
     seen = Seen(fresh())
-    train(seen.step, pieces([GOOD] * 4), Progress(), 4, [lambda progress, _: seen.steps.append(progress.step)], ahead=True)
+    train(seen.step, micros([GOOD] * 4), Progress(), 4, [lambda progress, _: seen.steps.append(progress.step)], ahead=True)
     assert seen.begun == [0, 1, 2, 3]
 
 
@@ -117,15 +117,15 @@ def test_a_run_that_skips_too_often_stops_with_the_weights_of_before() -> None:
     for ahead in (True, False):
         seen, progress = Seen(fresh()), Progress()
         with pytest.raises(RunError, match=r"step 4: .*the 3th in a row; the weights are those of step 1"):
-            train(seen.step, pieces([GOOD, *[BAD] * 3, GOOD, GOOD]), progress, TOTAL, seen.hooks(), ahead=ahead, skips=3)
+            train(seen.step, micros([GOOD, *[BAD] * 3, GOOD, GOOD]), progress, TOTAL, seen.hooks(), ahead=ahead, skips=3)
         assert progress.step == 4
         found.append(snapshot(seen.step.trained.model.trainable_parameters()))
     assert same(*found)
 
 
 def test_ctrl_c_leaves_the_state_after_a_whole_step() -> None:
-    def interrupted(batches: int) -> Iterator[tuple[Piece, ...]]:
-        yield from pieces([GOOD] * batches)
+    def interrupted(batches: int) -> Iterator[tuple[MicroBatch, ...]]:
+        yield from micros([GOOD] * batches)
         raise KeyboardInterrupt
 
     found = []
@@ -151,5 +151,5 @@ def test_an_error_of_a_step_tells_of_its_own_rows() -> None:
     seen.step.whole = full
     rows, length = WIDE.tokens.shape
     with pytest.raises(RunError, match=rf"out of memory with {rows} rows of {length} tokens"):
-        train(seen.step, pieces([GOOD, GOOD, WIDE]), progress, TOTAL, seen.hooks(), ahead=True)
+        train(seen.step, micros([GOOD, GOOD, WIDE]), progress, TOTAL, seen.hooks(), ahead=True)
     assert progress.step == 2 and seen.steps == [1, 2]

@@ -10,12 +10,12 @@ from mlx.utils import tree_flatten
 
 from mlxlora.adapters.prepare import prepare
 from mlxlora.config.options import AdapterOptions
-from mlxlora.data.batching import example_piece, pair_piece
+from mlxlora.data.batching import example_batch, pair_batch
 from mlxlora.data.tokenize import Example, Pair
 from mlxlora.objectives.objective import Objective
 from mlxlora.objectives.preference import dpo
 from mlxlora.objectives.supervised import sft
-from mlxlora.training.micro_batch import MicroBatches, cost_of_position, divided, positions
+from mlxlora.training.micro_batch import BatchDivider, cost_of_position, divided, position_count
 from mlxlora.training.step import make_step
 from mlxlora.utils.device import limit_memory, memory_limit, out_of_memory
 from tests.support.tiny import dense
@@ -24,20 +24,20 @@ from tests.support.tiny import dense
 def example(rng: np.random.Generator, prompt: np.ndarray, ref: bool = False) -> Example:
     own = rng.integers(1, 90, rng.integers(1, 9))
     tokens = np.concatenate([prompt, own]).astype(np.int32)
-    scored = np.arange(len(tokens)) >= len(prompt)
-    logps = -rng.random(int(scored.sum())).astype(np.float32) if ref else None
-    return Example(tokens, scored, None, "rows:1", ref_logps=logps)
+    loss_mask = np.arange(len(tokens)) >= len(prompt)
+    logps = -rng.random(int(loss_mask.sum())).astype(np.float32) if ref else None
+    return Example(tokens, loss_mask, None, "rows:1", ref_logps=logps)
 
 
 def rows(count: int, seed: int):
     rng = np.random.default_rng(seed)
-    return example_piece([example(rng, rng.integers(1, 90, rng.integers(1, 40))) for _ in range(count)])
+    return example_batch([example(rng, rng.integers(1, 90, rng.integers(1, 40))) for _ in range(count)])
 
 
 def pairs(count: int, seed: int, *, share: bool):
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(1, 90, rng.integers(2, 40)) for _ in range(count)]
-    return pair_piece(
+    return pair_batch(
         [Pair(example(rng, p, True), example(rng, p, True), float(i + 1)) for i, p in enumerate(prompts)], share=share
     )
 
@@ -61,10 +61,10 @@ def update(objective: Objective, batches) -> tuple[dict[str, float], list[np.nda
 @pytest.mark.parametrize("parts", [2, 3, 9])
 def test_pieces_give_the_update_of_the_batch(kind: str, parts: int) -> None:
     make, objective = PIECES[kind]
-    piece = make(5, 0)
-    some = divided(piece, parts)
+    micro = make(5, 0)
+    some = divided(micro, parts)
     assert len(some) == min({2: 2, 3: 3, 9: 5}[parts], 5)
-    (whole, weights), (found, moved) = update(objective, [piece.batch]), update(objective, [p.batch for p in some])
+    (whole, weights), (found, moved) = update(objective, [micro.batch]), update(objective, [p.batch for p in some])
     assert found == pytest.approx(whole, rel=1e-5, abs=1e-6)
     for a, b in zip(moved, weights, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
@@ -73,38 +73,38 @@ def test_pieces_give_the_update_of_the_batch(kind: str, parts: int) -> None:
 @settings(deadline=None, max_examples=40, derandomize=True)
 @given(kind=st.sampled_from(list(PIECES)), count=st.integers(1, 7), parts=st.integers(1, 8), seed=st.integers(0, 99))
 def test_no_scored_token_is_lost(kind: str, count: int, parts: int, seed: int) -> None:
-    piece = PIECES[kind][0](count, seed)
+    micro = PIECES[kind][0](count, seed)
 
     def tokens(batch):
         return sorted(np.array(batch.targets)[np.array(batch.sequence) < batch.sequences].tolist())
 
-    some = divided(piece, parts)
-    assert sorted(t for p in some for t in tokens(p.batch)) == tokens(piece.batch)
-    assert sum(p.batch.sequences for p in some) == piece.batch.sequences
+    some = divided(micro, parts)
+    assert sorted(t for p in some for t in tokens(p.batch)) == tokens(micro.batch)
+    assert sum(p.batch.sequences for p in some) == micro.batch.sequences
     again = [q for p in some for q in divided(p, 2)]  # pieces of pieces are pieces
-    assert sorted(t for p in again for t in tokens(p.batch)) == tokens(piece.batch)
+    assert sorted(t for p in again for t in tokens(p.batch)) == tokens(micro.batch)
 
 
 def test_as_many_as_fit() -> None:
-    piece = rows(8, 3)
-    each = positions(piece.batch) / 8
+    micro = rows(8, 3)
+    each = position_count(micro.batch) / 8
     held = mx.get_active_memory()
-    assert len(MicroBatches(held + int(100 * 8 * each), cost=50.0)([piece])) == 1
-    assert len(MicroBatches(held + int(100 * 2.5 * each), cost=100.0)([piece])) == 4
-    assert len(MicroBatches(held, cost=100.0)([piece])) == 8  # nothing fits: one at a time
-    assert len(MicroBatches(0, cost=1.0, rows=3)([piece])) == 3
-    assert len(MicroBatches(held, cost=100.0, largest=positions(piece.batch))([piece])) == 1  # it has passed before
+    assert len(BatchDivider(held + int(100 * 8 * each), cost=50.0)([micro])) == 1
+    assert len(BatchDivider(held + int(100 * 2.5 * each), cost=100.0)([micro])) == 4
+    assert len(BatchDivider(held, cost=100.0)([micro])) == 8  # nothing fits: one at a time
+    assert len(BatchDivider(0, cost=1.0, rows=3)([micro])) == 3
+    assert len(BatchDivider(held, cost=100.0, largest=position_count(micro.batch))([micro])) == 1  # it has passed before
 
 
 def test_what_was_measured_replaces_the_estimate() -> None:
-    piece = rows(8, 3)
-    micro = MicroBatches(mx.get_active_memory() + (1 << 30), cost=(1 << 30) / positions(piece.batch) * 2)
-    assert len(found := micro([piece])) == 2
+    micro = rows(8, 3)
+    micro = BatchDivider(mx.get_active_memory() + (1 << 30), cost=(1 << 30) / position_count(micro.batch) * 2)
+    assert len(found := micro([micro])) == 2
     kept = mx.zeros((1 << 20,))
     mx.eval(kept)
     micro.learn()
-    assert micro.largest == max(positions(p.batch) for p in found) and micro.peak >= kept.nbytes
-    assert len(micro([piece])) == 1  # the step was far cheaper than estimated
+    assert micro.largest == max(position_count(p.batch) for p in found) and micro.peak >= kept.nbytes
+    assert len(micro([micro])) == 1  # the step was far cheaper than estimated
 
 
 def test_an_estimate_is_of_the_right_size() -> None:

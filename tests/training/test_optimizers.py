@@ -16,7 +16,7 @@ from mlxlora.errors import InputError
 from mlxlora.methods import sft as run_sft
 from mlxlora.objectives.supervised import sft
 from mlxlora.training.checkpoint import Progress, load_checkpoint, save_checkpoint
-from mlxlora.training.optimizers import make_optimiser
+from mlxlora.training.optimizers import make_optimizer
 from mlxlora.training.step import make_step
 from mlxlora.training.trainable import Separate, Vector, layout
 from tests.support.tiny import dense, distance, example, snapshot
@@ -52,10 +52,10 @@ def by_hand(model: Any, name: str) -> None:
         grads, _ = step.backward(batch, sft().counts(batch))
         flat = dict(tree_flatten(step.trained.unpack(grads)))
         weights = dict(tree_flatten(model.trainable_parameters()))
-        raised = {n for n in flat if not n.endswith("lora_a")}
+        in_loraplus_group = {n for n in flat if not n.endswith("lora_a")}
         new = {}
-        for optimiser, names in ((first, flat.keys() - raised), (second, raised)):
-            new |= optimiser.apply_gradients({n: flat[n] for n in names}, {n: weights[n] for n in names})
+        for optimizer, names in ((first, flat.keys() - in_loraplus_group), (second, in_loraplus_group)):
+            new |= optimizer.apply_gradients({n: flat[n] for n in names}, {n: weights[n] for n in names})
         model.load_weights(list(new.items()), strict=False)
         step.trained.follow()
 
@@ -64,7 +64,7 @@ def by_hand(model: Any, name: str) -> None:
 @pytest.mark.parametrize("name", PLAIN)
 def test_two_groups(name: str, kind: str, eager: None) -> None:
     model, wanted = adapters(kind), adapters(kind)
-    step = make_step(model, make_optimiser(options(name), 3), sft())
+    step = make_step(model, make_optimizer(options(name), 3), sft())
     metrics = [step.measured(batch) for batch in BATCHES]
     by_hand(wanted, name)
     mine, theirs = snapshot(model.trainable_parameters()), snapshot(wanted.trainable_parameters())
@@ -78,7 +78,7 @@ def test_b_moves_further() -> None:
     """In the first step of Adam every number moves by its rate."""
     model = adapters()
     before = snapshot(model.trainable_parameters())
-    make_step(model, make_optimiser(options("adam"), 3), sft())(BATCHES[0])
+    make_step(model, make_optimizer(options("adam"), 3), sft())(BATCHES[0])
     after = snapshot(model.trainable_parameters())
     moved = {n: np.abs(after[n] - before[n]) for n in after}
     b = np.concatenate([moved[n].ravel() for n in moved if n.endswith("lora_b")])
@@ -90,7 +90,7 @@ def test_b_moves_further() -> None:
 def test_layouts(name: str, kind: type) -> None:
     model = adapters()
     parameters = model.trainable_parameters()
-    found = layout(make_optimiser(options(name), 3), model)
+    found = layout(make_optimizer(options(name), 3), model)
     assert type(found) is kind
     packed = found.pack(parameters)
     assert kind is Separate or packed.keys() == {"trained", "lora_b"}
@@ -102,11 +102,11 @@ def test_layouts(name: str, kind: type) -> None:
 def test_resume(name: str, tmp_path: Path, eager: None) -> None:
     training = options(name, warmup=2, lr_schedule="linear")
     chosen = AdapterOptions(num_layers=-1, rank=4, scale=2.0)
-    model, optimiser = adapters(), make_optimiser(training, 5)
-    step = make_step(model, optimiser, sft())
+    model, optimizer = adapters(), make_optimizer(training, 5)
+    step = make_step(model, optimizer, sft())
     step(BATCHES[0])
-    path = save_checkpoint(tmp_path, model, optimiser, Progress(step=1), chosen)
-    other, again = prepare(dense(), chosen).train(), make_optimiser(training, 5)
+    path = save_checkpoint(tmp_path, model, optimizer, Progress(step=1), chosen)
+    other, again = prepare(dense(), chosen).train(), make_optimizer(training, 5)
     load_checkpoint(path, other, again)
     step(BATCHES[1])
     make_step(other, again, sft())(BATCHES[1])

@@ -19,7 +19,7 @@ from mlxlora import methods as recipes
 from mlxlora import objectives
 from mlxlora.config.options import PairData
 from mlxlora.data import sources
-from mlxlora.data.batching import Piece, pair_piece
+from mlxlora.data.batching import MicroBatch, pair_batch
 from mlxlora.data.tokenize import Pair
 from mlxlora.training.step import make_step
 from tests.support.tiny import byte_tokenizer, dense, distance, example, numbers, snapshot
@@ -307,7 +307,7 @@ def test_rows(row: dict, prompt: str, chosen: str, rejected: str, chat_folder: P
     tokenizer = load(str(chat_folder))[1]
     for side, text in ((pair.chosen, chosen), (pair.rejected, rejected)):
         assert tokenizer.decode(side.tokens.tolist()) == prompt + text + END
-        assert tokenizer.decode(side.tokens[side.scored].tolist()) == text + END
+        assert tokenizer.decode(side.tokens[side.loss_mask].tolist()) == text + END
 
 
 @pytest.mark.parametrize("name", ["lf_dpo_en_demo.json", "rasbt_preference.json"])
@@ -319,8 +319,8 @@ def test_published_rows(name: str, shared: Any, chat_folder: Path) -> None:
     for pair, row in zip(found[:40], rows, strict=False):
         for side, answer in ((pair.chosen, row["chosen"]), (pair.rejected, row["rejected"])):
             text = answer["value"] if isinstance(answer, dict) else answer
-            scored = tokenizer.decode(side.tokens[side.scored].tolist())
-            assert text.endswith(scored.removesuffix("<|im_end|>")) and scored.endswith("<|im_end|>")
+            loss_mask = tokenizer.decode(side.tokens[side.loss_mask].tolist())
+            assert text.endswith(loss_mask.removesuffix("<|im_end|>")) and loss_mask.endswith("<|im_end|>")
 
 
 def items(path: Path, folder: Path, **options: Any) -> Any:
@@ -351,9 +351,9 @@ def test_over_long_pairs(model_folder: Path, tmp_path: Path, mlxlora: Any) -> No
     (*_, cut), (*_, moved, kept) = (
         items(data, model_folder, max_seq_length=32, prompt_truncation=side) for side in ("right", "left")
     )
-    assert (cut.chosen.scored.sum(), cut.rejected.scored.sum()) == (12, 2)
-    assert (moved.chosen.scored.sum(), moved.rejected.scored.sum()) == (31, 2)  # a token of the prompt predicts the first
-    assert (kept.chosen.scored.sum(), kept.rejected.scored.sum(), len(kept.chosen.tokens)) == (2, 2, 32)
+    assert (cut.chosen.loss_mask.sum(), cut.rejected.loss_mask.sum()) == (12, 2)
+    assert (moved.chosen.loss_mask.sum(), moved.rejected.loss_mask.sum()) == (31, 2)  # a token of the prompt predicts the first
+    assert (kept.chosen.loss_mask.sum(), kept.rejected.loss_mask.sum(), len(kept.chosen.tokens)) == (2, 2, 32)
 
 
 def test_nothing_fits(model_folder: Path, tmp_path: Path, mlxlora: Any) -> None:
@@ -489,7 +489,7 @@ def test_pieces_of_a_batch(name: str, seed: int, cuts: set[int]) -> None:
     sides = [with_ref(example(20 * seed + i, score_prompt=prompts), i) for i in range(10)]
     rows = [Pair(sides[i], sides[i + 5], 0.5 + i) for i in range(5)]
     split = [rows[a:b] for a, b in pairwise([0, *sorted(cuts), 5])]
-    (whole, at_once), (parts, in_pieces) = (stepped(LAWFUL[name], [pair_piece(p) for p in groups]) for groups in ([rows], split))
+    (whole, at_once), (parts, in_pieces) = (stepped(LAWFUL[name], [pair_batch(p) for p in groups]) for groups in ([rows], split))
     assert whole.keys() == parts.keys()
     for metric, value in whole.items():
         np.testing.assert_allclose(parts[metric], value, rtol=2e-5, atol=2e-6, err_msg=metric)
@@ -499,13 +499,13 @@ def test_pieces_of_a_batch(name: str, seed: int, cuts: set[int]) -> None:
 def with_ref(side: Any, seed: int) -> Any:
     from attrs import evolve
 
-    count = int(side.scored.sum())
+    count = int(side.loss_mask.sum())
     return evolve(side, ref_logps=-np.random.default_rng(seed).uniform(1, 5, count).astype(np.float32))
 
 
-def stepped(objective: Any, pieces: list[Piece]) -> tuple[dict[str, float], dict[str, mx.array]]:
+def stepped(objective: Any, micros: list[MicroBatch]) -> tuple[dict[str, float], dict[str, mx.array]]:
     """Metrics of one step of plain descent, and the weights after it."""
     model = dense()
     step = make_step(model, optim.SGD(1e-2), objective)
-    metrics = step(*(piece.batch for piece in pieces))
+    metrics = step(*(micro.batch for micro in micros))
     return numbers(metrics), snapshot_arrays(model)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mlxlora.adapters.prepare import disabled, prepare
 from mlxlora.config.options import AdapterOptions
-from mlxlora.data.batching import Piece, collate
+from mlxlora.data.batching import MicroBatch, collate
 from mlxlora.data.tokenize import Example
 from mlxlora.models.logprobs import scorer
 from mlxlora.training import reference
@@ -35,7 +35,7 @@ def examples() -> list[Example]:
 
 
 @pytest.fixture
-def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def loss_mask(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many sequences each call scored."""
     seen: list[int] = []
     real = log_probabilities
@@ -52,7 +52,7 @@ def direct(model: Any, e: Example) -> np.ndarray:
     """Log-probabilities of the scored tokens of one sequence, without padding and without any of our code."""
     logits = np.array(model(mx.array(e.tokens[None, :-1]))[0].astype(mx.float32)).astype(np.float64)
     logps = logits[np.arange(len(e.tokens) - 1), e.tokens[1:]] - np.log(np.exp(logits).sum(-1))
-    return logps[e.scored[1:]]
+    return logps[e.loss_mask[1:]]
 
 
 def right(found: Sequence[Example], model: Any) -> None:
@@ -65,17 +65,17 @@ def test_equal_to_the_direct_computation(batch_size: int, model: Any, examples: 
     right(with_reference(examples, scorer(model), batch_size=batch_size), model)
 
 
-def test_equal_sequences_are_scored_once(model: Any, examples: list[Example], scored: list[int]) -> None:
-    again = [evolve(e, where="other.jsonl:1") for e in examples[:3]]
+def test_equal_sequences_are_scored_once(model: Any, examples: list[Example], loss_mask: list[int]) -> None:
+    again = [evolve(e, location="other.jsonl:1") for e in examples[:3]]
     found = with_reference([*examples, *again, *examples], scorer(model), batch_size=4)
-    assert scored == [len(examples)] and [e.where for e in found[7:10]] == ["other.jsonl:1"] * 3
+    assert loss_mask == [len(examples)] and [e.location for e in found[7:10]] == ["other.jsonl:1"] * 3
     right(found, model)
-    elsewhere = evolve(examples[0], scored=np.arange(len(examples[0].tokens)) > 0)
+    elsewhere = evolve(examples[0], loss_mask=np.arange(len(examples[0].tokens)) > 0)
     right(with_reference([examples[0], elsewhere], scorer(model), batch_size=4), model)
-    assert scored[-1] == 2
+    assert loss_mask[-1] == 2
 
 
-def test_prompts_that_are_shared_are_read_once(model: Any, examples: list[Example], scored: list[int]) -> None:
+def test_prompts_that_are_shared_are_read_once(model: Any, examples: list[Example], loss_mask: list[int]) -> None:
     def after(prompt: np.ndarray, *answer: int) -> Example:
         tokens = np.concatenate([prompt, answer]).astype(np.int32)
         return Example(tokens, np.arange(len(tokens)) >= len(prompt), None, "pairs.jsonl:1")
@@ -85,19 +85,19 @@ def test_prompts_that_are_shared_are_read_once(model: Any, examples: list[Exampl
     d, e = after(prompts[1], 2), after(prompts[1], 9, 8)
     pairs = [a, b, d, e, a, b, a, c, d, d]  # a pair again, a half of one, a pair of equals
     found = with_reference(pairs, scorer(model), batch_size=4, together=2)
-    assert sum(scored) == 5
+    assert sum(loss_mask) == 5
     right(found, model)
 
 
-def test_a_second_run_reads(model: Any, examples: list[Example], scored: list[int], tmp_path: Path) -> None:
+def test_a_second_run_reads(model: Any, examples: list[Example], loss_mask: list[int], tmp_path: Path) -> None:
     notes: list[str] = []
     first = filled(tmp_path / "cache", model, examples[:4], notes)
     second = filled(tmp_path / "cache", model, examples[:4], notes)
-    assert notes == ["reference: scoring 4 sequences"] and scored == [4, 1]  # one as a probe
+    assert notes == ["reference: scoring 4 sequences"] and loss_mask == [4, 1]  # one as a probe
     assert all(np.array_equal(a.ref_logps, b.ref_logps) for a, b in zip(first, second, strict=True))
     right(filled(tmp_path / "cache", model, examples, notes), model)
     right(filled(tmp_path / "cache", model, examples[2:], notes), model)
-    assert notes[1:] == ["reference: scoring 3 sequences"] and scored[2:] == [1, 3, 1]
+    assert notes[1:] == ["reference: scoring 3 sequences"] and loss_mask[2:] == [1, 3, 1]
 
 
 def filled(cache: Path, model: Any, examples: list[Example], notes: list[str]) -> list[Example]:
@@ -238,7 +238,7 @@ def metrics(folder: Path) -> list[float]:
 def test_referenced(kind: str, examples: list[Example]) -> None:
     """The column is the model's without its adapters, whatever they have become since."""
     base, model = dense(), prepare(dense(), AdapterOptions(train_type=kind, num_layers=-1))
-    make = referenced(lambda items, _: Piece(collate(items), 0, ()), model, temperature=1.0)
+    make = referenced(lambda items, _: MicroBatch(collate(items), 0, ()), model, temperature=1.0)
     model.train()
     for _ in range(2):
         shaken(model)
@@ -252,5 +252,5 @@ def test_referenced(kind: str, examples: list[Example]) -> None:
 
 def test_referenced_by_another_model(examples: list[Example]) -> None:
     other = shaken(dense())
-    batch = referenced(lambda items, _: Piece(collate(items), 0, ()), other, temperature=2.0)(examples, 0).batch
+    batch = referenced(lambda items, _: MicroBatch(collate(items), 0, ()), other, temperature=2.0)(examples, 0).batch
     np.testing.assert_allclose(batch.ref_logps, scorer(other, temperature=2.0)(batch, gradient=False)[0], rtol=1e-6, atol=1e-6)

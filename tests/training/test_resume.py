@@ -43,8 +43,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def command(model_folder: Path, rows: Path) -> tuple[Any, ...]:
     """`mlxlora sft` of the tiny model."""
-    optimisation = ("--optimizer", "adamw", "--learning-rate", 1e-3, "--warmup", 4, "--batch-size", 2)
-    return "sft", "--model", model_folder, "--data", rows, "--num-layers", -1, "--val-batches", -1, *optimisation
+    optimization = ("--optimizer", "adamw", "--learning-rate", 1e-3, "--warmup", 4, "--batch-size", 2)
+    return "sft", "--model", model_folder, "--data", rows, "--num-layers", -1, "--val-batches", -1, *optimization
 
 
 @every_variant
@@ -88,10 +88,10 @@ def test_ctrl_c_before_the_first_step(
 
 def test_one_ctrl_c_waits_for_the_step_and_two_do_not() -> None:
     done = []
-    with pytest.raises(KeyboardInterrupt) as raised, Interruptible() as interrupt, interrupt.held():
+    with pytest.raises(KeyboardInterrupt) as in_loraplus_group, Interruptible() as interrupt, interrupt.held():
         signal.raise_signal(signal.SIGINT)
         done.append("step")
-    assert done == ["step"] and raised.type is KeyboardInterrupt
+    assert done == ["step"] and in_loraplus_group.type is KeyboardInterrupt
     with pytest.raises(Abandoned), Interruptible() as interrupt, interrupt.held():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
@@ -282,9 +282,9 @@ def test_the_advice_scores_the_rows_of_the_run(command: tuple[Any, ...], rows: P
     )
     assert mlxlora(*command, *changes).code == 0
     wanted = records(tmp_path / "run")[-1]
-    scored = mlxlora("eval", "--adapter-path", tmp_path / "run", "--split", "test")
-    assert scored.code == 0 and wanted["split"] == "test", scored.err
-    assert scored.out.splitlines()[0] == f"loss {wanted['loss']:.6g}"
+    loss_mask = mlxlora("eval", "--adapter-path", tmp_path / "run", "--split", "test")
+    assert loss_mask.code == 0 and wanted["split"] == "test", loss_mask.err
+    assert loss_mask.out.splitlines()[0] == f"loss {wanted['loss']:.6g}"
 
 
 def test_a_finished_run_goes_on(command: tuple[Any, ...], tmp_path: Path, mlxlora: Any) -> None:

@@ -18,9 +18,9 @@ from mlxlora.errors import InputError
 from mlxlora.models.modes import compute_cast
 from mlxlora.objectives.supervised import sft
 from mlxlora.objectives.terms import entropy
-from mlxlora.training.optimizers import learning_rate, make_optimiser
+from mlxlora.training.optimizers import learning_rate, make_optimizer
 from mlxlora.training.step import _sum_of_squares, make_step
-from tests.support.tiny import dense, example, loss_and_gradient, numbers, quantised, shaken
+from tests.support.tiny import dense, example, loss_and_gradient, numbers, quantized, shaken
 
 BATCHES = [collate([example(seed), example(seed + 1)]) for seed in (0, 2, 4)]
 LORA = AdapterOptions(num_layers=-1, rank=4, scale=2.0)
@@ -54,7 +54,7 @@ def test_adamw_is_the_published_one() -> None:
     rate, decay, b1, b2, epsilon = 1e-2, 0.1, 0.9, 0.999, 1e-8
     model = adapted()
     training = Training(optimizer="adamw", learning_rate=rate, weight_decay=decay)
-    step = make_step(model, make_optimiser(training, 3), sft())
+    step = make_step(model, make_optimizer(training, 3), sft())
     theta = {name: np.array(p, np.float64) for name, p in tree_flatten(model.trainable_parameters())}
     m = {name: np.zeros_like(p) for name, p in theta.items()}
     v = {name: np.zeros_like(p) for name, p in theta.items()}
@@ -73,15 +73,15 @@ def test_adamw_is_the_published_one() -> None:
 
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "adafactor", "lion", "muon"])
-def test_every_optimiser_lowers_the_loss(name: str) -> None:
-    step = make_step(adapted(), make_optimiser(Training(optimizer=name, learning_rate=3e-3), 8), sft(), max_grad_norm=1.0)
+def test_every_optimizer_lowers_the_loss(name: str) -> None:
+    step = make_step(adapted(), make_optimizer(Training(optimizer=name, learning_rate=3e-3), 8), sft(), max_grad_norm=1.0)
     losses = [numbers(step(BATCHES[0]))["loss"] for _ in range(8)]
     assert losses[-1] < losses[0] - 1e-3
 
 
 def test_adam_has_no_decay() -> None:
     with pytest.raises(InputError, match=r"--weight-decay 0.1 has no effect on adam; use --optimizer adamw"):
-        make_optimiser(Training(optimizer="adam", weight_decay=0.1), 10)
+        make_optimizer(Training(optimizer="adam", weight_decay=0.1), 10)
 
 
 # --- schedules ----------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def test_a_schedule_rises_then_never_rises_again(shape: Any, steps: int, warmup:
 @pytest.mark.usefixtures("eager")
 def test_schedule_of_a_run() -> None:
     training = Training(optimizer="sgd", learning_rate=0.5, lr_schedule="linear", warmup=1)
-    step = make_step(adapted(), make_optimiser(training, 3), sft())
+    step = make_step(adapted(), make_optimizer(training, 3), sft())
     assert [numbers(step(BATCHES[0]))["learning_rate"] for _ in range(3)] == pytest.approx([0, 0.5, 0.25])
 
 
@@ -130,7 +130,7 @@ def bfloat16(make: Any = dense) -> Any:
 
 
 @pytest.mark.usefixtures("eager")
-@pytest.mark.parametrize("make", [dense, lambda: quantised(dense)], ids=["dense", "four bits"])
+@pytest.mark.parametrize("make", [dense, lambda: quantized(dense)], ids=["dense", "four bits"])
 def test_masters_stay_float32_and_the_model_computes_in_its_own_type(make: Any) -> None:
     model = bfloat16(make)
     cast = compute_cast(model)(model.trainable_parameters())

@@ -12,9 +12,9 @@ from attrs import evolve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.utils import load
+from mlxlora.data.labeled import Judged, with_mismatched
 
-from mlxlora.data.batching import Piece, collate
-from mlxlora.data.labelled import Judged, with_mismatched
+from mlxlora.data.batching import MicroBatch, collate
 from mlxlora.data.rows import Row
 from mlxlora.data.sources import Context
 from mlxlora.data.tokenize import Example
@@ -54,11 +54,11 @@ def records(folder: Path) -> list[dict]:
 # --- rows ----------------------------------------------------------------------------------------
 
 
-def test_a_completion_is_scored_and_labelled(loaded: Any) -> None:
+def test_a_completion_is_scored_and_labeled(loaded: Any) -> None:
     _, items = prepared(loaded[1], [*LABELLED[:2], PAIR])
     assert [item.label for item in items] == [False, True, True, False]
-    scored = [loaded[1].decode(i.example.tokens[i.example.scored].tolist()) for i in items]
-    assert scored == ["abcabc<|im_end|>", "abcabcabc<|im_end|>", "me<|im_end|>", "nobody<|im_end|>"]
+    loss_mask = [loaded[1].decode(i.example.tokens[i.example.loss_mask].tolist()) for i in items]
+    assert loss_mask == ["abcabc<|im_end|>", "abcabcabc<|im_end|>", "me<|im_end|>", "nobody<|im_end|>"]
 
 
 def test_mismatched_completions_follow_the_prompts_of_others(loaded: Any) -> None:
@@ -70,7 +70,7 @@ def test_mismatched_completions_follow_the_prompts_of_others(loaded: Any) -> Non
         "who? abcabcabc<|im_end|>",
         "who? abcabcabc<|im_end|>",  # the completion just before has the same prompt
     ]
-    assert [int(i.mismatched.scored.sum()) for i in items] == [7, 7, 10, 10]
+    assert [int(i.mismatched.loss_mask.sum()) for i in items] == [7, 7, 10, 10]
 
 
 @given(prompts=st.lists(st.integers(0, 3), min_size=2, max_size=12), limit=st.integers(3, 12))
@@ -91,7 +91,7 @@ def test_a_partner_has_another_prompt(prompts: list[int], limit: int) -> None:
         assert item.mismatched is not None
         own, first, second = item.mismatched.tokens.tolist()
         assert own == prompt and prompts[first - 100] != prompt and second == first + 100
-        assert item.mismatched.scored.tolist() == [False, True, True]
+        assert item.mismatched.loss_mask.tolist() == [False, True, True]
 
 
 def test_without_a_reference_point_nothing_is_joined(loaded: Any) -> None:
@@ -109,7 +109,7 @@ def test_over_long_rows_are_cut_or_dropped(loaded: Any) -> None:
 # --- the reference point --------------------------------------------------------------------------
 
 
-def piece_of(model: nn.Module, tokenizer: Any, rows: list[dict], shift: float) -> tuple[Piece, list[Judged]]:
+def piece_of(model: nn.Module, tokenizer: Any, rows: list[dict], shift: float) -> tuple[MicroBatch, list[Judged]]:
     """The piece of all rows, with a reference that thinks every token less likely by `shift` nats."""
     source, items = prepared(tokenizer, rows)
     score = scorer(model)
@@ -121,15 +121,15 @@ def piece_of(model: nn.Module, tokenizer: Any, rows: list[dict], shift: float) -
 
 
 def one(score: Any, example: Example) -> np.ndarray:
-    return np.array(score(collate([example]))[0])[: int(example.scored.sum())]
+    return np.array(score(collate([example]))[0])[: int(example.loss_mask.sum())]
 
 
 @pytest.mark.parametrize("shift", [0.25, -0.25])
 def test_it_is_the_mean_log_ratio_of_mismatched_completions(loaded: Any, shift: float) -> None:
-    piece, items = piece_of(loaded[0], loaded[1], LABELLED[:4], shift)
-    tokens = np.mean([item.mismatched.scored.sum() for item in items])  # type: ignore[union-attr]
-    np.testing.assert_allclose(np.array(piece.batch.reference_point), max(shift * tokens, 0.0), rtol=1e-4)
-    assert piece.batch.label.tolist() == [False, True, False, True]
+    micro, items = piece_of(loaded[0], loaded[1], LABELLED[:4], shift)
+    tokens = np.mean([item.mismatched.loss_mask.sum() for item in items])  # type: ignore[union-attr]
+    np.testing.assert_allclose(np.array(micro.batch.reference_point), max(shift * tokens, 0.0), rtol=1e-4)
+    assert micro.batch.label.tolist() == [False, True, False, True]
 
 
 def test_it_follows_the_policy(model_folder: Path) -> None:
@@ -146,11 +146,11 @@ def test_it_follows_the_policy(model_folder: Path) -> None:
 
 def test_divided_batches_keep_it(loaded: Any) -> None:
     """A mean over the whole batch, so what is computed in pieces must not compute it again."""
-    piece, _ = piece_of(loaded[0], loaded[1], LABELLED[:4], 0.25)
+    micro, _ = piece_of(loaded[0], loaded[1], LABELLED[:4], 0.25)
     objective, score = kto(), scorer(loaded[0])
-    whole = objective(*score(piece.batch))[0].item()
-    parts = divided(piece, 3)
-    counts = objective.counts(piece.batch)
+    whole = objective(*score(micro.batch))[0].item()
+    parts = divided(micro, 3)
+    counts = objective.counts(micro.batch)
     assert len(parts) == 2
     np.testing.assert_allclose(sum(objective(*score(p.batch), counts)[0].item() for p in parts), whole, rtol=1e-5)
 

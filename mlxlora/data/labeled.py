@@ -11,7 +11,7 @@ from attrs import evolve, frozen
 
 from ..config.options import RowOptions
 from ..errors import InputError
-from .formats import KEYS, labelled
+from .formats import KEYS, labeled
 from .rows import Row
 from .sources import Tokenizer
 from .tokenize import Example, preference_pair, supervised_example
@@ -42,7 +42,7 @@ def judged_row(row: Row, tokenizer: Tokenizer, *, data: RowOptions) -> tuple[Jud
     if {"chosen", "rejected"} <= row.fields.keys():
         pair = preference_pair(row, tokenizer, keys=keys, **how)
         return None if pair is None else (Judged(pair.chosen, True), Judged(pair.rejected, False))
-    record = labelled(row, keys)
+    record = labeled(row, keys)
     completion = record.completion
     fields = {name: getattr(completion, name) for name in ("prompt", "completion", "system", "tools")}
     plain = Row({name: value for name, value in fields.items() if value is not None}, row.file, row.line)
@@ -62,7 +62,7 @@ def with_mismatched(rows: Sequence[tuple[Judged, ...]], limit: int) -> list[Judg
     for i in (*range(len(items)), *range(len(items))):  # twice around: the first ones look at the last ones
         partner[i] = i - 1 if prompts[i - 1] != prompts[i] else partner[i - 1]
     if items and None in partner:
-        raise InputError(f"{items[0].example.where}: all rows have one prompt; KTO compares with completions of other prompts")
+        raise InputError(f"{items[0].example.location}: all rows have one prompt; KTO compares with completions of other prompts")
     return [
         evolve(item, mismatched=_joined(item.example, items[j].example, limit))
         for item, j in zip(items, partner, strict=True)
@@ -75,10 +75,10 @@ def _flat(rows: Sequence[tuple[Judged, ...]]) -> list[Judged]:
 
 
 def _prompt(example: Example) -> np.ndarray:
-    return example.tokens[: example.scored.argmax()]
+    return example.tokens[: example.loss_mask.argmax()]
 
 
 def _joined(example: Example, other: Example, limit: int) -> Example:
     prompt = _prompt(example)
-    tokens = np.concatenate([prompt, other.tokens[other.scored.argmax() :]])[:limit]
-    return Example(tokens, np.arange(len(tokens)) >= len(prompt), None, example.where)
+    tokens = np.concatenate([prompt, other.tokens[other.loss_mask.argmax() :]])[:limit]
+    return Example(tokens, np.arange(len(tokens)) >= len(prompt), None, example.location)
