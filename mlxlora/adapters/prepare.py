@@ -1,0 +1,161 @@
+"""Makes a model trainable: adds adapters, turns them off, attaches saved ones."""
+
+from attrs import evolve
+from collections.abc import Iterator
+from collections.abc import Mapping
+from contextlib import contextmanager
+from mlx.utils import tree_flatten
+from mlx.utils import tree_map
+from mlx.utils import tree_unflatten
+from mlx_lm.tuner.utils import load_adapters
+from pathlib import Path
+from typing import Any
+import mlx.core as mx
+import mlx.nn as nn
+from .inject import convert, layers_to_train
+from ..config.options import AdapterOptions, BaseOptions, ModelOptions
+from ..models.modes import exact, freeze
+from ..errors import InputError, quoted
+from .qat import rounded
+from .files import CONFIG, WEIGHTS, _BASE, _some, check_settings, is_number, mismatches, read_config, sound_arrays
+from .rank_scale import native
+from ..models.loading import load_with_config, model_options
+
+
+def prepare(model: nn.Module, options: AdapterOptions) -> nn.Module:
+    """Freezes `model` and makes what `options` name trainable: adapters, or its own weights.
+
+    Raises:
+        InputError: more layers than the model has, modules that do not exist, quantised weights to be trained in full.
+    """
+    layers = layers_to_train(model, options)
+    freeze(model)
+    if options.train_type == "full":
+        _check_full(options)
+        _unfreeze(model, layers, everything=options.num_layers == -1)
+    else:
+        convert(model, layers, options)
+        model.update(tree_map(lambda p: p.astype(getattr(mx, options.adapter_dtype)), model.trainable_parameters()))
+    if not tree_flatten(model.trainable_parameters()):
+        raise InputError(f"--train-type {options.train_type} leaves nothing to train in this model; try --num-layers -1")
+    if options.qat:
+        model._rounded = rounded(model, options.qat)  # type: ignore[assignment]
+    return model
+
+
+def _check_full(options: AdapterOptions) -> None:
+    """Whole weights have no ranks."""
+    plain = AdapterOptions()
+    for name in ("rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "adapter_dtype"):
+        if getattr(options, name) != getattr(plain, name):
+            raise InputError(f"--{name.replace('_', '-')} is for adapters; use --train-type lora")
+
+
+def _unfreeze(model: nn.Module, layers: int, *, everything: bool) -> None:
+    if any(hasattr(m, "bits") and "scales" in m for m in model.modules()):
+        raise InputError("--train-type full cannot train quantised weights; use lora, or a model that is not quantised")
+    model.unfreeze() if everything else [layer.unfreeze() for layer in model.layers[-layers:]]  # type: ignore[union-attr]
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """The model before its adapters, bit for bit: each adapted module is its own base while the context lasts, and nothing is
+    rounded (enter `evaluating` within).
+
+    (Setting the scale to 0 would be exact for LoRA and wrong for DoRA.) A function compiled inside keeps the base, so
+    compile the scoring of a reference apart from that of the policy.
+    """
+    found = [(name, m, getattr(m, _BASE[type(m)])) for name, m in model.named_modules() if type(m) in _BASE]
+    try:
+        model.update_modules(tree_unflatten([(name, base) for name, _, base in found]))
+        with exact(model):
+            yield model
+    finally:
+        model.update_modules(tree_unflatten([(name, m) for name, m, _ in found]))
+
+
+def attach(model: nn.Module, directory: str | Path) -> nn.Module:
+    """The model with the adapters, or trained weights, of an adapter directory, for inference.
+
+    Raises:
+        InputError: there are none, they are damaged or not finite, or they do not fit; the first problems are in the message.
+    """
+    file = Path(directory) / WEIGHTS
+    try:
+        if file.is_file():
+            config = read_config(directory)
+            check_settings(config, Path(directory) / CONFIG)
+            sound_arrays(directory, config)  # mlx-lm's reader would take what is damaged
+        load_adapters(model, str(directory))
+    except InputError:
+        raise
+    except Exception as error:  # mlx-lm builds modules and reads weights as two files say that came from anywhere
+        head, *lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+        raise InputError(f"--adapter-path {directory}: {head} {_some(sorted(lines))}".rstrip()) from None
+    return model.eval()
+
+
+@contextmanager
+def attached(model: nn.Module, directory: str | Path) -> Iterator[nn.Module]:
+    """The model with an adapter directory while the context lasts; after it, the modules and weights of before.
+
+    Raises:
+        InputError: there are no adapters, or they do not fit.
+    """
+    modules, weights = dict(model.named_modules()), tree_flatten(model.parameters())
+    try:
+        yield attach(model, directory)
+    finally:
+        replaced = [(name, modules[name]) for name, m in model.named_modules() if modules.get(name, m) is not m]
+        model.update_modules(tree_unflatten(replaced))
+        model.update(tree_unflatten(weights))
+
+
+def load_weights(model: nn.Module, file: str | Path) -> None:
+    """Loads trainable weights that an earlier run saved.
+
+    Raises:
+        InputError: the file is missing or damaged, does not fit (the message has the first mismatches), or holds NaN or infinity.
+    """
+    folder = Path(file) if Path(file).is_dir() else Path(file).parent
+    config = read_config(folder) if (folder / CONFIG).is_file() else None
+    arrays = native(model, sound_arrays(file, config), _scale_of(folder, config or {}))
+    wanted = dict(tree_flatten(model.trainable_parameters()))
+    if problems := mismatches(arrays, wanted):
+        raise InputError(f"{file} does not fit the model as configured: {problems}")
+    model.load_weights([(name, array.astype(wanted[name].dtype)) for name, array in arrays.items()], strict=False)
+
+
+def _scale_of(folder: Path, config: Mapping[str, Any]) -> float | None:
+    """The multiplier of the adapters in a folder, if its configuration says."""
+    parameters = config.get("lora_parameters")
+    scale = parameters.get("scale") if isinstance(parameters, dict) else None
+    if scale is not None and not is_number(scale):
+        raise InputError(f"{folder / CONFIG}: scale must be a number, got {quoted(scale)}")
+    return scale
+
+
+def load(options: str | ModelOptions, adapter_path: str | None = None) -> tuple[nn.Module, Any]:
+    """The model and tokenizer of a folder or hub name, through mlx-lm.
+
+    Raises:
+        InputError: there is no such model, it is damaged, or the adapters do not fit.
+    """
+    model, tokenizer, _ = load_with_config(model_options(options))
+    return attach(model, adapter_path) if adapter_path else model, tokenizer
+
+
+def base_of(options: BaseOptions, adapter_path: str | Path) -> ModelOptions:
+    """`options`; where they name no model, the one that the adapters were trained on, quantised as it was for them.
+
+    Raises:
+        InputError: there are no adapters, or they do not say.
+    """
+    named = ModelOptions(options.model, options.trust_remote_code, getattr(options, "quantize", None))
+    if named.model:
+        return named
+    config = read_config(adapter_path)
+    if not config.get("model"):
+        raise InputError(f"{adapter_path} does not say which model it was trained on; name it with --model")
+    check_settings(config, Path(adapter_path) / CONFIG)
+    return evolve(named, model=config["model"], quantize=named.quantize or config.get("quantize"))
