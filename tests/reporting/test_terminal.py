@@ -138,7 +138,7 @@ def decode(tokens):
 
 
 @pytest.mark.parametrize(
-    ("scored", "expected"),
+    ("loss_mask", "expected"),
     [
         ([False, False, True, True], "w1 w2[[ w3 <|end|>]]"),
         ([True, True, True, True], "[[w1 w2 w3 <|end|>]]"),
@@ -165,7 +165,7 @@ def test_long_example_loses_its_middle():
 
 
 def test_imports_no_mlx():
-    code = "import sys, mlxlora.report; sys.exit('mlx' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, mlxlora.reporting.terminal; sys.exit('mlx' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
