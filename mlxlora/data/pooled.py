@@ -78,7 +78,7 @@ class Pooled:
 def pooled(metrics: Iterable[Mapping[str, Pooled]]) -> dict[str, Pooled]:
     """The metrics of several batches as one; a batch need not have all of them.
 
-    >>> {name: metric.result for name, metric in pooled([{"a": Pooled.of([1])}, {"a": Pooled.of([3]), "b": Pooled.of([5])}]).items()}
+    >>> results(pooled([{"a": Pooled.of([1])}, {"a": Pooled.of([3]), "b": Pooled.of([5])}]))
     {'a': 2.0, 'b': 5.0}
     """
     found: dict[str, Pooled] = {}
