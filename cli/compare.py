@@ -5,19 +5,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import typer
-from attrs import asdict, frozen
+from attrs import asdict
 from attrs import validators as v
 
-from mlxlora.config.options import ModelOptions, option
+from mlxlora.config.fields import group, option
+from mlxlora.config.options import ModelOptions
 from mlxlora.errors import InputError
 
 from .generate import BASE, Answering
 from .options import flags
 
 
-@frozen
+@group("Comparison")
 class CompareOptions(Answering):
-    """Comparison"""
+    """What adapters are asked."""
 
     adapter_path: tuple[str, ...] = option((), "Folder of adapters; may be given several times.")
     prompt: str | None = option(None, "What to answer.")

@@ -3,20 +3,20 @@
 from typing import Literal
 
 import typer
-from attrs import frozen
 from attrs import validators as v
 
-from mlxlora.config.options import DataOptions, ModelOptions, option
+from mlxlora.config.fields import group, option
+from mlxlora.config.options import DataOptions, ModelOptions
 
 from .options import flags
 
 
-@frozen
+@group("Evaluation")
 class EvalOptions:
-    """Evaluation"""
+    """What is evaluated."""
 
     adapter_path: str | None = option(None, "Folder of adapters; default: the model as it is.")
-    split: Literal["valid", "test", "train"] = option("test", "Which rows to score.", v.in_(("valid", "test", "train")))
+    split: Literal["valid", "test", "train"] = option("test", "Which rows to score.")
     batch_size: int = option(4, "Rows in a batch.", v.ge(1))
     seed: int = option(0, "Of --valid-fraction; default: that of the adapters' run, if its rows are scored.", v.ge(0))
 

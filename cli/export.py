@@ -1,9 +1,9 @@
 """`mlxlora export`."""
 
 import typer
-from attrs import frozen
 
-from mlxlora.config.options import BaseOptions, option
+from mlxlora.config.fields import group, option
+from mlxlora.config.options import BaseOptions
 from mlxlora.errors import InputError
 
 from .fuse import HubOptions, ready, upload
@@ -11,9 +11,9 @@ from .generate import BASE
 from .options import flags
 
 
-@frozen
+@group("Export")
 class ExportOptions:
-    """Export"""
+    """What is exported, and where to."""
 
     adapter_path: str = option("adapters", "Folder of adapters.")
     peft: str | None = option(None, "Folder to write, as the peft library reads it.")

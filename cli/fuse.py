@@ -3,34 +3,31 @@
 from typing import Literal
 
 import typer
-from attrs import frozen
-from attrs import validators as v
 
-from mlxlora.config.options import BaseOptions, option
+from mlxlora.config.fields import group, option
+from mlxlora.config.options import BaseOptions
 
 from .generate import BASE
 from .options import flags
 
-_KINDS = ("2", "3", "4", "5", "6", "8", "mxfp4", "mxfp8", "nvfp4")
 
-
-@frozen
+@group("Fusing")
 class FuseOptions:
-    """Fusing"""
+    """Which adapters are fused, and how the result is stored."""
 
     adapter_path: str = option("adapters", "Folder of adapters.")
     save_path: str = option("fused", "Model folder to write.")
     dequantize: bool = option(False, "Write full-precision weights; default: a quantised model is quantised again as it was.")
     quantize: Literal["2", "3", "4", "5", "6", "8", "mxfp4", "mxfp8", "nvfp4"] | None = option(
-        None, "Quantise the result to this many bits, or to a format.", v.in_(_KINDS)
+        None, "Quantise the result to this many bits, or to a format."
     )
     gguf: str | None = option(None, "Also write this GGUF file (llama, mistral, mixtral; float16).")
     overwrite: bool = option(False, "Replace a model folder in --save-path.")
 
 
-@frozen
+@group("Hub")
 class HubOptions:
-    """Hub"""
+    """Where the result is uploaded."""
 
     push_to_hub: str | None = option(None, "Upload the result to this repository, ORG/NAME.")
     public: bool = option(False, "Make a new repository public; default: private.")

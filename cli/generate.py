@@ -4,10 +4,11 @@ import sys
 from collections.abc import Iterator
 
 import typer
-from attrs import evolve, frozen
+from attrs import evolve
 from attrs import validators as v
 
-from mlxlora.config.options import ModelOptions, option
+from mlxlora.config.fields import group, option
+from mlxlora.config.options import ModelOptions
 from mlxlora.errors import InputError
 
 from .options import flags
@@ -15,9 +16,9 @@ from .options import flags
 BASE = "Model folder or hub name; default: the one that the adapters were trained on, quantised as it was for them."
 
 
-@frozen
+@group("Generation")
 class Answering:
-    """Generation"""
+    """How answers are generated."""
 
     system: str | None = option(None, "System message, for a model with a chat template.")
     max_tokens: int = option(256, "Most tokens to generate.", v.ge(1))
@@ -27,9 +28,9 @@ class Answering:
     use_chat_template: bool | None = option(None, "Wrap plain prompts in the chat template; default: if the tokenizer has one.")
 
 
-@frozen
+@group("Generation")
 class Generation(Answering):
-    """Generation"""
+    """What to generate."""
 
     adapter_path: str | None = option(None, "Folder of adapters; default: the model as it is.")
     prompt: str | None = option(None, "What to continue or answer; - reads it from standard input.")

@@ -1,17 +1,17 @@
 """`mlxlora import`."""
 
 import typer
-from attrs import frozen
 
-from mlxlora.config.options import BaseOptions, ModelOptions, option
+from mlxlora.config.fields import group, option
+from mlxlora.config.options import BaseOptions, ModelOptions
 from mlxlora.errors import InputError
 
 from .options import flags
 
 
-@frozen
+@group("Import")
 class ImportOptions:
-    """Import"""
+    """What is imported, and where to."""
 
     peft: str | None = option(None, "Folder of the peft library: LoRA, rank-stabilised LoRA or DoRA.")
     adapter_path: str = option("adapters", "Folder of adapters to write.")
@@ -25,6 +25,6 @@ def import_adapters(model: BaseOptions, importing: ImportOptions) -> None:
 
     if importing.peft is None:
         raise InputError("--peft is missing: the folder to read")
-    base = ModelOptions(model.model, model.trust_remote_code)
+    base = ModelOptions(model=model.model, trust_remote_code=model.trust_remote_code)
     modules = from_peft(importing.peft, base, importing.adapter_path, overwrite=importing.overwrite)
     typer.echo(f"adapters  {importing.adapter_path} ({modules} modules)")

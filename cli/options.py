@@ -18,6 +18,7 @@ import yaml
 
 from mlxlora.config import config_file as settings
 from mlxlora.config import mlx_lm_compat as peers
+from mlxlora.config.fields import dashed, panel_of, plain_type
 from mlxlora.config.options import DataOptions, Training
 from mlxlora.errors import InputError
 from mlxlora.reporting.history import SETTINGS, read_settings
@@ -178,37 +179,37 @@ def _flags(field: attrs.Attribute, cls: type, helps: Mapping[str, str | None]) -
     shown = typer.Option(
         _spelling(field),
         help=text.replace("[", "\\["),  # not markup
-        rich_help_panel=inspect.getdoc(cls),
+        rich_help_panel=panel_of(cls),
         metavar=_metavar(field),
         autocompletion=completer(cls.__name__, field.name),
     )
     hidden = [
-        _parameter(alias, default, Annotated[kind, typer.Option(settings.dashed(alias), hidden=True)])
+        _parameter(alias, default, Annotated[kind, typer.Option(dashed(alias), hidden=True)])
         for alias, name in settings.ALIASES.items()
         if name == field.name and "." not in alias
     ]
     if field.default is False:  # a file may have switched it on
         off = _OFF + field.name
-        hidden.append(_parameter(off, False, Annotated[bool, typer.Option(settings.dashed(off), hidden=True)]))
+        hidden.append(_parameter(off, False, Annotated[bool, typer.Option(dashed(off), hidden=True)]))
     return [_parameter(field.name, default, Annotated[kind, shown]), *hidden]
 
 
 def _metavar(field: attrs.Attribute) -> str | None:
     """What stands for the value: nothing for a switch, commas for a list; None: the type's name."""
-    if settings.plain_type(field.type) is bool:
+    if plain_type(field.type) is bool:
         return ""
     return "<a,b,...>" if _is_tuple(field) else None
 
 
 def _spelling(field: attrs.Attribute) -> str:
     """`--x`, or `--x/--no-x` for a switch that is not off by default."""
-    flag = settings.dashed(field.name)
-    both = settings.plain_type(field.type) is bool and field.default is not False
-    return f"{flag}/{settings.dashed(_OFF + field.name)}" if both else flag
+    flag = dashed(field.name)
+    both = plain_type(field.type) is bool and field.default is not False
+    return f"{flag}/{dashed(_OFF + field.name)}" if both else flag
 
 
 def _is_tuple(field: attrs.Attribute) -> bool:
-    return get_origin(settings.plain_type(field.type)) is tuple
+    return get_origin(plain_type(field.type)) is tuple
 
 
 def _given(ctx: typer.Context, fields: settings.Fields, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,7 +233,7 @@ def _split(field: attrs.Attribute, parts: list[str]) -> tuple[Any, ...]:
     try:
         return settings.coerce(",".join(parts), field.type)
     except ValueError as error:
-        raise InputError(f"{settings.dashed(field.name)} must be {error}, got {','.join(parts)!r}") from None
+        raise InputError(f"{dashed(field.name)} must be {error}, got {','.join(parts)!r}") from None
 
 
 def _of_run(fields: settings.Fields, values: Mapping[str, Any], method: str | None) -> dict[str, Any]:

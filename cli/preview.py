@@ -3,10 +3,10 @@
 from typing import Literal
 
 import attrs
-from attrs import frozen
 from attrs import validators as v
 
-from mlxlora.config.options import BaseOptions, DataOptions, PairData, PromptData, RowOptions, option
+from mlxlora.config.fields import group, option
+from mlxlora.config.options import BaseOptions, DataOptions, PairData, PromptData, RowOptions
 
 from .options import flags
 
@@ -18,17 +18,15 @@ _TEXTS = {
 }
 
 
-@frozen
+@group("Preview")
 class PreviewOptions(DataOptions):
-    """Preview"""
+    """Whose rows are shown, and how they are read."""
 
     method: Literal["sft", "dpo", "orpo", "cpo", "kto", "grpo", "online-dpo", "distill", "gkd"] = option(
-        "sft", "Whose rows; the file of a run says it.", v.in_(tuple(METHODS))
+        "sft", "Whose rows; the file of a run says it."
     )
     num: int = option(3, "Rows to show.", v.ge(1))
-    prompt_truncation: Literal["right", "left"] = option(
-        "right", "Of over-long pairs, what is cut: right or left.", v.in_(("right", "left"))
-    )
+    prompt_truncation: Literal["right", "left"] = option("right", "Of over-long pairs, what is cut: right or left.")
     nll_on_prompt: bool = option(False, "orpo: the NLL covers prompts too.")
     system: str | None = option(None, "grpo, online-dpo, gkd: system message of rows that bring none.")
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from .inject import convert, layers_to_train
 from ..config.options import AdapterOptions, BaseOptions, ModelOptions
-from ..models.modes import exact, freeze
+from ..models.modes import exact, freeze, round_weights
 from ..errors import InputError, quoted
 from .qat import rounded
 from .files import CONFIG, WEIGHTS, _BASE, _some, check_settings, is_number, mismatches, read_config, sound_arrays
@@ -39,7 +39,7 @@ def prepare(model: nn.Module, options: AdapterOptions) -> nn.Module:
     if not tree_flatten(model.trainable_parameters()):
         raise InputError(f"--train-type {options.train_type} leaves nothing to train in this model; try --num-layers -1")
     if options.qat:
-        model._rounded = rounded(model, options.qat)  # type: ignore[assignment]
+        round_weights(model, rounded(model, options.qat))
     return model
 
 
@@ -151,7 +151,9 @@ def base_of(options: BaseOptions, adapter_path: str | Path) -> ModelOptions:
     Raises:
         InputError: there are no adapters, or they do not say.
     """
-    named = ModelOptions(options.model, options.trust_remote_code, getattr(options, "quantize", None))
+    named = ModelOptions(
+        model=options.model, trust_remote_code=options.trust_remote_code, quantize=getattr(options, "quantize", None)
+    )
     if named.model:
         return named
     config = read_config(adapter_path)

@@ -5,10 +5,9 @@ against the type and the validator of its option, and writes a resolved configur
 """
 
 import difflib
-import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import attrs
 import yaml
@@ -17,6 +16,7 @@ from attrs import frozen
 from ..errors import InputError, listed, plain, quoted
 from ..utils import trust
 from . import mlx_lm_compat as peers
+from .fields import dashed, names_in, plain_type
 
 ALIASES = {
     "num_epochs": "epochs",
@@ -143,15 +143,6 @@ def layered(typed: Typed, config: str | None, fields: Fields, strict: bool, comm
     return values
 
 
-def dashed(name: str) -> str:
-    """The flag of an option.
-
-    >>> dashed("batch_size")
-    '--batch-size'
-    """
-    return "--" + name.replace("_", "-")
-
-
 def _settled(
     values: dict[str, Any], peer: peers.Peer | None, keys: Mapping[str, Any], whole: Mapping[str, Any], tell: Tell
 ) -> dict[str, Any]:
@@ -262,7 +253,7 @@ def _checked_all(key: str, turn: Callable[[], dict[str, Any]], fields: Fields, l
 def dump(*groups: Any) -> dict[str, Any]:
     """The options of built groups as one flat mapping that `read` takes back, lists for tuples.
 
-    >>> from mlxlora.config import SFTOptions
+    >>> from mlxlora.config.options import SFTOptions
     >>> dump(SFTOptions(loss_type="dft"))
     {'loss_type': 'dft', 'neftune_noise_alpha': 0.0, 'objective': None}
     """
@@ -310,20 +301,9 @@ def coerce(value: Any, kind: Any) -> Any:
     return _PARSERS[kind](value)
 
 
-def plain_type(kind: Any) -> Any:
-    """`T` for `T | None`.
-
-    >>> plain_type(float | None)
-    <class 'float'>
-    """
-    if get_origin(kind) not in (Union, types.UnionType):
-        return kind
-    return next(part for part in get_args(kind) if part is not type(None))
-
-
 def _choice(value: Any, choices: tuple[Any, ...]) -> Any:
     if value not in choices:
-        raise ValueError(f"one of {', '.join(map(str, choices))}")
+        raise ValueError(names_in(choices))
     return value
 
 

@@ -1,8 +1,8 @@
 """The keys and flags of mlx-lm and mlx-lm-lora, and what each of them is here.
 
-Two tables, checked against the peers' own defaults and flags by tests/config/test_mlx_lm_compat.py; the README and `docs/` show them. A key is
-an option under the same or another name, is turned into several options, has no meaning here, or is refused with what to do
-instead.
+Two tables; tests/config/test_mlx_lm_compat.py checks them against the defaults and flags of these libraries, and `docs/`
+shows them. A key is an option under the same or another name, becomes several options, has no meaning here, or is refused
+with a remedy.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -108,7 +108,7 @@ _OURS: Mapping[str, Mapping[str, Any]] = {
 def optimizer_options(config: Any, optimizer: str) -> Options:
     """mlx-lm's `optimizer_config`, of which the chosen optimiser's part counts.
 
-    >>> optimiser_options({"adam": {}, "adamw": {"betas": [0.9, 0.98], "bias_correction": True}}, "adamw")
+    >>> optimizer_options({"adam": {}, "adamw": {"betas": [0.9, 0.98], "bias_correction": True}}, "adamw")
     {'betas': [0.9, 0.98]}
 
     Raises:

@@ -7,27 +7,27 @@ from typing import Any
 import mlx.nn as nn
 
 from ..config.options import BaseOptions, ModelOptions
-from ..errors import InputError
+from ..errors import InputError, reason
 from ..utils.safetensors import check_header
 from ..utils.trust import check_model_code
 from .quantize import quantize_loaded
 
 
 def load_tokenizer(options: BaseOptions) -> Any:
-    """The tokenizer of a folder or hub name; no weights are read or fetched.
+    """The tokenizer of a folder or hub name; weights are neither read nor downloaded.
 
     Raises:
-        InputError: there is none.
+        InputError: no such model.
     """
     from mlx_lm.utils import load_tokenizer as read
 
-    few = ["*.json", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]  # mlx-lm's, of a tokenizer
-    return _loaded(options, lambda name: read(name, {"trust_remote_code": options.trust_remote_code}), few)
+    tokenizer_files = ["*.json", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]  # as mlx-lm
+    return _loaded(options, lambda name: read(name, {"trust_remote_code": options.trust_remote_code}), tokenizer_files)
 
 
 def model_options(model: str | ModelOptions) -> ModelOptions:
-    """The options of a model that may be given by its folder or hub name alone."""
-    return ModelOptions(model) if isinstance(model, str) else model
+    """The options of a model, which may be given as a folder or hub name only."""
+    return ModelOptions(model=model) if isinstance(model, str) else model
 
 
 def load_with_config(options: ModelOptions, lazy: bool = False) -> tuple[nn.Module, Any, dict[str, Any]]:
@@ -35,10 +35,10 @@ def load_with_config(options: ModelOptions, lazy: bool = False) -> tuple[nn.Modu
 
     Args:
         options: which model.
-        lazy: read no weights before they are used.
+        lazy: read weights only when they are used.
 
     Raises:
-        InputError: there is no such model, or it is damaged.
+        InputError: no such model, or damaged files.
     """
     from mlx_lm.utils import load as load_model
 
@@ -51,7 +51,7 @@ def load_with_config(options: ModelOptions, lazy: bool = False) -> tuple[nn.Modu
 
 
 def _loaded(options: BaseOptions, read: Callable[[str], Any], patterns: list[str] | None = None) -> Any:
-    """What `read` makes of the model's folder, once it is known that no code of it runs without leave and no header lies."""
+    """The result of `read` on the model's folder, after checks: no code of the model runs without a flag, and headers are sound."""
     from mlx_lm.utils import _download
 
     if options.model is None:
@@ -64,14 +64,14 @@ def _loaded(options: BaseOptions, read: Callable[[str], Any], patterns: list[str
         for file in () if patterns else folder.glob("model*.safetensors"):
             check_header(file)
         return read(str(folder))
-    except Exception as error:  # the hub, the network, any file of the model: the user can act on each of their messages
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if reason.startswith(flag):
+    except Exception as error:  # the hub, the network, any file of the model: users can act on all of these messages
+        told = reason(error, 1000)
+        if told.startswith(flag):
             raise
-        if "trust_remote_code" in reason:
+        if "trust_remote_code" in told:
             remedy = "read it, then allow it with --trust-remote-code"
             raise InputError(f"{flag}: its tokenizer runs Python code of the model; {remedy}") from error
-        raise InputError(f"{flag}: cannot be loaded: {reason}") from error
+        raise InputError(f"{flag}: cannot be loaded: {told}") from error
 
 
 def _check_folder(model: str) -> None:

@@ -7,7 +7,7 @@ import mlx.core as mx
 from attrs import frozen
 from attrs import validators as v
 
-from ..config.options import option
+from ..config.fields import option
 
 _BLOCK = 512  # tokens of the vocabulary that are summed together, about; see `categorical`
 _BELOW_ONE = 1 - 2**-22  # times a total is less than the total, in float32 too

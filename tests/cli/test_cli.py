@@ -10,7 +10,6 @@ from pathlib import Path
 import attrs
 import pytest
 import yaml
-from attrs import frozen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlxlora_cli import app, main
@@ -18,7 +17,8 @@ from mlxlora_cli.options import flags
 
 import mlxlora
 from mlxlora.config import config_file as layers
-from mlxlora.config.options import AdapterOptions, DataOptions, ModelOptions, Output, SFTOptions, Training, option
+from mlxlora.config.fields import group, option
+from mlxlora.config.options import AdapterOptions, DataOptions, ModelOptions, Output, SFTOptions, Training
 from mlxlora.errors import InputError, RunError
 
 GROUPS = (ModelOptions, AdapterOptions, DataOptions, Training, Output, SFTOptions)
@@ -312,7 +312,7 @@ def test_names_stay_names_after_mlx_lm_changed_yaml(tmp_path):
 
 
 def test_tuples_of_numbers(monkeypatch, capsys):
-    @frozen
+    @group("Weights")
     class Weights:
         """Weights"""
 
@@ -416,7 +416,7 @@ def test_generate_mistakes(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize("switch", ["off", ""])
 def test_fast_blas_never_raises(switch):
     code = (
-        "import ctypes; from mlxlora.blas import load_fast_blas\n"
+        "import ctypes; from mlxlora.utils.blas import load_fast_blas\n"
         "def missing(*_, **__): raise OSError\n"
         "ctypes.CDLL = missing; print(load_fast_blas())"
     )

@@ -42,7 +42,7 @@ def test_no_name_is_also_a_module():
 def test_using_the_package_loads_the_fast_blas_and_importing_it_does_not():
     code = (
         "import mlxlora, sys\nassert 'mlxlora.utils.blas' not in sys.modules\nmlxlora.Training\n"
-        "from mlxlora.blas import load_fast_blas\nprint(load_fast_blas.cache_info().currsize)"
+        "from mlxlora.utils.blas import load_fast_blas\nprint(load_fast_blas.cache_info().currsize)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "1\n", done.stderr

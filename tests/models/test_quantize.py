@@ -70,7 +70,7 @@ def test_a_converted_model(form: str, model_folder: Path, tmp_path: Path) -> Non
     how = {f"q_{name}": value for name, value in QUANTIZATIONS[form].items()}
     convert(str(model_folder), str(tmp_path / "converted"), quantize=True, **how)
     theirs, *_ = load_with_mlx_lm(str(tmp_path / "converted"))
-    ours, _, config = recipes.load_with_config(ModelOptions(str(model_folder), quantize=form))  # type: ignore[arg-type]
+    ours, _, config = recipes.load_with_config(ModelOptions(model=str(model_folder), quantize=form))  # type: ignore[arg-type]
     assert weights(ours).keys() == weights(theirs).keys()
     assert all(mx.array_equal(array, weights(theirs)[name]) for name, array in weights(ours).items())
     assert config["quantization"] == json.loads((tmp_path / "converted" / "config.json").read_text())["quantization"]
@@ -91,8 +91,8 @@ def test_what_is_left_says_so(mlxlora: Any, model_folder: Path, data: Path, tmp_
     run(adapters, model_folder, data, quantize="4")
     assert read_config(adapters)["quantize"] == "4"
     assert "quantised to 4 bits as it was loaded (`--quantize 4`)" in (adapters / "README.md").read_text()
-    assert recipes.base_of(ModelOptions(), adapters) == ModelOptions(str(model_folder), quantize="4")
-    assert recipes.base_of(ModelOptions("other"), adapters) == ModelOptions("other")
+    assert recipes.base_of(ModelOptions(), adapters) == ModelOptions(model=str(model_folder), quantize="4")
+    assert recipes.base_of(ModelOptions(model="other"), adapters) == ModelOptions(model="other")
     model, *_ = load_with_mlx_lm(str(model_folder), adapter_path=str(adapters))
     assert mx.isfinite(model(TOKENS)).all().item()
     asked = ("generate", "--adapter-path", adapters, "--prompt", "abc", "--max-tokens", 4)
@@ -114,23 +114,23 @@ def test_the_model_is_never_whole_in_memory(tmp_path: Path) -> None:
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    model, _ = recipes.load(ModelOptions(str(tmp_path / "model"), quantize="4"))
+    model, _ = recipes.load(ModelOptions(model=str(tmp_path / "model"), quantize="4"))
     assert mx.get_peak_memory() - before < 0.6 * size and model
 
 
 def test_references_of_both_are_kept_apart(model_folder: Path) -> None:
-    plain, small = (recipes._reference(ModelOptions(str(model_folder), quantize=form), DPOOptions()) for form in (None, "4"))  # type: ignore[arg-type]
+    plain, small = (recipes._reference(ModelOptions(model=str(model_folder), quantize=form), DPOOptions()) for form in (None, "4"))  # type: ignore[arg-type]
     assert plain["reference_cache"] != small["reference_cache"]
-    other = [recipes._reference(ModelOptions("x", quantize=form), DPOOptions(reference_model_path="y")) for form in (None, "4")]  # type: ignore[arg-type]
+    other = [recipes._reference(ModelOptions(model="x", quantize=form), DPOOptions(reference_model_path="y")) for form in (None, "4")]  # type: ignore[arg-type]
     assert other[0]["reference_cache"] == other[1]["reference_cache"], "another model is loaded as it is"
 
 
 def test_what_cannot_be_quantized(model_folder: Path, tmp_path: Path) -> None:
     convert(str(model_folder), str(tmp_path / "converted"), quantize=True, q_bits=8)
     with pytest.raises(InputError, match=r"--quantize 4: the model is quantised already \(8 bits\); leave --quantize out"):
-        recipes.load(ModelOptions(str(tmp_path / "converted"), quantize="4"))
+        recipes.load(ModelOptions(model=str(tmp_path / "converted"), quantize="4"))
     with pytest.raises(InputError, match="--quantize must be one of 4, 6, 8, mxfp4, got '5'"):
-        ModelOptions("x", quantize="5")  # type: ignore[arg-type]
+        ModelOptions(model="x", quantize="5")  # type: ignore[arg-type]
 
 
 # --- in training --------------------------------------------------------------------------------

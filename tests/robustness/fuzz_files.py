@@ -188,7 +188,7 @@ def _import(place: Path, output: Path) -> None:
 
     real, peft.load_with_config = peft.load_with_config, lambda *_, **__: (_fresh(), None, {})
     try:
-        peft.from_peft(place, ModelOptions("m"), output)
+        peft.from_peft(place, ModelOptions(model="m"), output)
     finally:
         peft.load_with_config = real
 

@@ -52,7 +52,7 @@ def tokenizer() -> Any:
     from mlxlora.config.options import ModelOptions
     from mlxlora.models.loading import load_tokenizer
 
-    return load_tokenizer(ModelOptions(str(starter.model_path())))
+    return load_tokenizer(ModelOptions(model=str(starter.model_path())))
 
 
 @cache

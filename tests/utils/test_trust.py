@@ -194,7 +194,7 @@ def adapters(tmp_path_factory):
     quick = {"iters": 1, "batch_size": 1, "num_layers": 1, "val_batches": 0, "answers": 0, "quiet": True}
     model = str(starter.model_path())
     recipes.sft(model=model, data=str(starter.data_path("sft")), adapter_path=str(folder / "adapters"), **quick)
-    to_peft(ModelOptions(model), folder / "adapters", folder / "peft")
+    to_peft(ModelOptions(model=model), folder / "adapters", folder / "peft")
     return folder
 
 
@@ -364,7 +364,7 @@ TEMPLATES = {
 def tokenizer():
     from mlxlora.models.loading import load_tokenizer
 
-    return load_tokenizer(ModelOptions(str(starter.model_path())))
+    return load_tokenizer(ModelOptions(model=str(starter.model_path())))
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

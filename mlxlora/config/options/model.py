@@ -1,0 +1,68 @@
+"""Options of the model and of what is trained in it."""
+
+from typing import Literal
+
+from attrs import validators as v
+
+from ..fields import AllOrCount, Pattern, Start, group, option
+
+
+@group("Model")
+class BaseOptions:
+    """Which model."""
+
+    model: str | None = option(None, "Model folder or hub name.")
+    trust_remote_code: bool = option(False, "Run Python code that comes with the model or its tokenizer.")
+
+
+@group("Model")
+class ModelOptions(BaseOptions):
+    """Which model, and in which format its weights are loaded."""
+
+    quantize: Literal["4", "6", "8", "mxfp4"] | None = option(
+        None, "Quantize the weights while loading, to 4, 6 or 8 bits or to mxfp4."
+    )
+
+
+@group("Adapter")
+class AdapterOptions:
+    """What is trained: adapters, or the weights themselves."""
+
+    train_type: Literal["lora", "dora", "full"] = option("lora", "What is trained: low-rank adapters or the weights themselves.")
+    num_layers: int | None = option(
+        None,
+        "Blocks to train, counted from the last; -1 = all (full: embeddings, norms and head too); default: at most 16.",
+        AllOrCount(),
+    )
+    rank: int = option(8, "Rank of each update.", v.ge(1))
+    scale: float = option(20.0, "Multiplier of the update (alpha / rank in other libraries).", v.gt(0))
+    rslora: bool = option(
+        False,
+        "Rank-stabilized LoRA: multiply the update by alpha / sqrt(rank) with alpha = scale x rank, so by scale x sqrt(rank).",
+    )
+    rank_pattern: tuple[str, ...] | None = option(
+        None, "Other ranks for some modules, such as q_proj=16,v_proj=4; alpha stays scale x rank, as in PEFT.", Pattern(int)
+    )
+    alpha_pattern: tuple[str, ...] | None = option(None, "Other alphas for some modules, such as q_proj=32.", Pattern(float))
+    init_lora_weights: str = option(
+        "default",
+        "How adapters start: default (no update), pissa (principal components of the weights) or pissa_niter_N (an approximation "
+        "of these in N iterations).",
+        Start(),
+    )
+    dropout: float = option(0.0, "Dropout on the input of an update.", v.ge(0), v.lt(1))
+    lora_keys: tuple[str, ...] | None = option(
+        None,
+        "Modules to adapt: paths in a block (self_attn.q_proj), last names (q_proj, embed_tokens, lm_head) or all-linear; "
+        "default: all-linear.",
+    )
+    qat: Literal["4", "6", "8", "mxfp4"] | None = option(
+        None, "Quantization-aware training: compute with weights rounded to this format, train the exact ones."
+    )
+    adapter_dtype: Literal["float32", "bfloat16"] = option(
+        "float32",
+        "Type of stored adapters and optimizer state; adapters compute in the model's type, sums and losses in float32.",
+    )
+    resume_adapter_file: str | None = option(
+        None, "Start from these weights (adapters.safetensors) with a new optimizer and from the first row."
+    )
