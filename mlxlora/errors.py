@@ -35,6 +35,16 @@ def quoted(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
+def described(value: Any) -> str:
+    """A value's type and beginning, on one line, for a message about its type.
+
+    >>> described(3)
+    'int 3'
+    """
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
 def listed(names: Iterable[str], shown: int = 12) -> str:
     """Names that came with data, for a message: on one line, each brief, those past `shown` as a number.
 
@@ -53,6 +63,25 @@ def plain(value: Any) -> str:
     """
     text = " ".join(value.split()) if isinstance(value, str) else quoted(value)
     return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def reason(error: BaseException, limit: int = 200) -> str:
+    """The message of an error on one line of at most `limit` characters; its type if it has no message.
+
+    >>> reason(ValueError("a\\nb")), reason(KeyError())
+    ('a b', 'KeyError')
+    """
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """Type and message of an error on one line.
+
+    >>> one_line(ValueError("a\\nb")), one_line(KeyError())
+    ('ValueError: a b', 'KeyError')
+    """
+    name, text = type(error).__name__, reason(error, limit)
+    return name if text == name else f"{name}: {text}"
 
 
 Entry = TypeVar("Entry")

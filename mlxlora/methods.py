@@ -96,19 +96,19 @@ def look(method: str, tokenizer: Any, data: RowOptions, *, nll_on_prompt: bool =
 
 
 def _pairs(data: Any, nll_on_prompt: bool) -> tuple[Source, Parse]:
-    return sources.pairs(data, score_prompt=nll_on_prompt), formats.preference
+    return sources.pairs(data, score_prompt=nll_on_prompt), formats.preference_record
 
 
 def _prompts(data: Any, _: bool) -> tuple[Source, Parse]:
-    return prompts(data, Rollouts((), 1, Sampling(1))), formats.prompt_row
+    return prompts(data, Rollouts((), 1, Sampling(1))), formats.prompt_record
 
 
 def _judged(row: Row, keys: Mapping[str, str]) -> Any:
-    return formats.preference(row, keys) if {"chosen", "rejected"} <= row.fields.keys() else formats.labeled(row, keys).completion
+    return formats.preference_record(row, keys) if {"chosen", "rejected"} <= row.fields.keys() else formats.labeled_record(row, keys).completion
 
 
 _READ: dict[str, Callable[[Any, bool], tuple[Source, Parse]]] = {
-    **dict.fromkeys(("sft", "distill"), lambda data, _: (sources.rows(data), formats.supervised)),
+    **dict.fromkeys(("sft", "distill"), lambda data, _: (sources.rows(data), formats.supervised_record)),
     **dict.fromkeys(("dpo", "orpo", "cpo"), _pairs),
     "kto": lambda data, _: (unpaired(data, reference_point=False), _judged),
     **dict.fromkeys(("grpo", "online-dpo", "gkd"), _prompts),

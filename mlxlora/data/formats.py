@@ -1,4 +1,7 @@
-"""Rows of JSONL, JSON and hub data sets, and the canonical record that each format stands for."""
+"""Recognizes the format of a row and turns the row into a record of one fixed shape.
+
+docs/data.md lists the formats.
+"""
 
 import math
 from collections.abc import Callable, Mapping
@@ -6,17 +9,17 @@ from typing import Any
 
 from attrs import frozen
 
-from ..errors import InputError, listed
+from ..errors import InputError, described, listed
 from .chat_template import common_prefix
-from .messages import Message, as_messages, as_tools, short, with_system
+from .messages import Message, as_messages, as_tools, with_system
 from .rows import Row
 
 KEYS: Mapping[str, str] = {"text": "text", "messages": "messages", "prompt": "prompt", "completion": "completion"}
-"""What the fields are called that --text-key and its like rename."""
+"""The names of the fields that --text-key, --messages-key, --prompt-key and --completion-key rename."""
 
 
 @frozen
-class Text:
+class TextRecord:
     """Plain text."""
 
     text: str
@@ -24,8 +27,8 @@ class Text:
 
 
 @frozen
-class Completion:
-    """What follows a prompt: both strings or both messages."""
+class CompletionRecord:
+    """A prompt and its completion: two strings, or two lists of messages."""
 
     prompt: str | list[Message]
     completion: str | list[Message]
@@ -35,7 +38,7 @@ class Completion:
 
 
 @frozen
-class Chat:
+class ChatRecord:
     """A conversation."""
 
     messages: list[Message]
@@ -44,8 +47,8 @@ class Chat:
 
 
 @frozen
-class Preference:
-    """Two completions of one prompt: all strings or all messages."""
+class PairRecord:
+    """Two completions of one prompt: three strings, or three lists of messages."""
 
     prompt: str | list[Message]
     chosen: str | list[Message]
@@ -57,16 +60,16 @@ class Preference:
 
 
 @frozen
-class Labeled:
-    """A completion that is good or bad on its own (KTO)."""
+class LabeledRecord:
+    """A completion with a label of its own: good or bad (KTO)."""
 
-    completion: Completion
+    completion: CompletionRecord
     label: bool
 
 
 @frozen
-class PromptRow:
-    """What a policy is to answer, and the columns that rewards read."""
+class PromptRecord:
+    """A prompt that the policy answers, and the columns that the rewards read."""
 
     prompt: str | list[Message]
     columns: dict[str, Any]
@@ -75,14 +78,20 @@ class PromptRow:
     tools: list[Message] | None = None
 
 
-def supervised(row: Row, keys: Mapping[str, str] = KEYS) -> Text | Completion | Chat:
+SupervisedRecord = TextRecord | CompletionRecord | ChatRecord
+"""The records of SFT rows."""
+
+_Reader = Callable[[Row, Mapping[str, str]], SupervisedRecord | None]
+
+
+def supervised_record(row: Row, keys: Mapping[str, str] = KEYS) -> SupervisedRecord:
     """The record of an SFT row: messages, ShareGPT, prompt + completion, text or Alpaca.
 
-    >>> supervised(Row({"text": "Hi"}, "a.jsonl", 1))
-    Text(text='Hi', where='a.jsonl:1')
+    >>> supervised_record(Row({"text": "Hi"}, "a.jsonl", 1))
+    TextRecord(text='Hi', location='a.jsonl:1')
     """
     names = {**KEYS, **keys}
-    readers: tuple[Callable[[Row, Mapping[str, str]], Text | Completion | Chat | None], ...] = (_chat, _completion, _text, _alpaca)
+    readers: tuple[_Reader, ...] = (_chat, _completion, _text, _alpaca)
     record = next((record for read in readers if (record := read(row, names)) is not None), None)
     if record is None:
         raise _unrecognized(
@@ -93,8 +102,8 @@ def supervised(row: Row, keys: Mapping[str, str] = KEYS) -> Text | Completion | 
     return record
 
 
-def preference(row: Row, keys: Mapping[str, str] = KEYS) -> Preference:
-    """The record of a preference row: chosen and rejected, with their prompt in a field of its own or as their shared start."""
+def preference_record(row: Row, keys: Mapping[str, str] = KEYS) -> PairRecord:
+    """The record of a preference row: chosen and rejected, and their prompt, a field of its own or their common beginning."""
     names = {**KEYS, **keys}
     if not _has(row, "chosen", "rejected"):
         raise _unrecognized(
@@ -105,28 +114,30 @@ def preference(row: Row, keys: Mapping[str, str] = KEYS) -> Preference:
     system = _optional_string(row, "system")
     if not isinstance(prompt, str):
         prompt, system = with_system(prompt, system), None
-    return Preference(prompt, chosen, rejected, row.location, system, _tools(row), _score(row))
+    return PairRecord(prompt, chosen, rejected, row.location, system, _tools(row), _score(row))
 
 
-def labeled(row: Row, keys: Mapping[str, str] = KEYS) -> Labeled:
+def labeled_record(row: Row, keys: Mapping[str, str] = KEYS) -> LabeledRecord:
     """The record of an unpaired preference row: prompt + completion, or messages that end with an answer, and a boolean label."""
     names = {**KEYS, **keys}
     record = _chat(row, names) or _completion(row, names)
     if record is None or not _has(row, "label"):
         raise _unrecognized(row, f"'label' with '{names['messages']}' or with '{names['prompt']}' + '{names['completion']}'")
     if not isinstance(row.fields["label"], bool):
-        raise InputError(f"{row.location}: 'label' must be true or false, got {short(row.fields['label'])}")
-    if isinstance(record, Chat):
+        raise InputError(f"{row.location}: 'label' must be true or false, got {described(row.fields['label'])}")
+    if isinstance(record, ChatRecord):
         if len(record.messages) < 2 or record.messages[-1]["role"] != "assistant":
-            raise InputError(f"{row.location}: labelled messages must be a prompt and an assistant's answer")
-        record = Completion(record.messages[:-1], record.messages[-1:], row.location, tools=record.tools)
-    return Labeled(record, row.fields["label"])
+            raise InputError(
+                f"{row.location}: labeled messages must be a prompt and an assistant's answer; add an assistant message at the end"
+            )
+        record = CompletionRecord(record.messages[:-1], record.messages[-1:], row.location, tools=record.tools)
+    return LabeledRecord(record, row.fields["label"])
 
 
-def prompt_row(row: Row, keys: Mapping[str, str] = KEYS) -> PromptRow:
-    """The record of a prompt to sample from: prompt (or GSM8K's question), and every other field as a column.
+def prompt_record(row: Row, keys: Mapping[str, str] = KEYS) -> PromptRecord:
+    """The record of a prompt to sample from: prompt (or question, as in GSM8K), and every other field as a column.
 
-    >>> prompt_row(Row({"question": "1+1?", "answer": "2"}, "a.jsonl", 1)).columns
+    >>> prompt_record(Row({"question": "1+1?", "answer": "2"}, "a.jsonl", 1)).columns
     {'answer': '2'}
     """
     names = {**KEYS, **keys}
@@ -139,18 +150,18 @@ def prompt_row(row: Row, keys: Mapping[str, str] = KEYS) -> PromptRow:
     if not isinstance(prompt, str):
         prompt, system = with_system(prompt, system), None
     columns = {name: value for name, value in row.fields.items() if name not in (field, "system", "tools")}
-    return PromptRow(prompt, columns, row.location, system, _tools(row))
+    return PromptRecord(prompt, columns, row.location, system, _tools(row))
 
 
-def _chat(row: Row, names: Mapping[str, str]) -> Chat | None:
+def _chat(row: Row, names: Mapping[str, str]) -> ChatRecord | None:
     field = next((name for name in (names["messages"], "conversations") if _has(row, name)), None)
     if field is None:
         return None
     messages = as_messages(row.fields[field], row.location, field)
-    return Chat(with_system(messages, _optional_string(row, "system")), row.location, _tools(row))
+    return ChatRecord(with_system(messages, _optional_string(row, "system")), row.location, _tools(row))
 
 
-def _completion(row: Row, names: Mapping[str, str]) -> Completion | None:
+def _completion(row: Row, names: Mapping[str, str]) -> CompletionRecord | None:
     if not _has(row, names["prompt"], names["completion"]):
         return None
     prompt, completion = (_strings_or_messages(row, names[name]) for name in ("prompt", "completion"))
@@ -161,29 +172,29 @@ def _completion(row: Row, names: Mapping[str, str]) -> Completion | None:
         prompt, completion = with_system(_as_turn(prompt, "user"), system), _as_turn(completion, "assistant")
         _check_answers(row, completion, names["completion"])
         system = None
-    return Completion(prompt, completion, row.location, system, _tools(row))
+    return CompletionRecord(prompt, completion, row.location, system, _tools(row))
 
 
-def _text(row: Row, names: Mapping[str, str]) -> Text | None:
+def _text(row: Row, names: Mapping[str, str]) -> TextRecord | None:
     if not _has(row, names["text"]):
         return None
     text = _string(row, names["text"])
     if not text:
         raise InputError(f"{row.location}: '{names['text']}' is empty; write a text or remove the row")
-    return Text(text, row.location)
+    return TextRecord(text, row.location)
 
 
-def _alpaca(row: Row, names: Mapping[str, str]) -> Completion | None:
+def _alpaca(row: Row, names: Mapping[str, str]) -> CompletionRecord | None:
     if not _has(row, "instruction", "output"):
         return None
     completion = _string(row, "output")
     if not completion:
         raise InputError(f"{row.location}: 'output' is empty; write an answer or remove the row")
-    return Completion(_alpaca_prompt(row), completion, row.location, _optional_string(row, "system"))
+    return CompletionRecord(_alpaca_prompt(row), completion, row.location, _optional_string(row, "system"))
 
 
 def _alpaca_prompt(row: Row) -> str:
-    """The prompt of Stanford Alpaca's train.py; the answer follows it at once."""
+    """The prompt of Stanford Alpaca's train.py; the answer follows it directly."""
     instruction, extra = _string(row, "instruction"), _optional_string(row, "input")
     task = "Below is an instruction that describes a task"
     asked = "Write a response that appropriately completes the request."
@@ -212,12 +223,12 @@ def _pair(
 
 
 def _split_dialogue(row: Row, chosen: str, rejected: str) -> tuple[str, str, str]:
-    """HH-RLHF's full dialogues: the prompt runs to the last assistant turn that both have in common."""
+    """Splits the full dialogues of HH-RLHF: the prompt ends at the last assistant header that both sides share."""
     turn = "\n\nAssistant:"
     last = chosen.rfind(turn, 0, common_prefix(chosen, rejected))
     if last < 0:
         raise InputError(
-            f"{row.location}: without 'prompt', chosen and rejected must share a start that ends with {turn!r}; add a 'prompt' field"
+            f"{row.location}: without 'prompt', 'chosen' and 'rejected' must begin alike, up to {turn!r}; add a 'prompt' field"
         )
     start = last + len(turn)
     return chosen[:start], chosen[start:], rejected[start:]
@@ -226,7 +237,7 @@ def _split_dialogue(row: Row, chosen: str, rejected: str) -> tuple[str, str, str
 def _message_pair(
     row: Row, prompt: str | list[Message] | None, chosen: list[Message], rejected: list[Message]
 ) -> tuple[list[Message], list[Message], list[Message]]:
-    """Full conversations give up their shared start, whether or not a `prompt` field repeats it."""
+    """Moves the common beginning of two conversations to the prompt, whether or not a `prompt` field repeats it."""
     shared = min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
     if isinstance(prompt, list):
         shared = len(prompt) if chosen[: len(prompt)] == prompt and len(prompt) <= shared else 0
@@ -255,7 +266,7 @@ def _has(row: Row, *names: str) -> bool:
 def _string(row: Row, name: str) -> str:
     value = row.fields[name]
     if not isinstance(value, str):
-        raise InputError(f"{row.location}: '{name}' must be a string, got {short(value)}")
+        raise InputError(f"{row.location}: '{name}' must be a string, got {described(value)}")
     return value
 
 
@@ -271,7 +282,7 @@ def _strings_or_messages(row: Row, name: str) -> str | list[Message]:
         return value
     if isinstance(value, (list, dict)):
         return as_messages(value, row.location, name)
-    raise InputError(f"{row.location}: '{name}' must be a string or a list of messages, got {short(value)}")
+    raise InputError(f"{row.location}: '{name}' must be a string or a list of messages, got {described(value)}")
 
 
 def _tools(row: Row) -> list[Message] | None:
@@ -283,17 +294,17 @@ def _score(row: Row) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise InputError(f"{row.location}: 'preference_score' must be a finite number, got {short(value)}")
+        raise InputError(f"{row.location}: 'preference_score' must be a finite number, got {described(value)}")
     return float(value)
 
 
 def _unrecognized(row: Row, accepted: str) -> InputError:
     found = listed(sorted(row.fields), 50) or "none"
-    return InputError(f"{row.location}: fields not recognised: found {found}; accepted are {accepted}")
+    return InputError(f"{row.location}: fields not recognized: found {found}; accepted are {accepted}")
 
 
 def last_text(value: Any) -> str:
-    """What to show of a prompt or an answer: the last message of a conversation."""
+    """The text of a prompt or an answer for display: the last message of a conversation."""
     if isinstance(value, list):
         return str(value[-1].get("content") or "") if value else ""
     return str(value)

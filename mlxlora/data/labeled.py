@@ -1,7 +1,7 @@
-"""Completions that are good or bad on their own (KTO): their rows, and the reference point that they are compared with.
+"""Completions that are labeled good or bad one by one (KTO), and the mismatched completions of KTO's reference point.
 
-The reference point is the policy's divergence from the reference on completions that do not belong to their prompts. It
-changes as the policy does, so it is measured when a batch is made, without a gradient, and becomes a column.
+The reference point is the divergence of the policy from the reference on completions of other prompts. `training.unpaired`
+measures it when it makes a batch.
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ from attrs import evolve, frozen
 
 from ..config.options import RowOptions
 from ..errors import InputError
-from .formats import KEYS, labeled
+from .formats import KEYS, labeled_record
 from .rows import Row
 from .sources import Tokenizer
-from .tokenize import Example, preference_pair, supervised_example
+from .tokenize import Example, preference_pair, record_example
 
 
 @frozen(eq=False)
@@ -27,12 +27,12 @@ class Judged:
 
     @property
     def truncated(self) -> bool:
-        """Whether tokens were cut."""
+        """Whether tokens were cut off."""
         return self.example.truncated
 
 
 def judged_row(row: Row, tokenizer: Tokenizer, *, data: RowOptions) -> tuple[Judged, ...] | None:
-    """What a row says is good or bad; None if truncation leaves nothing to train on.
+    """The labeled completions of a row, two if it is a pair; None if truncation leaves no trained token.
 
     Raises:
         InputError: the row is not understood, or the chat template rejects it.
@@ -42,27 +42,25 @@ def judged_row(row: Row, tokenizer: Tokenizer, *, data: RowOptions) -> tuple[Jud
     if {"chosen", "rejected"} <= row.fields.keys():
         pair = preference_pair(row, tokenizer, keys=keys, **how)
         return None if pair is None else (Judged(pair.chosen, True), Judged(pair.rejected, False))
-    record = labeled(row, keys)
-    completion = record.completion
-    fields = {name: getattr(completion, name) for name in ("prompt", "completion", "system", "tools")}
-    plain = Row({name: value for name, value in fields.items() if value is not None}, row.file, row.line)
-    example = supervised_example(plain, tokenizer, mask_prompt=True, **how)
+    record = labeled_record(row, keys)
+    example = record_example(record.completion, tokenizer, mask_prompt=True, **how)
     return None if example is None else (Judged(example, record.label),)
 
 
 def with_mismatched(rows: Sequence[tuple[Judged, ...]], limit: int) -> list[Judged]:
-    """Every completion, with its prompt followed by the completion of the nearest earlier row of another prompt (cyclically).
+    """Every completion, and its prompt with the completion of the nearest earlier row that has another prompt (cyclically).
 
     Raises:
         InputError: all prompts are the same.
     """
-    items = _flat(rows)
+    items = flattened(rows)
     prompts = [_prompt(item.example).tobytes() for item in items]
     partner: list[int | None] = [None] * len(items)
     for i in (*range(len(items)), *range(len(items))):  # twice around: the first ones look at the last ones
         partner[i] = i - 1 if prompts[i - 1] != prompts[i] else partner[i - 1]
     if items and None in partner:
-        raise InputError(f"{items[0].example.location}: all rows have one prompt; KTO compares with completions of other prompts")
+        location = items[0].example.location
+        raise InputError(f"{location}: all rows have one prompt; KTO compares with completions of other prompts, so add such rows")
     return [
         evolve(item, mismatched=_joined(item.example, items[j].example, limit))
         for item, j in zip(items, partner, strict=True)
@@ -70,7 +68,8 @@ def with_mismatched(rows: Sequence[tuple[Judged, ...]], limit: int) -> list[Judg
     ]
 
 
-def _flat(rows: Sequence[tuple[Judged, ...]]) -> list[Judged]:
+def flattened(rows: Sequence[tuple[Judged, ...]]) -> list[Judged]:
+    """The completions of all rows."""
     return [item for row in rows for item in row]
 
 

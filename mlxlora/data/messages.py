@@ -4,22 +4,12 @@ from typing import Any
 
 import orjson
 
-from ..errors import InputError
+from ..errors import InputError, described
 
 Message = dict[str, Any]
 
 _ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 _SECONDS = 60.0  # for one conversation; templates take milliseconds
-
-
-def short(value: Any) -> str:
-    """A value's type and beginning, on one line, for error messages.
-
-    >>> short(3)
-    'int 3'
-    """
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
 def as_messages(value: Any, location: str, field: str) -> list[Message]:
@@ -36,14 +26,14 @@ def as_messages(value: Any, location: str, field: str) -> list[Message]:
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list) or not value:
-        raise InputError(f"{location}: '{field}' must be a list of at least one message, got {short(value)}")
+        raise InputError(f"{location}: '{field}' must be a list of at least one message, got {described(value)}")
     return [_message(item, location, field) for item in value]
 
 
 def _message(item: Any, location: str, field: str) -> Message:
     role_key, content_key = ("from", "value") if isinstance(item, dict) and "from" in item else ("role", "content")
     if not isinstance(item, dict) or not isinstance(item.get(role_key), str):
-        raise InputError(f"{location}: a message of '{field}' must have a 'role' and a 'content', got {short(item)}")
+        raise InputError(f"{location}: a message of '{field}' must have a 'role' and a 'content', got {described(item)}")
     rest = {key: value for key, value in item.items() if key not in (role_key, content_key, "tool_calls") and value is not None}
     calls = _tool_calls(item, location, field)
     content = item.get(content_key)
@@ -60,7 +50,7 @@ def _content(content: Any, calls: list | None, location: str, field: str) -> str
     if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
         return "".join(part["text"] for part in content)
     if not isinstance(content, str):
-        raise InputError(f"{location}: the content of a message of '{field}' must be a string, got {short(content)}")
+        raise InputError(f"{location}: the content of a message of '{field}' must be a string, got {described(content)}")
     return content
 
 
@@ -69,7 +59,7 @@ def _tool_calls(item: Message, location: str, field: str) -> list[Message] | Non
     if not calls and (calls is None or isinstance(calls, list)):
         return None
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise InputError(f"{location}: 'tool_calls' in '{field}' must be a list of objects, got {short(calls)}")
+        raise InputError(f"{location}: 'tool_calls' in '{field}' must be a list of objects, got {described(calls)}")
     return [_with_parsed_arguments(call) for call in calls]
 
 
@@ -109,9 +99,9 @@ def as_tools(value: Any, location: str) -> list[Message] | None:
         try:
             tools = orjson.loads(value) if value.strip() else []
         except orjson.JSONDecodeError as error:
-            raise InputError(f"{location}: 'tools' is not JSON ({error.msg}): {short(value)}") from None
+            raise InputError(f"{location}: 'tools' is not JSON ({error.msg}): {described(value)}") from None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise InputError(f"{location}: 'tools' must be a list of objects or its JSON text, got {short(value)}")
+        raise InputError(f"{location}: 'tools' must be a list of objects or its JSON text, got {described(value)}")
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools] or None
 
 

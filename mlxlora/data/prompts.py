@@ -1,4 +1,4 @@
-"""The prompt of a row of any training method, and the answer that it expects."""
+"""Finds the prompt and the expected answer in a row of any training method."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,14 +6,25 @@ from typing import Any
 from attrs import frozen
 
 from ..errors import InputError
-from .formats import KEYS, Chat, Text, last_text, preference, prompt_row, supervised
+from .formats import (
+    KEYS,
+    ChatRecord,
+    CompletionRecord,
+    PairRecord,
+    PromptRecord,
+    TextRecord,
+    last_text,
+    preference_record,
+    prompt_record,
+    supervised_record,
+)
 from .rows import Row, read_splits
-from .tokenize import prompt_example
+from .tokenize import record_prompt
 
 
 @frozen
 class Question:
-    """A prompt's tokens, its text, and the answer that its row expects; empty where there is none."""
+    """The tokens and the text of a prompt, and the answer that its row expects, which may be empty."""
 
     tokens: list[int]
     text: str
@@ -29,18 +40,18 @@ def read_questions(
     system: str | None = None,
     keys: Mapping[str, str] = KEYS,
 ) -> list[Question]:
-    """The first prompts of a data set, of its test split, else of its validation split, else of its training split.
+    """The first prompts of a data set: of its test split, else its validation split, else its training split.
 
     Args:
-        data: folder, file or hub data set, of rows of any training method.
+        data: folder, file or hub data set, with rows of any training method.
         tokenizer: the model's.
         count: how many.
-        use_chat_template: whether to wrap plain text in the chat template; None: if the tokenizer has one.
-        system: the system message of rows that bring none.
-        keys: what fields are called.
+        use_chat_template: wrap plain text in the chat template; None: if the tokenizer has one.
+        system: the system message of rows that have none.
+        keys: names of the fields.
 
     Raises:
-        InputError: there are no such rows, or they have no prompt.
+        InputError: the data set has no rows, or a row has no prompt.
     """
     splits = read_splits(data)
     rows = next(splits[name] for name in ("test", "valid", "train") if splits.get(name))
@@ -56,36 +67,34 @@ def question(
     keys: Mapping[str, str] = KEYS,
 ) -> Question:
     """The prompt of a row of any training method; see `read_questions` for the arguments."""
-    fields, expected = _prompt_of(row, keys)
+    record, expected = _prompt_and_answer(row, keys)
+    if not record.prompt:
+        raise InputError(f"{row.location}: the prompt is empty; write a prompt or remove the row")
     wrapped = tokenizer.has_chat_template if use_chat_template is None else use_chat_template
     if wrapped and not tokenizer.has_chat_template:
         raise InputError("--use-chat-template: this tokenizer has no chat template; leave the flag out")
-    example = prompt_example(Row(fields, row.file, row.line), tokenizer, use_chat_template=wrapped, system=system)
-    return Question(example.tokens.tolist() if example else [], last_text(fields["prompt"]), last_text(expected))
+    prompt = record_prompt(record, tokenizer, use_chat_template=wrapped, system=system)
+    return Question(prompt.tokens.tolist(), last_text(record.prompt), last_text(expected))
 
 
-def _prompt_of(row: Row, keys: Mapping[str, str]) -> tuple[dict[str, Any], Any]:
-    """The fields that make up the prompt, and the answer that is expected."""
+def _prompt_and_answer(row: Row, keys: Mapping[str, str]) -> tuple[PromptRecord, Any]:
     if "chosen" in row.fields:
-        record: Any = preference(row, keys)
-        expected = record.chosen
-    else:
-        record, expected = _supervised(row, keys)
-    fields = {"prompt": record.prompt, "system": record.system, "tools": record.tools}
-    return {name: value for name, value in fields.items() if value is not None}, expected
-
-
-def _supervised(row: Row, keys: Mapping[str, str]) -> tuple[Any, Any]:
+        record: PairRecord | CompletionRecord = preference_record(row, keys)
+        return _as_prompt(record), record.chosen
     try:
-        record = supervised(row, keys)
+        supervised = supervised_record(row, keys)
     except InputError:
-        record = prompt_row(row, keys)
-        return record, record.columns.get("answer", "")
-    if isinstance(record, Text):
-        raise InputError(f"{row.location}: plain text has no prompt; compare on rows with prompts, or with --prompt")
-    if not isinstance(record, Chat):
-        return record, record.completion
-    messages = record.messages
-    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
-    fields = {"prompt": messages[:last], **({"tools": record.tools} if record.tools else {})}
-    return prompt_row(Row(fields, row.file, row.line)), messages[last:][:1]
+        prompt = prompt_record(row, keys)
+        return prompt, prompt.columns.get("answer", "")
+    match supervised:
+        case TextRecord():
+            raise InputError(f"{row.location}: plain text has no prompt; compare on rows with prompts, or with --prompt")
+        case CompletionRecord() as record:
+            return _as_prompt(record), record.completion
+        case ChatRecord(messages=messages, tools=tools):
+            last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
+            return PromptRecord(messages[:last], {}, row.location, tools=tools), messages[last:][:1]
+
+
+def _as_prompt(record: PairRecord | CompletionRecord) -> PromptRecord:
+    return PromptRecord(record.prompt, {}, record.location, record.system, record.tools)

@@ -12,18 +12,17 @@ import orjson
 from attrs import frozen
 
 from ..config.mlx_lm_compat import HUB
-from ..errors import InputError
-from .messages import short
+from ..errors import InputError, described, reason
 
 _SUFFIXES = (".jsonl", ".json", ".jsonl.gz")
 _SPLITS = {"train": ("train",), "valid": ("valid", "validation", "dev"), "test": ("test",)}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
-_SAID_TO_BE_ONE = re.compile(rf"{HUB}((?:[\w.-]+/)?[\w.-]+(?::[\w.-]+)?)")
+_HUB_ADDRESS = re.compile(rf"{HUB}((?:[\w.-]+/)?[\w.-]+(?::[\w.-]+)?)")
 
 
 @frozen
 class Row:
-    """One JSON object and where it came from; lines count from 1."""
+    """One JSON object with its file and line; lines count from 1."""
 
     fields: dict[str, Any]
     file: str
@@ -36,10 +35,10 @@ class Row:
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """The rows of a .jsonl, .jsonl.gz or .json file (a list of objects, whose lines are their positions).
+    """The rows of a .jsonl, .jsonl.gz or .json file. A .json file holds a list of objects; their positions count as lines.
 
     Raises:
-        InputError: the file is missing, empty, not UTF-8, or holds something other than JSON objects (NaN is not JSON).
+        InputError: the file is missing, empty or not UTF-8, or a row is not a JSON object (NaN is not JSON).
     """
     path = Path(path)
     if not path.is_file():
@@ -67,14 +66,14 @@ def _json_rows(path: Path) -> Iterator[Row]:
     content = path.read_bytes()
     values = _parse(content, f"{path}:1", "write a list of objects, or one object per line as .jsonl") if content.strip() else []
     if not isinstance(values, list):
-        raise InputError(f"{path}:1: must be a list of objects, got {short(values)}")
+        raise InputError(f"{path}:1: must be a list of objects, got {described(values)}")
     for number, value in enumerate(values, 1):
         yield _row(value, path, number)
 
 
 def _row(value: Any, path: Path, number: int) -> Row:
     if not isinstance(value, dict):
-        raise InputError(f"{path}:{number}: a row must be a JSON object, got {short(value)}")
+        raise InputError(f"{path}:{number}: a row must be a JSON object, got {described(value)}")
     return Row(value, str(path), number)
 
 
@@ -83,22 +82,22 @@ def _parse(content: bytes, location: str, remedy: str) -> Any:
         return orjson.loads(content.removeprefix(b"\xef\xbb\xbf").strip())
     except orjson.JSONDecodeError as error:
         start = content[:60].decode("utf-8", "replace").strip()
-        reason = "not UTF-8" if "UTF-8" in error.msg else f"not JSON ({error.msg}, column {error.colno})"
-        raise InputError(f"{location}: {reason}: {start!r}; {remedy}") from None
+        fault = "not UTF-8" if "UTF-8" in error.msg else f"not JSON ({error.msg}, column {error.colno})"
+        raise InputError(f"{location}: {fault}: {start!r}; {remedy}") from None
 
 
 def read_splits(data: str | Path, asked: Mapping[str, str] | None = None) -> dict[str, list[Row]]:
-    """The splits "train", "valid" and "test" that a folder, a file (train only) or a hub data set has.
+    """The splits "train", "valid" and "test" of a folder, a file (train only) or a hub data set.
 
-    A hub name may carry a configuration: `org/name:config`; one without an organisation is `hf://datasets/name`. Hub data sets
-    need `datasets`. `asked` says which rows of a hub data set a split is, such as `{"train": "train[:1000]"}`; the others are
-    then left out.
+    A hub name may name a configuration: `org/name:config`. A name without an organization is `hf://datasets/name`. Hub data
+    sets need the `datasets` package. `asked` selects rows of a hub data set, such as `{"train": "train[:1000]"}`; splits that
+    it does not name are left out.
 
     Raises:
-        InputError: nothing of that name, no training rows, or broken rows.
+        InputError: nothing has that name, there are no training rows, or rows are broken.
     """
     path = Path(data)
-    if named := _SAID_TO_BE_ONE.fullmatch(str(data)):
+    if named := _HUB_ADDRESS.fullmatch(str(data)):
         return _read_with_datasets(named[1], asked)
     if asked and path.exists():
         raise InputError(f"--{next(iter(asked))}-split is for hub data sets, {data} is a local one; leave it out")
@@ -107,7 +106,7 @@ def read_splits(data: str | Path, asked: Mapping[str, str] | None = None) -> dic
     if path.is_dir():
         return _read_folder(path)
     if not _HUB_NAME.fullmatch(str(data)) or str(data).endswith(_SUFFIXES) or str(data).startswith("."):
-        return {"train": read_rows(path)}  # which says that there is no such file
+        return {"train": read_rows(path)}  # raises the error for a missing file
     return _read_with_datasets(str(data), asked)
 
 
@@ -138,8 +137,8 @@ def _read_with_datasets(name: str, asked: Mapping[str, str] | None = None) -> di
             place = [name] if Path(name).exists() else name.split(":")
             some = {name: datasets.load_dataset(*place, split=rows) for name, rows in (asked or {}).items()}
             splits = some or datasets.load_dataset(*place)
-    except Exception as error:  # the hub, the network and any loader: the user can act on each of their messages
-        raise InputError(f"{name}: cannot be loaded: {' '.join(str(error).split())}") from error
+    except Exception as error:  # the hub, the network or any loader; the user can act on the message
+        raise InputError(f"{name}: cannot be loaded: {reason(error, 1000)}") from error
     found = {split: next((splits[given] for given in names if given in splits), None) for split, names in _SPLITS.items()}
     if found["train"] is None:
         raise InputError(f"{name}: no train split; found {', '.join(sorted(splits))}")
@@ -151,7 +150,7 @@ def _read_with_datasets(name: str, asked: Mapping[str, str] | None = None) -> di
 
 
 def split_off(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """(training, validation) rows in their order: a random share, the same for the same seed, at least one row on either side.
+    """(training, validation) rows in file order: validation is a random share that the seed fixes, at least one row each.
 
     Raises:
         InputError: fewer than two rows.
@@ -161,7 +160,7 @@ def split_off(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], l
     [3, 1]
     """
     if len(rows) < 2:
-        raise InputError(f"--valid-fraction needs at least 2 rows, got {len(rows)}")
+        raise InputError(f"--valid-fraction needs at least 2 rows, got {len(rows)}; add rows or leave it out")
     count = min(max(1, round(len(rows) * fraction)), len(rows) - 1)
     held_out = set(random.Random(seed).sample(range(len(rows)), count))
     return [row for i, row in enumerate(rows) if i not in held_out], [rows[i] for i in sorted(held_out)]

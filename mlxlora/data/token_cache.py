@@ -1,7 +1,7 @@
-"""Token ids on disk: a data set is tokenised once, not once a run.
+"""Keeps token ids on disk, so that a data set is tokenized once, not once a run.
 
-A file holds what was made of some rows. Its name is a digest of all that had a part in it: the rows, the tokenizer, the
-options, our code and the versions of what it calls. So nothing is ever stale; what changed is simply not found.
+A file holds the items of one split. Its name is a digest of everything that they depend on: the rows, the tokenizer, the
+options, our code and the versions of the packages that it calls. A change of any of these leads to another file name.
 """
 
 import hashlib
@@ -21,8 +21,8 @@ from . import chat_template, formats, messages, rows, tokenize
 from .rows import Row
 from .tokenize import Counts, Example, Pair
 
-WORTH_KEEPING = 1 << 20  # bytes of rows; tokenising them takes about half a second
-FILES = 16  # the latest used are kept
+WORTH_KEEPING = 1 << 20  # bytes of rows, which take about half a second to tokenize
+FILES = 16  # the most recently used ones are kept
 
 Made = tuple[list[Any], Counts]
 
@@ -34,16 +34,16 @@ def remembered(
     tokenizer: Any,
     note: Callable[[str], Any],
 ) -> Made:
-    """`make(rows)`, or what an earlier run kept of the same; bit for bit the same.
+    """`make(rows)`, or the same items from the file of an earlier run, equal bit for bit.
 
     Args:
-        rows: of one split.
-        make: rows to items and their counts.
-        prepare: what `make` does to one row: a partial of a function of this package, else nothing is kept.
+        rows: the rows of one split.
+        make: turns rows into items and their counts.
+        prepare: what `make` does to one row. Items are kept only if this is a `partial` of a function of `data.tokenize`.
         tokenizer: mlx-lm's TokenizerWrapper.
-        note: is told where items came from, and that a file was damaged.
+        note: takes one line about where the items came from, or about a damaged file.
     """
-    path = cache_file(rows, prepare, tokenizer)
+    path = token_file(rows, prepare, tokenizer)
     found = _trusted(path, rows, note) if path else None
     if found:
         return found
@@ -53,11 +53,11 @@ def remembered(
     return made
 
 
-def cache_file(rows: Sequence[Row], prepare: Callable[..., Any], tokenizer: Any) -> Path | None:
-    """Where the items of these rows are kept; None if they are few, or if what makes them cannot be named."""
+def token_file(rows: Sequence[Row], prepare: Callable[..., Any], tokenizer: Any) -> Path | None:
+    """The file for the items of these rows; None if there are few rows, or if their maker or tokenizer has no identity."""
     try:
         written = [orjson.dumps(row.fields) for row in rows]
-    except TypeError:  # a hub data set may hold more than JSON
+    except TypeError:  # a hub data set can hold values that JSON cannot
         return None
     if sum(map(len, written)) < WORTH_KEEPING:
         return None
@@ -70,11 +70,11 @@ def cache_file(rows: Sequence[Row], prepare: Callable[..., Any], tokenizer: Any)
 
 
 def tokenizer_identity(tokenizer: Any) -> bytes | None:
-    """All that decides which tokens a text or a conversation has; None if Python code that came with a model takes part."""
+    """Everything that decides the tokens of a text or a conversation; None if Python code of the model takes part."""
     inner = tokenizer._tokenizer
     if not type(inner).__module__.startswith(("transformers.", "mlx_lm.")) or not getattr(inner, "is_fast", False):
         return None
-    own = tokenizer._chat_template  # mlx-lm's, in Python
+    own = tokenizer._chat_template  # a Python template of mlx-lm
     template = inner.chat_template
     settings = {
         "class": type(inner).__qualname__,
@@ -83,7 +83,7 @@ def tokenizer_identity(tokenizer: Any) -> bytes | None:
         "special": {name: str(token) for name, token in inner.special_tokens_map.items()},
         "ends": sorted(tokenizer.eos_token_ids),
         "adds": [getattr(inner, "add_bos_token", None), getattr(inner, "add_eos_token", None)],
-        "today": date.today().isoformat() if "strftime_now" in str(template) else None,  # Llama 3 tells the model the date
+        "today": date.today().isoformat() if "strftime_now" in str(template) else None,  # the template of Llama 3 shows the date
     }
     return orjson.dumps(settings, option=orjson.OPT_SORT_KEYS) + b"\n" + inner.backend_tokenizer.to_str().encode()
 
@@ -95,31 +95,31 @@ def _prepare_identity(prepare: Callable[..., Any]) -> bytes | None:
 
 
 def _code_identity() -> bytes:
-    """The code that tokenises: ours as it is, that of others by version."""
+    """The code that tokenizes: the text of our modules, and the versions of packages."""
     ours = [Path(module.__file__ or "").read_bytes() for module in (chat_template, formats, messages, rows, tokenize)]
     others = [f"{name} {version(name)}".encode() for name in ("transformers", "tokenizers", "mlx-lm", "jinja2")]
     return b"\n".join([*ours, *others, Path(__file__).read_bytes()])
 
 
-# --- the file: sequences behind one another, with a digest of all of it ------------------------
+# --- the file: all sequences in flat arrays, with a digest --------------------------------------
 
 
 def _trusted(path: Path, rows: Sequence[Row], note: Callable[[str], Any]) -> Made | None:
-    """What the file holds; None if there is none, or if it is damaged."""
+    """The content of the file; None if it is missing or damaged."""
     if not path.exists():
         return None
     try:
         items = _unpacked(read_checked(path), rows)
         path.touch()
     except (OSError, KeyError, ValueError) as error:
-        note(f"tokens: the cache {path} is damaged ({error}); it is built again")
+        note(f"tokens: the cache {path} is damaged ({error}); the rows are tokenized again")
         return None
-    note(f"{len(rows)} rows were tokenised by an earlier run; their token ids come from {path}")
+    note(f"{len(rows)} rows were tokenized by an earlier run; their token ids come from {path}")
     return items, Counts(len(rows), sum(item.truncated for item in items), len(rows) - len(items))
 
 
 def _keep(path: Path, items: Sequence[Any], rows: Sequence[Row], note: Callable[[str], Any]) -> None:
-    """Writes the file and removes those not used for longest; a run does not depend on it."""
+    """Writes the file and removes the least recently used ones; a run goes on if this fails."""
     try:
         write_arrays(path, _packed(items, {row.location: i for i, row in enumerate(rows)}))
         files = sorted(path.parent.glob("*.safetensors"), key=lambda file: file.stat().st_mtime)
@@ -130,7 +130,7 @@ def _keep(path: Path, items: Sequence[Any], rows: Sequence[Row], note: Callable[
 
 
 def _packed(items: Sequence[Example | Pair], row_of: dict[str, int]) -> Arrays:
-    """Items as flat arrays; whatever is True or False is packed to bits."""
+    """Items as flat arrays, booleans packed into bits."""
     examples = [example for item in items for example in _sides(item)]
     prompts = [example.prompt for example in examples]
     scores = [item.preference_score if isinstance(item, Pair) else None for item in items]
@@ -147,7 +147,7 @@ def _packed(items: Sequence[Example | Pair], row_of: dict[str, int]) -> Arrays:
 
 
 def _unpacked(arrays: Arrays, rows: Sequence[Row]) -> list[Any]:
-    """The items again, their sequences as views of the flat arrays."""
+    """The items, whose sequences are views of the flat arrays."""
     numbers, ends = arrays["rows"].tolist(), arrays["ends"].tolist()
     sides = len(ends) // len(numbers)
     locations = [rows[number].location for number in numbers for _ in range(sides)]

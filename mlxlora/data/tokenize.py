@@ -1,7 +1,7 @@
-"""Rows to token ids: which tokens a row has, and which of them are trained on.
+"""Turns rows into token ids, and decides which tokens are trained.
 
-Plain text is encoded whole, with the end-of-sequence text; a conversation is its chat template's. The completion starts at
-the first token where the prompt alone and the whole differ, so that merges across the boundary are never cut.
+Plain text is encoded whole, with the end-of-sequence token behind it. The chat template renders conversations. The
+completion starts at the first token where the prompt alone and the whole text differ, so no merged token is cut in two.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -12,24 +12,36 @@ from attrs import frozen
 
 from ..errors import InputError, quoted
 from .chat_template import assistant_turns, common_prefix, render
-from .formats import KEYS, Chat, Completion, Text, preference, prompt_row, supervised
+from .formats import (
+    KEYS,
+    ChatRecord,
+    CompletionRecord,
+    PairRecord,
+    PromptRecord,
+    SupervisedRecord,
+    TextRecord,
+    preference_record,
+    prompt_record,
+    supervised_record,
+)
 from .messages import Message, with_system
 from .rows import Row
 
-Item = TypeVar("Item")
+_Item = TypeVar("_Item")
+_Prompted = CompletionRecord | PairRecord | PromptRecord
 
 
 @frozen(eq=False)
 class Example:
-    """A token sequence and its scored tokens.
+    """A token sequence and its trained tokens.
 
     Attributes:
         tokens: [L] int32.
-        scored: [L] bool, tokens[t] is a target that is trained on; never the first, which nothing predicts.
-        prompt: [L] bool, scored tokens that belong to the prompt; None if none does.
-        where: "file:line" of the row.
-        truncated: whether tokens were cut.
-        ref_logps: [scored tokens] log-probabilities under the reference policy, once they are known.
+        loss_mask: [L] bool, tokens[t] is a target of training. The first token never is: nothing predicts it.
+        prompt: [L] bool, trained tokens of the prompt; None if there are none.
+        location: "file:line" of the row.
+        truncated: whether tokens were cut off.
+        ref_logps: [trained tokens] log-probabilities under the reference policy [nats], once they are known.
     """
 
     tokens: np.ndarray
@@ -50,13 +62,13 @@ class Pair:
 
     @property
     def truncated(self) -> bool:
-        """Whether either side was cut."""
+        """Whether tokens of either side were cut off."""
         return self.chosen.truncated or self.rejected.truncated
 
 
 @frozen(eq=False)
 class Prompt:
-    """A prompt to sample from: tokens [L] int32, the columns that rewards read, and the prompt as the row gave it."""
+    """A prompt to sample from: its tokens [L] int32, the columns for the rewards, and the prompt as the row has it."""
 
     tokens: np.ndarray
     columns: dict[str, Any]
@@ -66,7 +78,7 @@ class Prompt:
 
 @frozen
 class Counts:
-    """Rows read, and those of them that were cut or had nothing left to train on."""
+    """How many rows were read, truncated, and dropped because no trained token was left."""
 
     rows: int
     truncated: int
@@ -82,25 +94,34 @@ def supervised_example(
     max_seq_length: int = 2048,
     keys: Mapping[str, str] = KEYS,
 ) -> Example | None:
-    """The tokens of an SFT row; None if truncation leaves no scored token.
+    """The tokens of an SFT row; None if truncation leaves no trained token.
 
-    Everything is scored, and under `mask_prompt` completions and assistant turns only; a text is always scored whole.
+    Every token is trained; with `mask_prompt` only completions and assistant turns are. Plain text is always trained whole.
 
     Raises:
         InputError: the row is not understood, or the chat template rejects it.
     """
-    match supervised(row, keys):
-        case Text(text=text):
+    how = {"mask_prompt": mask_prompt, "use_chat_template": use_chat_template, "max_seq_length": max_seq_length}
+    return record_example(supervised_record(row, keys), tokenizer, **how)
+
+
+def record_example(
+    record: SupervisedRecord, tokenizer: Any, *, mask_prompt: bool, use_chat_template: bool, max_seq_length: int
+) -> Example | None:
+    """The tokens of a record; see `supervised_example`."""
+    location = record.location
+    match record:
+        case TextRecord(text=text):
             ids, loss_mask = _encode(tokenizer, _ended(tokenizer, text)), None
-        case Chat(messages=messages, tools=tools) if mask_prompt:
-            ids, loss_mask = assistant_turns(tokenizer, messages, row.location, tools=tools)
-        case Chat(messages=messages, tools=tools):
-            ids, loss_mask = render(tokenizer, messages, row.location, tools=tools), None
-        case Completion() as record:
+        case ChatRecord(messages=messages, tools=tools) if mask_prompt:
+            ids, loss_mask = assistant_turns(tokenizer, messages, location, tools=tools)
+        case ChatRecord(messages=messages, tools=tools):
+            ids, loss_mask = render(tokenizer, messages, location, tools=tools), None
+        case CompletionRecord():
             prompt, (ids,) = _prompt_and_wholes(tokenizer, record, [record.completion], use_chat_template)
             start = common_prefix(prompt, ids)
             loss_mask = [t >= start for t in range(len(ids))] if mask_prompt else None
-    return _example(ids, [True] * len(ids) if loss_mask is None else loss_mask, row.location, max_seq_length)
+    return _example(ids, [True] * len(ids) if loss_mask is None else loss_mask, location, max_seq_length)
 
 
 def preference_pair(
@@ -113,21 +134,21 @@ def preference_pair(
     score_prompt: bool = False,
     keys: Mapping[str, str] = KEYS,
 ) -> Pair | None:
-    """Both sides of a preference row; None if truncation leaves either without a scored token.
+    """Both sides of a preference row; None if truncation leaves a side without a trained token.
 
     Args:
         row: chosen and rejected completions of a prompt.
         tokenizer: mlx-lm's TokenizerWrapper.
-        use_chat_template: wrap strings in the chat template.
-        max_seq_length: tokens of prompt and completion; the end is cut.
-        prompt_truncation: "left" cuts the prompt's beginning first, so that the longer completion fits.
-        score_prompt: score prompt tokens too, marked as such.
-        keys: what fields are called.
+        use_chat_template: wrap plain strings in the chat template.
+        max_seq_length: most tokens of prompt and completion together; the end is cut off.
+        prompt_truncation: "left" first cuts off the beginning of the prompt, so that the longer completion fits.
+        score_prompt: train the tokens of the prompt too, and mark them as such.
+        keys: names of the fields.
 
     Raises:
         InputError: the row is not understood, or the chat template rejects it.
     """
-    record = preference(row, keys)
+    record = preference_record(row, keys)
     prompt, wholes = _prompt_and_wholes(tokenizer, record, [record.chosen, record.rejected], use_chat_template)
     start = min(common_prefix(prompt, whole) for whole in wholes)
     longest = max(len(whole) for whole in wholes)
@@ -147,29 +168,32 @@ def prompt_example(
     system: str | None = None,
     keys: Mapping[str, str] = KEYS,
 ) -> Prompt | None:
-    """The tokens of a prompt, up to where the completion is to start; None if it has more than `max_prompt_length`.
+    """The tokens of a prompt, up to where the completion starts; None if there are more than `max_prompt_length`.
 
-    `system` is the system message of rows that bring none.
+    `system` is the system message of rows that have none.
 
     Raises:
         InputError: the row is not understood, the chat template rejects it, or the prompt has no token.
     """
-    record = prompt_row(row, keys)
+    prompt = record_prompt(prompt_record(row, keys), tokenizer, use_chat_template=use_chat_template, system=system)
+    return None if max_prompt_length is not None and len(prompt.tokens) > max_prompt_length else prompt
+
+
+def record_prompt(record: PromptRecord, tokenizer: Any, *, use_chat_template: bool, system: str | None) -> Prompt:
+    """The tokens of a prompt's record; see `prompt_example`."""
     ids = _prompt(tokenizer, record, use_chat_template, system)
     if not ids:
-        raise InputError(f"{row.location}: the prompt has no tokens: {quoted(record.prompt)}")
-    if max_prompt_length is not None and len(ids) > max_prompt_length:
-        return None
-    return Prompt(np.asarray(ids, np.int32), record.columns, row.location, record.prompt)
+        raise InputError(f"{record.location}: the prompt has no tokens: {quoted(record.prompt)}; write a prompt or remove the row")
+    return Prompt(np.asarray(ids, np.int32), record.columns, record.location, record.prompt)
 
 
 def tokenize_all(
-    rows: Iterable[Row], fn: Callable[[Row], Item | None], *, limit: str = "--max-seq-length"
-) -> tuple[list[Item], Counts]:
-    """What `fn` makes of each row, without the rows of which nothing is left, and how many were cut or dropped.
+    rows: Iterable[Row], fn: Callable[[Row], _Item | None], *, limit: str = "--max-seq-length"
+) -> tuple[list[_Item], Counts]:
+    """`fn` of each row without the Nones, and how many rows were truncated and dropped.
 
     Raises:
-        InputError: every row was dropped; names the flag `limit` that would keep them.
+        InputError: every row was dropped; the message names the flag `limit`, which would keep them.
     """
     made = [fn(row) for row in rows]
     items = [item for item in made if item is not None]
@@ -180,9 +204,9 @@ def tokenize_all(
 
 
 def _prompt_and_wholes(
-    tokenizer: Any, record: Any, completions: list[str | list[Message]], use_chat_template: bool
+    tokenizer: Any, record: CompletionRecord | PairRecord, completions: list[str | list[Message]], use_chat_template: bool
 ) -> tuple[list[int], list[list[int]]]:
-    """Token ids of the prompt, and of the prompt with each completion; the latter is not always an extension of the former."""
+    """Token ids of the prompt, and of the prompt with each completion, which need not begin with the ids of the prompt."""
     prompt = _prompt(tokenizer, record, use_chat_template, None)
     if isinstance(record.prompt, str) and not use_chat_template:
         text = _with_system_text(record.prompt, record.system)
@@ -192,13 +216,13 @@ def _prompt_and_wholes(
     return prompt, [render(tokenizer, whole, record.location, tools=record.tools) for whole in wholes]
 
 
-def _prompt(tokenizer: Any, record: Any, use_chat_template: bool, system: str | None) -> list[int]:
+def _prompt(tokenizer: Any, record: _Prompted, use_chat_template: bool, system: str | None) -> list[int]:
     if isinstance(record.prompt, str) and not use_chat_template:
         return _encode(tokenizer, _with_system_text(record.prompt, record.system or system))
     return render(tokenizer, _as_conversation(record, system), record.location, tools=record.tools, generation_prompt=True)
 
 
-def _as_conversation(record: Any, system: str | None) -> list[Message]:
+def _as_conversation(record: _Prompted, system: str | None) -> list[Message]:
     prompt = record.prompt
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return with_system(messages, record.system or system)
@@ -213,7 +237,7 @@ def _with_system_text(prompt: str, system: str | None) -> str:
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids, with the special tokens that the tokenizer adds unless the text brings its own."""
+    """Token ids with the special tokens that the tokenizer adds, unless the text begins with BOS itself."""
     bos = tokenizer.bos_token
     return list(tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)), verbose=False))
 

@@ -122,9 +122,9 @@ def _template(preview: Preview) -> str:
 
 
 def _kind(record: Any) -> str:
-    if isinstance(record, formats.Text):
+    if isinstance(record, formats.TextRecord):
         return "plain texts"
-    return "conversations" if isinstance(record, formats.Chat) or isinstance(record.prompt, list) else "strings"
+    return "conversations" if isinstance(record, formats.ChatRecord) or isinstance(record.prompt, list) else "strings"
 
 
 def _scored(source: Source, items: Sequence[Any]) -> str:

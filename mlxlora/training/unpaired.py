@@ -12,7 +12,7 @@ from attrs import evolve
 from ..batch import Batch
 from ..config.options import RowOptions
 from ..data.batching import Make, MicroBatch, collate, completion_tokens, singles, spread, token_count
-from ..data.labeled import Judged, _flat, judged_row, with_mismatched
+from ..data.labeled import Judged, flattened, judged_row, with_mismatched
 from ..data.shape_buckets import Signatures
 from ..data.sources import Context, Source
 from ..data.tokenize import Example
@@ -40,7 +40,7 @@ def unpaired(data: str | RowOptions, *, reference_point: bool = True, **options:
     def rebuild(item: Judged, found: Sequence[Example]) -> Judged:
         return evolve(item, **dict(zip(("example", "mismatched"), found, strict=False)))
 
-    arrange = partial(with_mismatched, limit=data.max_seq_length) if reference_point else _flat
+    arrange = partial(with_mismatched, limit=data.max_seq_length) if reference_point else flattened
     return Source(data, partial(judged_row, data=data), make, examples, rebuild, arrange=arrange, live=reference_point)
 
 

@@ -146,7 +146,7 @@ def test_system_of_plain_text_and_of_templates() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "scored"),
+    ("template", "trained"),
     [
         (CHATML, ["2<|im_end|>\n", "3 <3<|im_end|>\n"]),
         (MARKED, ["2<|im_end|>", "3 <3<|im_end|>"]),
@@ -156,10 +156,10 @@ def test_system_of_plain_text_and_of_templates() -> None:
         (THINKING, ["2<|im_end|>\n", "\n</think>\n\n3 <3<|im_end|>\n"]),
     ],
 )
-def test_every_assistant_turn_is_scored_with_its_end(template: str, loss_mask: list[str]) -> None:
+def test_every_assistant_turn_is_scored_with_its_end(template: str, trained: list[str]) -> None:
     tok = tokenizer(template, bos=template is WITH_BOS)
     example = supervised_example(row(messages=CHAT), tok, mask_prompt=True)
-    assert micros(example, tok) == loss_mask
+    assert micros(example, tok) == trained
     whole = supervised_example(row(messages=CHAT), tok)
     assert whole is not None and example is not None
     assert whole.tokens.tolist() == example.tokens.tolist()

@@ -136,7 +136,7 @@ def test_a_peers_file_says_the_method(tmp_path, mlxlora):
     file = tmp_path / "peer.yaml"
     file.write_text(f"train_mode: dpo\nmodel: {starter.model_path()}\ndata: {starter.data_path('dpo')}\niters: 3\n")
     assert "rejected  " in mlxlora("preview", "--config", file).out
-    assert "fields not recognised" in mlxlora("preview", "--config", file, "--method", "sft").err
+    assert "fields not recognized" in mlxlora("preview", "--config", file, "--method", "sft").err
 
 
 def test_long_rows_are_cut_without_a_word_of_transformers(monkeypatch):

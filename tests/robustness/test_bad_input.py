@@ -80,13 +80,13 @@ ROWS = {
     "blank lines": (b"\n \n", "train.jsonl: no rows; write at least one JSON object"),
     "wrong field": (
         jsonl({"question": "x"}),
-        "train.jsonl:1: fields not recognised: found question; accepted are 'messages', 'conversations', "
+        "train.jsonl:1: fields not recognized: found question; accepted are 'messages', 'conversations', "
         "'prompt' + 'completion', 'text', or 'instruction' + 'output'; "
         "--messages-key, --prompt-key, --completion-key and --text-key rename them",
     ),
-    "missing field": (jsonl(GOOD, {"prompt": "x"}), "train.jsonl:2: fields not recognised: found prompt; accepted are"),
-    "no fields": (jsonl({}), "train.jsonl:1: fields not recognised: found none"),
-    "null": (jsonl({"text": None}), "train.jsonl:1: fields not recognised: found text"),
+    "missing field": (jsonl(GOOD, {"prompt": "x"}), "train.jsonl:2: fields not recognized: found prompt; accepted are"),
+    "no fields": (jsonl({}), "train.jsonl:1: fields not recognized: found none"),
+    "null": (jsonl({"text": None}), "train.jsonl:1: fields not recognized: found text"),
     "number for text": (jsonl({"text": 3}), "train.jsonl:1: 'text' must be a string, got int 3"),
     "number for a prompt": (jsonl({"prompt": 3, "completion": "x"}), "train.jsonl:1: 'prompt' must be a string or a list"),
     "empty text": (jsonl({"text": ""}), "train.jsonl:1: 'text' is empty; write a text or remove the row"),
