@@ -1,19 +1,21 @@
 """Finished folders on the Hugging Face hub: what others can use, nothing of how and where it was made on this machine."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
 import orjson
-import shutil
 import yaml
-from ..reporting.history import METRICS, SETTINGS, read_lines, read_settings
-from .peft import PEFT_WEIGHTS
-from .files import CONFIG, WEIGHTS
-from ..reporting.card import CARD, portable, write_card
+
 from ..errors import InputError, RunError
+from ..reporting.card import CARD, portable, write_card
+from ..reporting.history import METRICS, SETTINGS, read_record, read_settings
+from .files import CONFIG, WEIGHTS
+from .peft import PEFT_WEIGHTS
 
 _KINDS = {
     WEIGHTS: (WEIGHTS, CONFIG, SETTINGS, METRICS, CARD),
@@ -86,7 +88,7 @@ def stage(folder: Path, target: Path, patterns: tuple[str, ...]) -> None:
         if file.is_file() and any(fnmatch(file.name, pattern) for pattern in patterns):
             _stage_file(file, target / file.name)
     if SETTINGS in patterns and not (target / CARD).exists():
-        write_card(target, read_settings(target / SETTINGS), read_lines(target / METRICS))
+        write_card(target, read_record(target))
 
 
 def _stage_file(file: Path, target: Path) -> None:

@@ -6,33 +6,33 @@
 So A' = Aᵀ, B' = Bᵀ and alpha = scale · r (rank-stabilised LoRA: alpha / √r). DoRA's magnitudes are the same in both.
 """
 
-from attrs import evolve
-from attrs import frozen
-from collections.abc import Iterable
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import orjson
+from attrs import evolve, frozen
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.utils import hf_repo_to_path
-from pathlib import Path
 from safetensors import safe_open
-from typing import Any
-import math
-import mlx.core as mx
-import mlx.nn as nn
-import orjson
-import re
-from .files import CONFIG, is_number, mismatches, read_arrays, read_config, save, save_arrays, sound_arrays
+
 from ..config.options import AdapterOptions, ModelOptions
-from ..utils.files import atomic_directory
-from ..reporting.card import CARD, front_matter, portable
-from ..utils.folders import check_vacant
-from ..models.loading import load_with_config, model_options
-from .prepare import attach, prepare
 from ..errors import InputError, listed, quoted
-from .rank_scale import IN_BLOCK, resized
-from .lora import rank_of
+from ..models.loading import load_with_config, model_options
+from ..reporting.card import CARD, Head, front_matter, portable
+from ..utils.files import atomic_directory
+from ..utils.folders import check_vacant
+from .files import CONFIG, is_number, mismatches, read_arrays, read_config, save, save_arrays, sound_arrays
 from .inject import layers_to_train, linear_keys
+from .lora import rank_of
+from .prepare import attach, prepare
+from .rank_scale import IN_BLOCK, resized
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -177,7 +177,7 @@ def _card(base: str, config: Mapping[str, Any]) -> str:
         "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
         f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{name}"), ".")'
     )
-    head = front_matter(name, ["mlxlora", kind.lower()], adapter=True, library="peft")
+    head = front_matter(name, Head(["mlxlora", kind.lower()], True, f"{kind} adapters for {name}", library="peft"))
     return f"{head}\n\n# {kind} adapters for {name}\n\nTrained on MLX, in the format of peft.\n\n```python\n{code}\n```\n"
 
 

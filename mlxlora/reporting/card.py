@@ -1,13 +1,13 @@
-"""The adapter card: README.md of an adapter folder, in the form that the hub reads."""
+"""The model card of a run: README.md of an adapter folder, with the front matter that the hub reads."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from math import inf
+from collections.abc import Mapping, Sequence
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
 import attrs
-import yaml
+from attrs import frozen
 
 from .. import __version__
 from ..config.options import (
@@ -29,8 +29,8 @@ from ..config.options import (
     Training,
 )
 from ..utils.files import atomic_file
-from .history import METHOD, read_record
-from .reporter import Reporter
+from .history import Record, method_of, read_record
+from .reporter import Reporter, Values, numbers
 
 CARD = "README.md"
 METHODS = {
@@ -48,23 +48,22 @@ _TITLES = {
     "sft": "supervised fine-tuning",
     "distill": "knowledge distillation",
     "gkd": "knowledge distillation on its own samples (GKD)",
-    "dpo": "direct preference optimisation (DPO)",
-    "orpo": "odds-ratio preference optimisation (ORPO)",
-    "cpo": "contrastive preference optimisation (CPO)",
-    "kto": "Kahneman-Tversky optimisation (KTO)",
-    "online-dpo": "direct preference optimisation on its own samples (online DPO)",
-    "grpo": "group-relative policy optimisation (GRPO)",
+    "dpo": "direct preference optimization (DPO)",
+    "orpo": "odds-ratio preference optimization (ORPO)",
+    "cpo": "contrastive preference optimization (CPO)",
+    "kto": "Kahneman-Tversky optimization (KTO)",
+    "online-dpo": "direct preference optimization on its own samples (online DPO)",
+    "grpo": "group-relative policy optimization (GRPO)",
 }
 _OPTIONS = (ModelOptions, Training, AdapterOptions, DataOptions, PairData, PromptData, SamplingOptions, RewardOptions)
 _MARK = "<!-- Written by mlxlora after every run; remove this line to keep a text of your own. -->"
+_EVALUATED = ("loss", "perplexity", "accuracy", "reward", "rewards/accuracies")  # the others describe the run, not the model
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")
 _CACHED = re.compile(r".*/models--(.+?)--([^/]+)/snapshots/[^/]+/?")
 
-Row = Mapping[str, Any]
-
 
 class Card(Reporter):
-    """Writes the card into the folder of a run when it ends, early or not.
+    """Writes the card into the folder of a run when it ends or is interrupted.
 
     Args:
         directory: of the run.
@@ -74,38 +73,38 @@ class Card(Reporter):
     def __init__(self, directory: Path, rows: Mapping[str, int]) -> None:
         self._directory, self._rows = directory, rows
 
-    def finish(self, summary: Row) -> None:
-        found = read_record(self._directory)
-        write_card(self._directory, found.config, found.metrics, self._rows, stopped=summary.get("stopped", ""))
+    def finish(self, summary: Values) -> None:
+        """Reads the files of the run, so that the card of a resumed run covers all of it."""
+        write_card(self._directory, read_record(self._directory), self._rows, stopped=summary.get("stopped", ""))
 
 
-def write_card(
-    directory: Path, config: Mapping[str, Any], metrics: Iterable[Row], rows: Mapping[str, int] | None = None, stopped: str = ""
-) -> None:
-    """Writes the card of a run, unless a person has made it their own."""
+def write_card(directory: Path, record: Record, rows: Mapping[str, int] | None = None, stopped: str = "") -> None:
+    """Writes the card of a run, see `card`; keeps a card without the line that mlxlora writes at its end."""
     file = directory / CARD
     if file.exists() and _MARK not in file.read_text(encoding="utf-8", errors="replace"):
         return
     with atomic_file(file) as temporary:
-        temporary.write_text(card(config, list(metrics), rows or {}, stopped), encoding="utf-8")
+        temporary.write_text(card(record.config, record.metrics, rows or {}, stopped), encoding="utf-8")
 
 
-def card(config: Mapping[str, Any], metrics: Sequence[Row], rows: Mapping[str, int] | None = None, stopped: str = "") -> str:
+def card(config: Values, metrics: Sequence[Values], rows: Mapping[str, int] | None = None, stopped: str = "") -> str:
     """The text of an adapter card.
 
     Args:
         config: all options of the run by name; absolute paths are shortened to their last part.
-        metrics: rows of metrics.jsonl.
-        rows: how many of them each split had.
-        stopped: where the run ended early, "after step 3".
+        metrics: the records of metrics.jsonl.
+        rows: how many rows each split has.
+        stopped: where the run stopped early, "after step 3".
     """
     config = portable(config)
     name, method, kind = config.get("model"), method_of(config), config.get("train_type", "lora")
     what = "weights" if kind == "full" else f"{'DoRA' if kind == 'dora' else 'LoRA'} adapters"
-    trained = f"trained with mlxlora {__version__} by {_TITLES.get(method, 'an objective of its own')}"
+    title = f"{what[0].upper()}{what[1:]} for {name or 'a model'}"
+    trained = f"trained with mlxlora {__version__} by {_TITLES.get(method, 'a custom objective')}"
+    head = Head(["mlxlora", kind, *([method] if method in METHODS else [])], kind != "full", title)
     parts = [
-        front_matter(name, ["mlxlora", kind, *([method] if method in METHODS else [])], adapter=kind != "full"),
-        f"# {what[0].upper()}{what[1:]} for {name or 'a model'}",
+        front_matter(name, head, evaluated(config, metrics)),
+        f"# {title}",
         f"{what[0].upper()}{what[1:]}, {trained} on {_data(config, rows or {})}.{_base(config)}"
         + (f" The run was stopped {stopped}." if stopped else ""),
         _usage(name),
@@ -116,12 +115,12 @@ def card(config: Mapping[str, Any], metrics: Sequence[Row], rows: Mapping[str, i
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def fused_card(base: str, config: Mapping[str, Any]) -> str:
-    """The card of a model that has taken in its adapters."""
+def fused_card(base: str, config: Values) -> str:
+    """The card of a model with adapters fused into its weights; `config` is that of the fused model."""
     name, quantized = portable(base), config.get("quantization")
-    how = f"quantised to {quantized.get('bits')} bits" if quantized else "not quantised"
+    how = f"quantized to {quantized.get('bits')} bits" if quantized else "not quantized"
     lines = (
-        front_matter(name, ["mlxlora"], adapter=False),
+        front_matter(name, Head(["mlxlora"], adapter=False, title=f"{name}, fine-tuned")),
         f"# {name}, fine-tuned",
         f"{name} with adapters fused into its weights by mlxlora {__version__}; {how}.",
         '```bash\nmlx_lm.generate --model . --prompt "Hello"\n```',
@@ -129,27 +128,79 @@ def fused_card(base: str, config: Mapping[str, Any]) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def front_matter(base: str | None, tags: Sequence[str], *, adapter: bool, library: str = "mlx") -> str:
-    """The YAML that the hub reads; the base is named only if it is on the hub.
+@frozen
+class Head:
+    """What the hub shows above a card.
 
-    >>> print(front_matter("org/base", ["lora"], adapter=True))
+    Attributes:
+        tags: besides the library.
+        adapter: whether the folder has adapters of a base; else it has a whole model.
+        title: of the model, beside its results.
+        library: that loads the folder.
+    """
+
+    tags: Sequence[str]
+    adapter: bool
+    title: str
+    library: str = "mlx"
+
+
+@frozen
+class Evaluated:
+    """Metrics of a split, for the hub: the name of the data, the split, and numbers by name."""
+
+    data: str
+    split: str
+    metrics: Mapping[str, float]
+
+
+def front_matter(base: str | None, head: Head, results: Evaluated | None = None) -> str:
+    """The YAML that the hub reads (https://huggingface.co/docs/hub/model-cards); names the base only if it is on the hub.
+
+    >>> print(front_matter("org/base", Head(["lora"], adapter=True, title="LoRA adapters")))
     ---
     base_model: org/base
-    base_model_relation: adapter
     library_name: mlx
     pipeline_tag: text-generation
     tags:
     - mlx
     - lora
+    base_model_relation: adapter
     ---
     """
-    of = {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"} if base and is_hub_name(base) else {}
-    fields = {**of, "library_name": library, "pipeline_tag": "text-generation", "tags": [library, *tags]}
-    return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
+    from huggingface_hub import EvalResult, ModelCardData
+
+    task = "text-generation"
+    fields: dict[str, Any] = {}
+    if base and is_hub_name(base):
+        fields = {"base_model": base, "base_model_relation": "adapter" if head.adapter else "finetune"}
+    if results:
+        data, split = results.data, results.split
+        metrics = [
+            EvalResult(task, dataset_type=data, dataset_name=data, dataset_split=split, metric_type=name, metric_value=value)
+            for name, value in results.metrics.items()
+        ]
+        fields |= {"model_name": head.title, "eval_results": metrics}
+    card_data = ModelCardData(library_name=head.library, pipeline_tag=task, tags=[head.library, *head.tags], **fields)
+    return f"---\n{card_data.to_yaml()}\n---"
+
+
+def evaluated(config: Values, metrics: Sequence[Values]) -> Evaluated | None:
+    """The results for the hub: of the test split, or of the best validation; None if there are neither.
+
+    >>> evaluated({"data": "rows.jsonl"}, [{"step": 9, "split": "test", "loss": 1.5, "tokens": 8}])
+    Evaluated(data='rows.jsonl', split='test', metrics={'loss': 1.5})
+    """
+    columns = _columns(metrics)
+    for split, column in (("test", "test"), ("valid", "best")):
+        values = {name: value for name, value in numbers(columns.get(column, {})).items() if name in _EVALUATED and isfinite(value)}
+        if values:
+            return Evaluated(str(portable(config.get("data")) or "custom data"), split, values)
+    return None
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a model is named as on the hub.
+    """Whether a name is that of a model on the hub.
 
     >>> is_hub_name("mlx-community/Qwen3-0.6B-4bit"), is_hub_name("models/mine/best"), is_hub_name("./mine")
     (True, False, False)
@@ -158,7 +209,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def portable(value: Any) -> Any:
-    """A value, or a tree of them, without the paths of this machine: an absolute path is its last part, a hub cache its name.
+    """Removes the paths of this machine from a value or a tree of values: keeps the last part of a path, the name of a hub cache.
 
     >>> portable({"model": "/home/me/models/tiny", "data": "rows.jsonl", "keys": ["~/x/rewards.py"], "iters": 3})
     {'model': 'tiny', 'data': 'rows.jsonl', 'keys': ['rewards.py'], 'iters': 3}
@@ -175,32 +226,20 @@ def portable(value: Any) -> Any:
     return f"{cached[1]}/{cached[2]}" if cached else Path(value).name
 
 
-def method_of(config: Mapping[str, Any]) -> str:
-    """The method that a configuration names, or whose options it has; empty for an objective given in Python.
-
-    >>> method_of({"loss_type": "nll", "neftune_noise_alpha": 0.0, "objective": None}), method_of({"model": "m"})
-    ('sft', '')
-    """
-    if METHOD in config:
-        return next((name for name in METHODS if name == config[METHOD]), "")
-    fields = {name: {field.name for field in attrs.fields(group)} for name, group in METHODS.items()}
-    return max((name for name in METHODS if fields[name] <= config.keys()), key=lambda name: len(fields[name]), default="")
-
-
-def _data(config: Row, rows: Mapping[str, int]) -> str:
+def _data(config: Values, rows: Mapping[str, int]) -> str:
     counted = ", ".join(f"{count} {'rows' if name == 'train' else name}" for name, count in rows.items() if count)
-    return f"{config.get('data') or 'its own data'}{f' ({counted})' if counted else ''}"
+    return f"{config.get('data') or 'custom data'}{f' ({counted})' if counted else ''}"
 
 
-def _base(config: Row) -> str:
-    """What was done to the base, of whom the adapters are."""
+def _base(config: Values) -> str:
+    """How the base was quantized as it was loaded."""
     form = config.get("quantize")
     if not form:
         return ""
     kind = form if form.startswith("mx") else f"{form} bits"
     return (
-        f" The model was quantised to {kind} as it was loaded (`--quantize {form}`), so the adapters were trained on what "
-        "`mlx_lm.convert -q` makes of it; they fit the model as it is, too."
+        f" The model was quantized to {kind} as it was loaded (`--quantize {form}`), so the adapters fit the output of "
+        "`mlx_lm.convert -q` best; they also work on the original model."
     )
 
 
@@ -208,33 +247,33 @@ def _usage(name: str | None) -> str:
     return f'```bash\nmlx_lm.generate --model {name or "MODEL"} --adapter-path . --prompt "Hello"\n```'
 
 
-def _code(values: Row) -> list[tuple[str, str]]:
+def _code(values: Values) -> list[tuple[str, str]]:
     return [(f"`{name}`", f"`{value}`") for name, value in values.items()]
 
 
-def changed_options(config: Row) -> dict[str, Any]:
-    """Options other than the default, in the order of their groups; model, data and files are said elsewhere or not at all.
+def changed_options(config: Values) -> dict[str, Any]:
+    """Options that differ from the defaults, in the order of their groups; without the model, the data and output files.
 
     >>> changed_options({"iters": 5, "batch_size": 4, "adapter_path": "mine"})
     {'iters': 5}
     """
     method = method_of(config)
-    groups = (*_OPTIONS, *([METHODS[method]] if method else []))
+    groups = (*_OPTIONS, *([METHODS[method]] if method in METHODS else []))
     defaults = {field.name: field.default for group in groups for field in attrs.fields(group)}
     defaults |= {name: config.get(name) for name in ("model", "data")}
     listed = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
     return {name: config[name] for name, value in listed.items() if name in config and config[name] != value}
 
 
-def _results(metrics: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Head and lines of a table: one line a metric, one column each for the first, best and last validation and the test."""
+def _results(metrics: Sequence[Values]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and lines of a table: a line per metric, a column for the first, best and last validation and for the test."""
     columns = _columns(metrics)
-    names = list(dict.fromkeys(n for row in columns.values() for n, v in row.items() if n != "step" and isinstance(v, int | float)))
+    names = list(dict.fromkeys(name for row in columns.values() for name in numbers(row)))
     head = ("metric", *(f"{title} (step {row.get('step')})" for title, row in columns.items()))
     return head, [(name, *(_number(row.get(name)) for row in columns.values())) for name in names]
 
 
-def _columns(metrics: Sequence[Row]) -> dict[str, Row]:
+def _columns(metrics: Sequence[Values]) -> dict[str, Values]:
     of = {split: [row for row in metrics if row.get("split") == split] for split in ("train", "valid", "test")}
     if not (of["valid"] or of["test"]):
         kept = ("step", "loss", "tokens", "reward")
@@ -242,7 +281,7 @@ def _columns(metrics: Sequence[Row]) -> dict[str, Row]:
     columns = {}
     if valid := of["valid"]:
         later = [row for row in valid if row.get("step")] or valid
-        best = min(later, key=lambda row: inf if row.get("loss") is None else row["loss"])  # null: not a finite number
+        best = min(later, key=lambda row: inf if row.get("loss") is None else row["loss"])  # null: it was not finite
         columns = {"before": valid[0], "best": best, "last": valid[-1]}
     return columns | ({"test": of["test"][-1]} if of["test"] else {})
 
@@ -252,7 +291,7 @@ def _number(value: Any) -> str:
 
 
 def _table(title: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A section with a Markdown table; nothing where there are no lines."""
+    """A section with a Markdown table; empty if there are no lines."""
     if not lines:
         return ""
     escaped = ([text.replace("|", "\\|") for text in line] for line in (head, ["---"] * len(head), *lines))

@@ -1,6 +1,6 @@
-"""What a run left in its folder, read again."""
+"""Reads the files of a run, and the curves that the page, the plot and the terminal draw from its records."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,61 +8,75 @@ import orjson
 import yaml
 from attrs import field, frozen
 
+from ..config.config_file import METHOD
 from ..errors import InputError, plain, quoted
+from .reporter import Values, numbers
 
 METRICS, SAMPLES, SETTINGS, PAGE, PICTURE = "metrics.jsonl", "samples.jsonl", "config.yaml", "report.html", "metrics.png"
 SPLITS = ("train", "valid", "test")
-METHOD = "method"
 
-Row = Mapping[str, Any]
 Points = list[tuple[float, float]]
-_PLACE = {"step", "split"}
+"""(step, value), in the order of the records."""
 
 
 @frozen
 class Method:
-    """What a run stores beside its options: the command that it is one of; None: an objective given in Python."""
+    """The method that a run stores beside its options; None for an objective given in Python."""
 
     method: str | None
 
 
 @frozen
 class Record:
-    """A run as its files tell it.
+    """The files of a run.
 
     Attributes:
-        name: of its folder.
+        name: the path of its folder.
         config: every option by name.
-        metrics: rows of metrics.jsonl, as far as they are whole.
-        samples: rows of samples.jsonl: completions, with their rewards where they were trained on.
+        metrics: the whole lines of metrics.jsonl.
+        samples: the whole lines of samples.jsonl: completions, with their rewards if the run trained on them.
     """
 
     name: str
-    config: Mapping[str, Any] = field(factory=dict)
-    metrics: Sequence[Row] = ()
-    samples: Sequence[Row] = ()
+    config: Values = field(factory=dict)
+    metrics: Sequence[Values] = ()
+    samples: Sequence[Values] = ()
 
     def curves(self) -> dict[str, dict[str, Points]]:
-        """{metric: {split: [(step, value), ...]}}, in the order of the reports.
+        """The curves of all metrics, see `curves`."""
+        return curves(self.metrics)
 
-        What is not a number is left out, and `nll` where it is the loss.
 
-        >>> Record("run", metrics=[{"step": 5, "split": "train", "loss": 2.5, "kl": None}]).curves()
-        {'loss': {'train': [(5, 2.5)]}}
-        """
-        found: dict[str, dict[str, Points]] = {}
-        for row in self.metrics:
-            for name, value in row.items():
-                if name not in _PLACE and isinstance(value, int | float):
-                    found.setdefault(name, {}).setdefault(str(row.get("split")), []).append((row.get("step", 0), value))
-        return {name: curve for name, curve in found.items() if name != "nll" or curve != found.get("loss")}
+def curves(records: Iterable[Values]) -> dict[str, dict[str, Points]]:
+    """{metric: {split: [(step, value), ...]}}, in the order of the records.
+
+    Omits what is not a number, and `nll` if it equals the loss.
+
+    >>> curves([{"step": 5, "split": "train", "loss": 2.5, "kl": None}])
+    {'loss': {'train': [(5, 2.5)]}}
+    """
+    found: dict[str, dict[str, Points]] = {}
+    for record in records:
+        for name, value in numbers(record).items():
+            found.setdefault(name, {}).setdefault(str(record.get("split")), []).append((record.get("step", 0), value))
+    return {name: curve for name, curve in found.items() if name != "nll" or curve != found.get("loss")}
+
+
+def method_of(config: Values) -> str:
+    """The method that a run stored; empty for an objective given in Python.
+
+    >>> method_of({"method": "sft", "iters": 5}), method_of({"method": None})
+    ('sft', '')
+    """
+    name = config.get(METHOD)
+    return name if isinstance(name, str) else ""
 
 
 def past_run(directory: str | Path) -> Record:
-    """The run of a folder.
+    """Reads the run in a folder.
 
     Raises:
-        InputError: there is none.
+        InputError: the folder has no run.
     """
     if not (Path(directory) / METRICS).is_file():
         raise InputError(f"{directory}: no {METRICS} there; name the --adapter-path of a run")
@@ -70,28 +84,28 @@ def past_run(directory: str | Path) -> Record:
 
 
 def read_record(directory: str | Path) -> Record:
-    """The files of a run, as far as there are any."""
+    """Reads the files of a run; missing files count as empty."""
     folder = Path(directory)
     return Record(str(directory), read_settings(folder / SETTINGS), read_lines(folder / METRICS), read_lines(folder / SAMPLES))
 
 
 def read_settings(file: Path) -> dict[str, Any]:
-    """The options that a run stored; none where there is no file.
+    """Reads the options that a run stored; a missing file has none.
 
     Raises:
         InputError: the file is damaged.
     """
     try:
         config = (yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None) or {}
-    except Exception as error:  # PyYAML raises a KeyError for `!!bool x`, and more of that kind
-        raise InputError(f"{file}: damaged, not the options of a run ({plain(str(error))})") from None
+    except Exception as error:  # PyYAML raises more than YAMLError: a KeyError for `!!bool x`
+        raise InputError(f"{file}: damaged: not the options of a run ({plain(str(error))})") from None
     if not isinstance(config, dict):
-        raise InputError(f"{file}: damaged, not the options of a run: {quoted(config)}")
+        raise InputError(f"{file}: damaged: not the options of a run, but {quoted(config)}")
     return config
 
 
-def read_lines(file: Path) -> list[Row]:
-    """The objects of a JSONL file, without a line that a killed run left half; none where there is no file."""
+def read_lines(file: Path) -> list[Values]:
+    """Reads the objects of a JSONL file; skips the half line that a killed run left. A missing file has none."""
     rows = []
     for line in file.read_bytes().splitlines() if file.is_file() else ():
         try:
@@ -102,30 +116,30 @@ def read_lines(file: Path) -> list[Row]:
 
 
 def outcome(record: Record) -> dict[str, str]:
-    """The best and the last value of what matters: {"valid loss, best": "0.4008 (step 40)", ...}.
+    """The best and last values of a run: {"valid loss, best": "0.4008 (step 40)", ...}.
 
-    Best is the least loss, the greatest reward or accuracy, after the first step.
+    Best means the lowest loss, or the highest reward or accuracy, after step 0.
     """
-    found, curves = {}, record.curves()
-    for name, splits in curves.items():
+    found: dict[str, str] = {}
+    for name, splits in record.curves().items():
         for split in (s for s in ("valid", "test", "train") if s in splits):
             points = splits[split]
             later = [p for p in points if p[0]] or points
             if split == "valid" and (best := _BEST.get(name)):
                 step, value = best(later, key=lambda point: point[1])
-                found[f"valid {name}, best"] = f"{short(value)} (step {step:,})"
+                found[f"valid {name}, best"] = f"{compact(value)} (step {step:,})"
             if split != "train" or "valid" not in splits:
-                found[f"{split} {name}"] = short(points[-1][1])
+                found[f"{split} {name}"] = compact(points[-1][1])
     return found
 
 
 _BEST: dict[str, Any] = {"loss": min, "reward": max, "rewards/accuracies": max}
 
 
-def short(value: float) -> str:
-    """A number for a label.
+def compact(value: float) -> str:
+    """Formats a number for a label.
 
-    >>> short(0.0), short(12345.6), short(0.00012), short(2.5)
+    >>> compact(0.0), compact(12345.6), compact(0.00012), compact(2.5)
     ('0', '12,346', '1.2e-04', '2.5')
     """
     if value == 0:
@@ -136,7 +150,7 @@ def short(value: float) -> str:
 
 
 def differing(records: Sequence[Record]) -> dict[str, list[Any]]:
-    """The options that all runs have and that are not the same in all, with the values; where a run writes to is no difference.
+    """Options that all runs have but with different values, and these values; ignores where a run writes to.
 
     >>> differing([Record("a", {"iters": 5, "seed": 0}), Record("b", {"iters": 9, "seed": 0})])
     {'iters': [5, 9]}

@@ -1,26 +1,26 @@
-"""metrics.png: every metric of a run in one picture, drawn by matplotlib."""
+"""metrics.png: every metric of a run in one picture, drawn by matplotlib (optional)."""
 
 from pathlib import Path
 
 from ..utils.files import atomic_file
-from .history import PICTURE, SPLITS, Record, Row, read_record
-from .reporter import Reporter
+from .history import PICTURE, SPLITS, Record, read_record
+from .reporter import Reporter, Values
 
 _ACROSS = 3
 
 
 class Plot(Reporter):
-    """Draws metrics.png into the folder of a run when it ends, early or not."""
+    """Draws metrics.png into the folder of a run when it ends or is interrupted."""
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
 
-    def finish(self, summary: Row) -> None:
+    def finish(self, summary: Values) -> None:
         plot(read_record(self.directory), self.directory / PICTURE)
 
 
 def plot(record: Record, file: Path) -> None:
-    """Writes the picture: a panel a metric, a line a split."""
+    """Draws a panel per metric with a line per split; writes nothing if there are no metrics."""
     from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
 
     curves = record.curves()

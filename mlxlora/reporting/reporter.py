@@ -1,41 +1,93 @@
 """The reporter protocol, and the files metrics.jsonl and samples.jsonl."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import orjson
 
 from ..utils.files import atomic_file
 
-Kind = TypeVar("Kind")
-Row = Mapping[str, Any]
-"""step, split (train, valid or test), loss, ... and any metric by name; docs: `Terminal.record`."""
+Values = Mapping[str, Any]
+"""Named values: a record of metrics (step, split, loss, ...), a sample, an answer, a configuration or the results of a run."""
+Row = Values  # until training/answers.py is changed
+_NO_METRICS = {"step", "split"}
 
 
 class Reporter(Protocol):
-    """What the loop calls; a subclass overrides what it cares about."""
+    """What a run calls; a subclass overrides the events that it uses."""
 
-    def start(self, config: Row) -> None:
+    def start(self, config: Values) -> None:
         """Before the first step, with every option of the run by name."""
 
-    def record(self, row: Row) -> None:
+    def record(self, row: Values) -> None:
         """At every report, validation and test."""
 
-    def samples(self, step: int, rows: Sequence[Row]) -> None:
-        """At every report of a run that samples: completions with their rewards; else at validations: answers, without."""
+    def samples(self, step: int, rows: Sequence[Values]) -> None:
+        """At every report of a run that samples: completions with their rewards; in other runs, at validations: answers."""
 
     def progress(self, step: int, total: int) -> None:
-        """After every step, and before the first with the step that the run starts from."""
+        """After every step, and once before the first, with the step that the run starts from."""
 
     def note(self, text: str, warning: bool = False) -> None:
-        """Something that a user wants to know, or has to (warning)."""
+        """A message for the user."""
 
-    def answers(self, rows: Sequence[Row]) -> None:
-        """After the last step: prompts, the answers that are expected, and the model's before and after training."""
+    def example(self, tokens: Sequence[int], loss_mask: Sequence[bool], decode: Callable[[Sequence[int]], str]) -> None:
+        """Before the first step: the tokens of the first training example, and which of them are trained on."""
 
-    def finish(self, summary: Row) -> None:
-        """After the last step, with the results; also where the run was interrupted."""
+    def answers(self, rows: Sequence[Values]) -> None:
+        """After the last step: prompts, the expected answers, and the model's answers before and after training."""
+
+    def finish(self, summary: Values) -> None:
+        """After the last step, with the results; also when the run is interrupted."""
+
+
+class ReporterGroup(Reporter):
+    """Several reporters as one: each gets every event."""
+
+    def __init__(self, *members: Reporter) -> None:
+        self.members = members
+
+    def start(self, config: Values) -> None:
+        for member in self.members:
+            member.start(config)
+
+    def record(self, row: Values) -> None:
+        for member in self.members:
+            member.record(row)
+
+    def samples(self, step: int, rows: Sequence[Values]) -> None:
+        for member in self.members:
+            member.samples(step, rows)
+
+    def progress(self, step: int, total: int) -> None:
+        for member in self.members:
+            member.progress(step, total)
+
+    def note(self, text: str, warning: bool = False) -> None:
+        for member in self.members:
+            member.note(text, warning)
+
+    def example(self, tokens: Sequence[int], loss_mask: Sequence[bool], decode: Callable[[Sequence[int]], str]) -> None:
+        for member in self.members:
+            member.example(tokens, loss_mask, decode)
+
+    def answers(self, rows: Sequence[Values]) -> None:
+        for member in self.members:
+            member.answers(rows)
+
+    def finish(self, summary: Values) -> None:
+        for member in self.members:
+            member.finish(summary)
+
+
+def numbers(record: Values) -> dict[str, float]:
+    """The metrics of a record: every number but its step. Curves, tables and trackers show these.
+
+    >>> numbers({"step": 5, "split": "train", "loss": 2.5, "kl": None, "note": "text"})
+    {'loss': 2.5}
+    """
+    return {name: value for name, value in record.items() if name not in _NO_METRICS and isinstance(value, int | float)}
 
 
 class MetricsFile(Reporter):
@@ -44,12 +96,12 @@ class MetricsFile(Reporter):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    def record(self, row: Row) -> None:
-        """Writes the whole line in one call, so that a reader never sees half of it."""
+    def record(self, row: Values) -> None:
+        """Writes the line in one call, so that readers never see half of it."""
         line = orjson.dumps(dict(row), default=float, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)
         with self.path.open("ab", buffering=0) as file:
             written = file.write(line)
-            if written < len(line):  # the disk took a part; it says why when it is given the rest
+            if written < len(line):  # the disk is full: writing the rest raises the error
                 file.write(line[written:])
 
 
@@ -59,13 +111,13 @@ class SamplesFile(Reporter):
     def __init__(self, path: str | Path) -> None:
         self._file = MetricsFile(path)
 
-    def samples(self, step: int, rows: Sequence[Row]) -> None:
+    def samples(self, step: int, rows: Sequence[Values]) -> None:
         for row in rows:
             self._file.record({"step": step, **row})
 
 
 def truncate_after(path: str | Path, step: int) -> None:
-    """Drops the records of later steps, and the half line that a killed run left: what comes before a resumed run."""
+    """Drops the records of later steps and the half line that a killed run left, before a run resumes."""
     path = Path(path)
     if not path.exists():
         return

@@ -1,4 +1,4 @@
-"""Who is told what a run does."""
+"""Chooses the reporters of a run."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from .trackers import Tracker
 
 
 def reporters(output: Output) -> tuple[Reporter, ...]:
-    """The terminal; and, unless nothing is to be written, the files of the run and the trackers that were asked for."""
+    """The terminal and, unless it is a dry run, the files of the run and the trackers of --report-to."""
     directory, terminal = Path(output.adapter_path), Terminal(quiet=output.quiet)
     if output.dry_run:
         return (terminal,)

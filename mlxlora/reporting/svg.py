@@ -1,4 +1,7 @@
-"""Curves as SVG, for a page: no script, no file of its own; colours are the page's, so that they follow light and dark."""
+"""Draws curves as SVG elements of a page, in the page's colors, so that they follow light and dark mode.
+
+By hand, because matplotlib is optional, its SVG brings its own colors, and a page of 30 charts would take seconds.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -6,17 +9,17 @@ from html import escape
 
 from attrs import frozen
 
-from .history import short
+from .history import compact
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 230, 52, 12, 42, 28
-MOST = 400  # points of a line; of more, neighbours are averaged
+MOST = 400  # points of a line; more are averaged in groups of neighbors
 
 Point = tuple[float, float]
 
 
 @frozen
 class Line:
-    """A curve: its name, its points in the order of x, and which of the page's colours it has."""
+    """A curve: its name, its points in the order of x, and the index of its color in the page."""
 
     name: str
     points: Sequence[Point]
@@ -24,7 +27,11 @@ class Line:
 
 
 def chart(title: str, lines: Sequence[Line]) -> str:
-    """An SVG element of some curves over their steps; the last value of each stands beside its name."""
+    """Draws curves over their steps as an SVG element, with the last value of each beside its name.
+
+    Returns:
+        The element; empty if no point is finite.
+    """
     drawn = [Line(line.name, thinned([p for p in line.points if math.isfinite(p[1])]), line.color) for line in lines]
     points = [point for line in drawn for point in line.points]
     if not points:
@@ -32,14 +39,14 @@ def chart(title: str, lines: Sequence[Line]) -> str:
     across = _Scale.of([x for x, _ in points], LEFT, WIDTH - RIGHT)
     up = _Scale.of([y for _, y in points], HEIGHT - BOTTOM, TOP + 6)
     parts = [f'<text class="title" x="{LEFT}" y="16">{escape(title)}</text>', *_legend(lines)]
-    parts += [*_grid(up), *_feet(across)]
+    parts += [*_grid(up), *_step_labels(across)]
     parts += [part for line in drawn for part in _curve(line, across, up)]
     return "\n".join([f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">', *parts, "</svg>"])
 
 
 @frozen
 class _Scale:
-    """Values from `low` to `high` on pixels from `start` to `end`, and the round values between."""
+    """Maps values from `low` to `high` to pixels from `start` to `end`; `ticks` are the round values between."""
 
     low: float
     high: float
@@ -59,7 +66,7 @@ class _Scale:
 
 
 def ticks(low: float, high: float, most: int = 5) -> tuple[float, ...]:
-    """Round values within a range: at most `most` multiples of 1, 2 or 5 times a power of ten.
+    """At most `most` round values within a range: multiples of 1, 2 or 5 times a power of ten.
 
     >>> ticks(0.13, 2.4)
     (0.5, 1.0, 1.5, 2.0)
@@ -71,7 +78,7 @@ def ticks(low: float, high: float, most: int = 5) -> tuple[float, ...]:
 
 
 def thinned(points: Sequence[Point], most: int = MOST) -> list[Point]:
-    """At most `most` points: the means of runs of neighbours.
+    """Reduces points to at most `most`: the means of groups of neighbors.
 
     >>> thinned([(1, 2.0), (2, 4.0), (3, 6.0), (4, 8.0)], 2)
     [(1.5, 3.0), (3.5, 7.0)]
@@ -84,11 +91,11 @@ def thinned(points: Sequence[Point], most: int = MOST) -> list[Point]:
 
 
 def _legend(lines: Sequence[Line]) -> Iterator[str]:
-    """Names in the colour of their line, with the last value; as many as fit."""
+    """Names with a mark in the color of their line and the last value, as many as fit."""
     x = float(LEFT)
     for line in (line for line in lines if line.points):
         name = line.name if len(line.name) <= 24 else f"…{line.name[-23:]}"
-        text = f"{name} {short(line.points[-1][1])}"
+        text = f"{name} {compact(line.points[-1][1])}"
         width = 16 + 6.2 * len(text)
         if x + width > WIDTH:
             break
@@ -101,16 +108,16 @@ def _grid(up: _Scale) -> Iterator[str]:
     for tick in up.ticks:
         y = up(tick)
         yield f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        yield f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{short(tick)}</text>'
+        yield f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{compact(tick)}</text>'
 
 
-def _feet(across: _Scale) -> Iterator[str]:
+def _step_labels(across: _Scale) -> Iterator[str]:
     for tick in (t for t in across.ticks if t == int(t)):
-        yield f'<text class="tick" x="{across(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{short(tick)}</text>'
+        yield f'<text class="tick" x="{across(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{compact(tick)}</text>'
 
 
 def _curve(line: Line, across: _Scale, up: _Scale) -> Iterator[str]:
-    """The line, and its points as dots where they are few; their values show where a pointer rests on them."""
+    """The line and its points: visible if they are few. Hovering over a point shows its value."""
     places = [(across(x), up(y)) for x, y in line.points]
     if len(places) > 1:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
@@ -118,5 +125,5 @@ def _curve(line: Line, across: _Scale, up: _Scale) -> Iterator[str]:
     radius = 2.5 if len(places) <= 40 else 4
     seen = "" if len(places) <= 40 else " hidden"
     for (x, y), (step, value) in zip(places, line.points, strict=True):
-        told = escape(f"{line.name}, step {step:,.0f}: {value:.6g}")
-        yield f'<circle class="fill{line.color}{seen}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{told}</title></circle>'
+        label = escape(f"{line.name}, step {step:,.0f}: {value:.6g}")
+        yield f'<circle class="fill{line.color}{seen}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{label}</title></circle>'

@@ -1,12 +1,13 @@
-"""Numbers and text, made short and printable."""
+"""Formats numbers and text: short and printable."""
 
 import re
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
-from .reporter import Kind, Row
+from .reporter import Values
 
+_Kind = TypeVar("_Kind")
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -23,12 +24,17 @@ _FORMATS = {
 }
 
 
-def _leading(row: Row) -> str:
-    """The metric to watch: what is sampled has a reward, and a loss that stays near 0 whatever is learnt."""
-    return "reward" if "reward" in row else "loss"
+def leading_metric(record: Values) -> str:
+    """The metric to watch: the reward if there is one, because the loss of a sampled run stays near 0; else the loss."""
+    return "reward" if "reward" in record else "loss"
 
 
-def _value(name: str, value: Any) -> str:
+def metric_text(name: str, value: Any) -> str:
+    """Formats the value of a metric.
+
+    >>> metric_text("learning_rate", 1e-5), metric_text("accuracy", 0.51), metric_text("tokens", 12345)
+    ('1.00e-05', '0.5100', '12,345')
+    """
     if isinstance(value, str) or value is None:
         return str(value)
     if name in _FORMATS:
@@ -38,7 +44,7 @@ def _value(name: str, value: Any) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds.
+    """Formats seconds as hours, minutes and seconds.
 
     >>> duration(65), duration(3661)
     ('1:05', '1:01:01')
@@ -49,7 +55,7 @@ def duration(seconds: float) -> str:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """Values as bars between their least and their greatest; a gap for one that is not finite.
+    """Draws values as bars between their minimum and maximum, with a gap for one that is not finite.
 
     >>> sparkline([1, 2, 3, 8])
     '▁▂▃█'
@@ -73,7 +79,7 @@ def trend(values: Sequence[float]) -> str:
 
 
 def printable(text: str) -> str:
-    """Text whose control characters, which a terminal would obey, are spelt out; tabs and line ends stay.
+    """Escapes control characters, which a terminal would obey; keeps tabs and line ends.
 
     >>> printable("a" + chr(27) + "[31m")
     'a\\\\x1b[31m'
@@ -81,8 +87,8 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
 
 
-def runs_of_text(tokens: Sequence[int], kinds: Sequence[Kind], decode: Callable[[Sequence[int]], str]) -> list[tuple[str, Kind]]:
-    """The texts of neighbouring tokens of one kind, cut from the whole: alone, a run may lose its leading space."""
+def runs_of_text(tokens: Sequence[int], kinds: Sequence[_Kind], decode: Callable[[Sequence[int]], str]) -> list[tuple[str, _Kind]]:
+    """Decodes runs of neighboring tokens of one kind, as parts of the whole text: alone, a run may lose its leading space."""
     parts, end, before = [], 0, ""
     for kind, run in groupby(kinds):
         end += len(list(run))
@@ -93,7 +99,7 @@ def runs_of_text(tokens: Sequence[int], kinds: Sequence[Kind], decode: Callable[
 
 
 def shorten(text: str, limit: int) -> str:
-    """Text without its middle.
+    """Cuts the middle out of a long text.
 
     >>> shorten("abcdefghijklmnopqrstuvwxyz", 10)
     'abcde ... [16 characters] ... vwxyz'

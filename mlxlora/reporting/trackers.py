@@ -1,4 +1,4 @@
-"""Experiment trackers as reporters. One that fails is dropped with one warning: training never stops for it."""
+"""Experiment trackers as reporters. A tracker that fails is dropped with one warning; training goes on."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -6,49 +6,47 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from .reporter import Reporter, Row
-
-Tell = Callable[[str], None]
+from ..errors import reason
+from .reporter import Reporter, Values, numbers
 
 
 class Tracker(Reporter):
-    """Hands the configuration and every record to one backend until it fails.
+    """Sends the configuration and every record to one backend until it fails.
 
     Args:
         name: wandb, swanlab, trackio or tensorboard.
-        directory: of the run; its name is the run's.
-        warn: is told once, if the backend fails.
+        directory: of the run; its name is the run's name in the tracker.
+        warn: receives one message if the backend fails.
     """
 
-    def __init__(self, name: str, directory: str | Path, warn: Tell) -> None:
+    def __init__(self, name: str, directory: str | Path, warn: Callable[[str], None]) -> None:
         self._name, self._directory, self._warn = name, Path(directory), warn
         self._open: Any = None
         self._failed = False
 
-    def start(self, config: Row) -> None:
+    def start(self, config: Values) -> None:
         self._try(lambda: setattr(self, "_open", _BACKENDS[self._name](self._name, self._directory, config)))
 
-    def record(self, row: Row) -> None:
-        values = {f"{row['split']}/{k}": float(v) for k, v in row.items() if isinstance(v, int | float) and k != "step"}
+    def record(self, row: Values) -> None:
+        values = {f"{row['split']}/{name}": float(value) for name, value in numbers(row).items()}
         self._try(lambda: self._open.log(values, row["step"]))
 
-    def finish(self, summary: Row) -> None:
+    def finish(self, summary: Values) -> None:
         self._try(lambda: self._open and self._open.close())
 
     def _try(self, action: Callable[[], Any]) -> None:
-        """What a tracker raises is its own affair: its network, its account, its disk."""
+        """Runs an action; any exception is the tracker's problem (its network, account or disk) and turns it off."""
         if self._failed:
             return
         try:
             action()
         except Exception as error:
             self._failed = True
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            self._warn(f"--report-to {self._name}: {reason}; nothing more is sent there")
+            self._warn(f"--report-to {self._name}: {reason(error)}; mlxlora sends nothing more to it")
 
 
 class _Hosted:
-    """wandb and those that have its interface: init, log, finish."""
+    """wandb and trackers with its interface: init, log, finish."""
 
     def __init__(self, name: str, directory: Path, config: Mapping[str, Any]) -> None:
         self._module = import_module(name)
@@ -66,7 +64,7 @@ _RUN_NAME = {"wandb": "name", "trackio": "name", "swanlab": "experiment_name"}
 
 
 class _TensorBoard:
-    """Event files in the folder of the run, for `tensorboard --logdir`."""
+    """Writes event files to the folder of the run, for `tensorboard --logdir`."""
 
     def __init__(self, _: str, directory: Path, config: Mapping[str, Any]) -> None:
         self._writer = import_module("tensorboardX").SummaryWriter(str(directory / "tensorboard"))

@@ -8,7 +8,8 @@ import yaml
 
 from mlxlora.config import config_file as settings
 from mlxlora.config.options import AdapterOptions, DataOptions, ModelOptions, Output, Training
-from mlxlora.reporting.card import METHODS, Card, card, method_of, portable, write_card
+from mlxlora.reporting.card import METHODS, Card, card, portable, write_card
+from mlxlora.reporting.history import Record, method_of
 
 METRICS = [
     {"step": 0, "split": "valid", "loss": 2.0, "perplexity": 7.389},
@@ -28,18 +29,30 @@ def config(method: str = "sft", model: str = "org/base", **options: Any) -> dict
         Output(adapter_path="/home/me/adapters"),
         METHODS[method](),
     )
-    return settings.dump(*groups) | ({"method": method} if method == "gkd" else {})  # its options are those of distill
+    return settings.dump(*groups) | {"method": method}
 
 
 def test_what_it_says() -> None:
     text = card(config(), METRICS, {"train": 600, "valid": 100, "test": 0})
     _, front, body = text.split("---\n", 2)
-    assert yaml.safe_load(front) == {
+    fields = yaml.safe_load(front)
+    (results,) = fields.pop("model-index")
+    assert fields == {
         "base_model": "org/base",
         "base_model_relation": "adapter",
         "library_name": "mlx",
         "pipeline_tag": "text-generation",
         "tags": ["mlx", "mlxlora", "lora", "sft"],
+    }
+    assert results == {
+        "name": "LoRA adapters for org/base",
+        "results": [
+            {
+                "task": {"type": "text-generation"},
+                "dataset": {"name": "rows.jsonl", "type": "rows.jsonl", "split": "test"},
+                "metrics": [{"type": "loss", "value": 1.125}, {"type": "perplexity", "value": 3.08}],
+            }
+        ],
     }
     assert "by supervised fine-tuning on rows.jsonl (600 rows, 100 valid)." in body
     assert "mlx_lm.generate --model org/base --adapter-path ." in body
@@ -69,6 +82,13 @@ def test_a_stopped_run_says_so(tmp_path: Path) -> None:
     assert "stopped" not in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_hub_gets_the_best_validation_where_there_is_no_test() -> None:
+    front = card(config(), [*METRICS[:-1], {"step": 25, "split": "valid", "loss": None}]).split("---\n", 2)[1]
+    (result,) = yaml.safe_load(front)["model-index"][0]["results"]
+    assert result["dataset"]["split"] == "valid" and result["metrics"][0] == {"type": "loss", "value": 1.0}
+    assert "model-index" not in card(config(), METRICS[1:2]), "a training loss is no result"
+
+
 def test_other_runs() -> None:
     full = card(config(train_type="full"), [])
     assert "# Weights for org/base" in full and "base_model_relation: finetune" in full and "## Metrics" not in full
@@ -76,7 +96,7 @@ def test_other_runs() -> None:
     assert "| loss | 1.5 |" in card(config(), METRICS[1:2])
     local = card(config(model="/home/me/models/tiny"), [])
     assert "# LoRA adapters for tiny" in local and "base_model:" not in local
-    assert "an objective of its own" in card({"model": None, "data": None}, [])
+    assert "a custom objective" in card({"model": None, "data": None}, [])
 
 
 def test_a_pipe_does_not_break_the_table() -> None:
@@ -84,12 +104,12 @@ def test_a_pipe_does_not_break_the_table() -> None:
 
 
 def test_a_card_of_a_persons_own_is_kept(tmp_path: Path) -> None:
-    write_card(tmp_path, config(), METRICS)
+    write_card(tmp_path, Record("run", config(), METRICS))
     file = tmp_path / "README.md"
-    write_card(tmp_path, config(train_type="dora"), METRICS)
+    write_card(tmp_path, Record("run", config(train_type="dora"), METRICS))
     assert "DoRA" in file.read_text()
     file.write_text("# My project\n")
-    write_card(tmp_path, config(), METRICS)
+    write_card(tmp_path, Record("run", config(), METRICS))
     assert file.read_text() == "# My project\n" and list(tmp_path.iterdir()) == [file]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 import types
 from html.parser import HTMLParser
@@ -13,10 +14,10 @@ from hypothesis import strategies as st
 
 from mlxlora import methods as recipes
 from mlxlora import starter
-from mlxlora.reporting.history import Record, differing, outcome, past_run, read_record, short
+from mlxlora.reporting.history import Record, compact, curves, differing, outcome, past_run, read_record
 from mlxlora.reporting.html import Page, comparison_page, reached, run_page
 from mlxlora.reporting.plot import Plot
-from mlxlora.reporting.reporter import MetricsFile
+from mlxlora.reporting.reporter import MetricsFile, numbers
 from mlxlora.reporting.svg import Line, chart, thinned, ticks
 
 OPTIONS = {"model": str(starter.model_path()), "data": str(starter.data_path("sft")), "mask_prompt": True}
@@ -165,11 +166,23 @@ def test_long_curves_are_thinned():
     assert len(points) <= 400 and all(value == 1.0 for _, value in points)
 
 
+def test_help_imports_neither_templates_nor_the_hub():
+    code = "import sys; sys.argv[1:] = ['--help']\nfrom mlxlora_cli import main\ntry:\n    main()\nexcept SystemExit:\n    pass\n"
+    code += "sys.exit(bool({'jinja2', 'huggingface_hub', 'mlx'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_page_plot_and_trackers_read_the_same_numbers():
+    row = {"step": 1, "split": "train", "loss": 1.0, "note": "text", "kl": None, "reward": 2}
+    assert numbers(row) == {"loss": 1.0, "reward": 2}
+    assert {name: splits["train"] for name, splits in curves([row]).items()} == {"loss": [(1, 1.0)], "reward": [(1, 2)]}
+
+
 def test_outcome_and_difference():
     a, b = record("a"), record("b", steps=5, beta=0.1)
     assert outcome(a) == {"valid loss, best": "1 (step 3)", "valid loss": "1", "train grad_norm": "0.5"}
     assert differing([a, b]) == {"iters": [3, 5]}
-    assert short(float("1e6")) == "1.0e+06"
+    assert compact(float("1e6")) == "1.0e+06"
 
 
 def test_losses_of_different_methods_stay_apart():

@@ -94,7 +94,7 @@ def test_a_failure_is_one_warning(fails, installed, tmp_path, eager, capsys):
     results = recipes.sft(**OPTIONS, report_to=("wandb", "trackio"), adapter_path=str(tmp_path))
     out = capsys.readouterr().out
     assert results["steps"] == 4 and out.count("--report-to wandb") == 1
-    assert "warning: --report-to wandb: no network; nothing more is sent there" in out
+    assert "warning: --report-to wandb: no network; mlxlora sends nothing more to it" in out
     assert [call[0] for call in module.calls].count(fails) == 1 and other.calls[-1][0] == "finish"
 
 
