@@ -17,10 +17,11 @@ from mlx_lm.utils import load
 from mlxlora.config.options import AdapterOptions, Training
 from mlxlora.errors import InputError
 from mlxlora.methods import run
-from mlxlora.objectives.grpo import GRPO_LOSSES, grpo
+from mlxlora.objectives.grpo import grpo
 from mlxlora.rollouts.rewards import NamedReward
 from mlxlora.rollouts.sampling import Sampling
 from mlxlora.rollouts.source import Rollouts, prompts
+from tests.support.loss_types import loss_types
 from tests.support.paths import Outcome
 from tests.training.test_resume import stop
 
@@ -191,15 +192,17 @@ def test_second_step_on_a_rollout_is_off_policy(command: tuple[Any, ...], tmp_pa
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every model that is loaded."""
-    from mlxlora import methods as recipes
+    from mlxlora import methods
+    from mlxlora.adapters import prepare
 
-    original, seen = recipes.load_with_config, []
+    original, seen = prepare.load_with_config, []
 
     def counted(options: Any, **how: Any) -> Any:
         seen.append(str(options.model))
         return original(options, **how)
 
-    monkeypatch.setattr(recipes, "load_with_config", counted)
+    for module in (methods, prepare):
+        monkeypatch.setattr(module, "load_with_config", counted)
     return seen
 
 
@@ -279,7 +282,7 @@ def test_an_unknown_reward(command: tuple[Any, ...], tmp_path: Path, mlxlora: Ru
 # --- objectives and extremes ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss_type", GRPO_LOSSES)
+@pytest.mark.parametrize("loss_type", loss_types(grpo))
 def test_loss_types(command: tuple[Any, ...], loss_type: str, tmp_path: Path, mlxlora: Run) -> None:
     more = ("--loss-type", loss_type, "--beta", 0.1, "--val-batches", 0, "--adapter-path", tmp_path)
     outcome = mlxlora(*command, *TINY, *more)
