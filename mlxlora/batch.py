@@ -1,6 +1,6 @@
 """The batch that every stage reads and writes, and the alphabet of its shapes.
 
-    R  rows fed to the model          N  scored tokens (targets that are trained on)
+    R  rows fed to the model          N  trained tokens (targets of the loss)
     T  positions of a row             S  sequences (completions)
     D  hidden size                    P  preference pairs (S = 2P: all chosen, then all rejected)
     V  vocabulary                     G  completions per prompt (S = prompts x G)
@@ -15,17 +15,17 @@ import mlx.core as mx
 
 
 class Batch(NamedTuple):
-    """Token rows, which of their tokens are scored, and the constants an objective compares the policy with.
+    """Token rows, which of their tokens are trained, and the constants that an objective compares the policy with.
 
-    A NamedTuple of arrays, because that is what `mx.compile` accepts.
+    A NamedTuple of arrays, because `mx.compile` accepts it.
 
     Attributes:
         tokens: [R, T] int32, what the model reads; right-padded.
-        where: [N] int32, index into the R*T positions: the one that predicts the target.
-        targets: [N] int32, the scored tokens.
-        sequence: [N] int32, which sequence a scored token belongs to; S marks bucket filler.
-        lengths: [S] int32, scored completion tokens of each sequence.
-        prompt: [N] bool, scored tokens that belong to the prompt; None if none does.
+        positions: [N] int32, index into the R*T positions: the one that predicts the target.
+        targets: [N] int32, the trained tokens.
+        sequence: [N] int32, which sequence a trained token belongs to; S marks bucket filler.
+        lengths: [S] int32, trained completion tokens of each sequence.
+        prompt: [N] bool, trained tokens that belong to the prompt; None if none does.
         ref_logps: [N] log-probabilities under the reference policy.
         old_logps: [N] log-probabilities under the policy that sampled the rows.
         advantages: [S] advantage of each completion.
@@ -38,7 +38,7 @@ class Batch(NamedTuple):
         log_sum_sq_probs: [N] log Σ_v π(v)² of the policy's distribution at each target, if the objective asks for it.
         prefix: [U, K] int32, prompts that rows continue: row r continues prompt r div (R/U); None if rows are whole.
         prefix_lengths: [U] int32, their tokens; the rest is padding, on the right.
-        segments: [R, T] int32, which of a row's sequences a token belongs to, from 1, and 0 in padding; None: a row is one.
+        segments: [R, T] int32, which of a row's sequences a token belongs to, from 1, and 0 in padding; None: one per row.
     """
 
     tokens: mx.array
@@ -68,28 +68,28 @@ class Batch(NamedTuple):
 
 
 def completions(batch: Batch) -> mx.array:
-    """[N] bool: the scored tokens of completions."""
+    """[N] bool: the trained tokens of completions."""
     real = batch.sequence < batch.sequences
     return real if batch.prompt is None else real & ~batch.prompt
 
 
 def everything(batch: Batch) -> mx.array:
-    """[N] bool: every scored token, of prompts too."""
+    """[N] bool: every trained token, of prompts too."""
     return batch.sequence < batch.sequences
 
 
 def chosen(batch: Batch) -> mx.array:
-    """[N] bool: the scored tokens of the chosen completions."""
+    """[N] bool: the trained tokens of the chosen completions."""
     return completions(batch) & (batch.sequence < batch.sequences // 2)
 
 
 def chosen_rows(batch: Batch) -> mx.array:
-    """[N] bool: the scored tokens of the chosen completions and of their prompts."""
+    """[N] bool: the trained tokens of the chosen completions and of their prompts."""
     return batch.sequence < batch.sequences // 2
 
 
 def rejected(batch: Batch) -> mx.array:
-    """[N] bool: the scored tokens of the rejected completions."""
+    """[N] bool: the trained tokens of the rejected completions."""
     return completions(batch) & (batch.sequence >= batch.sequences // 2)
 
 
@@ -102,7 +102,7 @@ def halves(scores: mx.array) -> tuple[mx.array, mx.array]:
 def token_sum(values: mx.array, batch: Batch) -> mx.array:
     """[N] to [S]: the sum over each sequence's completion tokens.
 
-    A product with a one-hot matrix, because it is deterministic; scatter-add on a GPU is not.
+    A product with a one-hot matrix: it is deterministic, and a scatter-add on a GPU is not.
     """
     return mx.where(_member(batch), values[None], 0.0).sum(axis=-1)
 
@@ -126,7 +126,7 @@ _ADDED_BY = {
     "preference_score": "pairs(...)",
     "label": "unpaired(...)",
     "reference_point": "unpaired(...)",
-    "from_reference": "contests(..., explore=True)",
+    "from_reference": "on_policy_pairs(..., explore=True)",
     "divergence": "a scorer with a teacher",
     "entropy": "the scorer, for a term that needs it",
     "log_sum_sq_probs": "the scorer, for a term that needs it",
@@ -134,7 +134,7 @@ _ADDED_BY = {
 
 
 def column(batch: Batch, name: str) -> mx.array:
-    """A column that an objective cannot do without.
+    """A column that an objective needs.
 
     Raises:
         ValueError: the batch lacks it; the message says what adds it.

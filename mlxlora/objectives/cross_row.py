@@ -1,6 +1,7 @@
-"""Which terms of an objective look at several rows at once, so that their batch cannot be spread over processes.
+"""Which terms of an objective compare the rows of a batch, so that the batch cannot be divided.
 
-Asked of the objective itself, a user's own too: on made-up sequences, a batch must be worth what its two parts are worth.
+Sorting over a batch, a quantile of it and a mean of its own are such comparisons. The objective itself is probed, so that a user's
+own objective is covered too: on made-up sequences, a batch must be worth as much as its two parts together.
 """
 
 import mlx.core as mx
@@ -11,23 +12,24 @@ from .objective import Metrics, Objective
 
 _PAIRS = 8
 _LENGTHS = np.array([3, 5, 4, 7, 6, 4, 9, 5, 2, 6, 3, 8, 7, 3, 5, 4])  # of the chosen, then of the rejected
-_SCALES = (1.0, 3.0, 10.0)  # of log-probabilities, nats: small ones hide what is bent, large ones what is clipped
+_SCALES = (1.0, 3.0, 10.0)  # of log-probabilities, nats: small ones hide curvature, large ones are clipped
 _CLOSE = 1e-5  # relative
 
 
-def coupled(objective: Objective) -> list[str]:
-    """The names of such terms.
+def compares_rows(objective: Objective) -> list[str]:
+    """The names of the terms that compare rows.
 
-    >>> from mlxlora.compose import batch_mean, token_mean
-    >>> from mlxlora.terms import nll
-    >>> coupled(nll(per=token_mean) + nll(per=batch_mean, name="by_batch"))
+    >>> from mlxlora.objectives.objective import batch_mean, token_mean
+    >>> from mlxlora.objectives.terms import nll
+    >>> compares_rows(nll(per=token_mean) + nll(per=batch_mean, name="by_batch"))
     ['by_batch']
     """
-    found = {name for scale in _SCALES for name in _coupled(objective, scale)}
+    found = {name for scale in _SCALES for name in _differing(objective, scale)}
     return [t.name for _, t in objective.terms if t.name in found]
 
 
-def _coupled(objective: Objective, scale: float) -> list[str]:
+def _differing(objective: Objective, scale: float) -> list[str]:
+    """Terms whose mean over the whole batch is not the mean over its parts."""
     whole, *two = (_made_up(pairs, scale) for pairs in (range(_PAIRS), range(3), range(3, _PAIRS)))
     counts = _summed(*(objective.counts(batch) for _, batch in two))
     parts = _summed(*(objective(*part, counts)[1] for part in two))

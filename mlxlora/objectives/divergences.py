@@ -12,7 +12,7 @@ Divergence = Callable[[mx.array, mx.array], mx.array]
 
 
 def forward_kl(teacher: mx.array, policy: mx.array) -> mx.array:
-    """KL(p || q) = Σ p·(log p - log q): the policy covers all that the teacher might say (Hinton et al., 2015, 1503.02531).
+    """KL(p || q) = Σ p·(log p - log q): the policy covers whatever the teacher may say (Hinton et al., 2015, 1503.02531).
 
     >>> half, sure = mx.log(mx.array([[0.5, 0.5]])), mx.log(mx.array([[0.25, 0.75]]))
     >>> round(forward_kl(half, sure).item(), 4), round(forward_kl(sure, half).item(), 4)
@@ -22,7 +22,7 @@ def forward_kl(teacher: mx.array, policy: mx.array) -> mx.array:
 
 
 def reverse_kl(teacher: mx.array, policy: mx.array) -> mx.array:
-    """KL(q || p): the policy says nothing that the teacher would not (Gu et al., 2023, https://arxiv.org/abs/2306.08543)."""
+    """KL(q || p): the policy avoids what the teacher would not say (Gu et al., 2023, https://arxiv.org/abs/2306.08543)."""
     return forward_kl(policy, teacher)
 
 

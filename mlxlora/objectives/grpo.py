@@ -1,12 +1,11 @@
-"""Objectives on sampled completions: a surrogate, a reduction, and what is added to them."""
+"""Objectives on sampled completions: a surrogate of the policy gradient, its mean, and what is added to it."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from attrs import frozen
-
 from ..errors import choose
-from .objective import Objective, Reduction, batch_mean, fixed_length, sequence_mean, sequence_sum, token_mean
+from .objective import NOTHING, Objective, Reduction, batch_mean, fixed_length, sequence_mean, sequence_sum, token_mean
 from .surrogates import (
     Ratio,
     cispo_surrogate,
@@ -22,74 +21,52 @@ from .surrogates import (
 )
 from .terms import entropy, gated
 
+IMPORTANCE_LEVELS: dict[str, Ratio] = {"token": token_ratio, "sequence": sequence_ratio}
 
-@frozen
-class PolicyOptions:
-    """Hyper-parameters of GRPO and its relatives; each loss type reads its own.
+PolicyLoss = tuple[Callable[[Ratio, Reduction], Objective], Reduction]
+"""A surrogate, made from a ratio and a mean, and its mean."""
 
-    Attributes:
-        epsilon: ratios below 1 - epsilon get no gradient where A < 0.
-        epsilon_high: ratios above 1 + epsilon_high get none where A > 0; None: epsilon.
+
+def policy_losses(
+    *,
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    delta: float | None = None,
+    cap: float | None = None,
+    max_completion_length: int = 256,
+    sapo_temperatures: tuple[float, float] = (1.0, 1.05),
+    vespo_exponents: tuple[tuple[float, float], tuple[float, float]] = ((2.0, 3.0), (3.0, 2.0)),
+) -> dict[str, PolicyLoss]:
+    """The losses of GRPO and its relatives by name; `surrogates` has the formulas.
+
+    Args:
+        epsilon: ratios below 1 - ε get no gradient where A < 0.
+        epsilon_high: ratios above 1 + ε_high get none where A > 0; None: ε.
         delta: upper bound of the ratio where A < 0; None: no bound.
-        cap: CISPO's bound of the ratio; None: 1 + epsilon_high.
+        cap: CISPO's bound of the ratio; None: 1 + ε_high.
         max_completion_length: Dr. GRPO's constant length, tokens.
         sapo_temperatures: SAPO's τ where A > 0, and elsewhere.
-        vespo_positive: VESPO's (k, λ) where A >= 0.
-        vespo_negative: VESPO's (k, λ) where A < 0.
+        vespo_exponents: VESPO's (k, λ) where A >= 0, and where A < 0.
     """
+    high = epsilon if epsilon_high is None else epsilon_high
 
-    epsilon: float = 0.2
-    epsilon_high: float | None = None
-    delta: float | None = None
-    cap: float | None = None
-    max_completion_length: int = 256
-    sapo_temperatures: tuple[float, float] = (1.0, 1.05)
-    vespo_positive: tuple[float, float] = (2.0, 3.0)
-    vespo_negative: tuple[float, float] = (3.0, 2.0)
+    def clipped(ratio: Ratio, per: Reduction) -> Objective:
+        return clipped_surrogate(epsilon=epsilon, epsilon_high=high, delta=delta, ratio=ratio, per=per)
 
+    def cispo(ratio: Ratio, per: Reduction) -> Objective:
+        return cispo_surrogate(cap=1 + high if cap is None else cap, ratio=ratio, per=per)
 
-Surrogate = Callable[[PolicyOptions, Ratio, Reduction], Objective]
-
-
-def _clipped(o: PolicyOptions, ratio: Ratio, per: Reduction) -> Objective:
-    return clipped_surrogate(epsilon=o.epsilon, epsilon_high=o.epsilon_high, delta=o.delta, ratio=ratio, per=per)
-
-
-def _cispo(o: PolicyOptions, ratio: Ratio, per: Reduction) -> Objective:
-    high = o.epsilon if o.epsilon_high is None else o.epsilon_high
-    return cispo_surrogate(cap=1 + high if o.cap is None else o.cap, ratio=ratio, per=per)
-
-
-def _sapo(o: PolicyOptions, ratio: Ratio, per: Reduction) -> Objective:
-    positive, negative = o.sapo_temperatures
-    return sapo_surrogate(temperature_positive=positive, temperature_negative=negative, ratio=ratio, per=per)
-
-
-def _vespo(o: PolicyOptions, ratio: Ratio, per: Reduction) -> Objective:
-    return vespo_surrogate(positive=o.vespo_positive, negative=o.vespo_negative, per=per)
-
-
-def _reinforce(o: PolicyOptions, ratio: Ratio, per: Reduction) -> Objective:
-    return reinforce(per=per)
-
-
-def _always(reduction: Reduction) -> Callable[[PolicyOptions], Reduction]:
-    return lambda _: reduction
-
-
-GRPO_LOSSES: dict[str, tuple[Surrogate, Callable[[PolicyOptions], Reduction]]] = {
-    "grpo": (_clipped, _always(sequence_mean)),
-    "bnpo": (_clipped, _always(batch_mean)),
-    "dr_grpo": (_clipped, lambda o: fixed_length(o.max_completion_length)),
-    "dapo": (_clipped, _always(token_mean)),
-    "cispo": (_cispo, _always(token_mean)),
-    "luspo": (_clipped, _always(sequence_sum)),
-    "sapo": (_sapo, _always(sequence_mean)),
-    "vespo": (_vespo, _always(token_mean)),
-    "reinforce": (_reinforce, _always(sequence_sum)),
-}
-
-IMPORTANCE_LEVELS: dict[str, Ratio] = {"token": token_ratio, "sequence": sequence_ratio}
+    return {
+        "grpo": (clipped, sequence_mean),
+        "bnpo": (clipped, batch_mean),
+        "dr_grpo": (clipped, fixed_length(max_completion_length)),
+        "dapo": (clipped, token_mean),
+        "cispo": (cispo, token_mean),
+        "luspo": (clipped, sequence_sum),
+        "sapo": (lambda ratio, per: sapo_surrogate(temperatures=sapo_temperatures, ratio=ratio, per=per), sequence_mean),
+        "vespo": (lambda ratio, per: vespo_surrogate(exponents=vespo_exponents, per=per), token_mean),
+        "reinforce": (lambda ratio, per: reinforce(per=per), sequence_sum),
+    }
 
 
 def grpo(
@@ -103,42 +80,33 @@ def grpo(
     off_policy_threshold: float | None = None,
     **options: Any,
 ) -> Objective:
-    """Group-relative policy optimisation on `batch.advantages` (Shao et al., 2024, https://arxiv.org/abs/2402.03300).
+    """-min(ρA, clip(ρ, 1-ε, 1+ε_high)·A) + β·KL - entropy_coef·entropy on `batch.advantages`.
 
-    Surrogate + β·KL - entropy_coef·entropy. `batch.old_logps` may be None: the policy itself sampled. Watches `kl`,
-    `entropy` and the surrogate's clip ratios.
+    Group-relative policy optimization (Shao et al., 2024, https://arxiv.org/abs/2402.03300, eq. 3). `batch.old_logps` may be
+    None: then the policy itself sampled. Watches `kl`, `entropy` and the surrogate's clip ratios.
 
     Args:
-        loss_type: surrogate and reduction, a name of `GRPO_LOSSES`.
-        importance_level: one ratio per `token`, or per `sequence` (GSPO).
+        loss_type: a name of `policy_losses`.
+        importance_level: one ratio for each `token`, or for each `sequence` (GSPO).
         beta: weight of the KL to `batch.ref_logps`, which is needed only if this is not 0.
         correct_kl: multiply the KL by the importance ratio.
         top_entropy: only this share of tokens, those of highest entropy, gets the surrogate's gradient.
-        off_policy_threshold: drop completions with A < 0 that drifted further than this (nats per token).
-        options: fields of `PolicyOptions`.
+        entropy_coef: weight of the entropy bonus.
+        off_policy_threshold: drop completions with A < 0 whose policy drifted further than this (nats per token).
+        options: of `policy_losses`: epsilon, epsilon_high, delta, ...
 
     Raises:
-        InputError: unknown loss type or importance level.
+        InputError: an unknown name, or a hyper-parameter outside its range.
     """
-    chosen = PolicyOptions(**options)
     ratio = choose(IMPORTANCE_LEVELS, importance_level, "importance-level")
-    surrogate, reduction = choose(GRPO_LOSSES, loss_type, "loss-type")
-    per = reduction(chosen)
-    objective = surrogate(chosen, ratio, per)
-    if top_entropy < 1:
-        objective = gated(objective, high_entropy(top_entropy), needs={"entropy"})
-    if off_policy_threshold is not None:
-        objective = gated(objective, on_policy(off_policy_threshold), needs={"advantages"})
-    if beta:
-        objective += _penalty(beta, per, ratio if correct_kl else None)
-    if entropy_coef:
-        objective += -entropy_coef * entropy(name="entropy_bonus")
-    return objective + 0.0 * entropy()
-
-
-def _penalty(beta: float, per: Reduction, correction: Ratio | None) -> Objective:
-    """β·KL, reduced like the surrogate, and its token mean as the metric `kl`."""
-    return beta * kl(per=per, importance_corrected=correction, name="kl_penalty") + 0.0 * kl(importance_corrected=correction)
+    surrogate, per = choose(policy_losses(**options), loss_type, "loss-type")
+    divergence = partial(kl, importance_corrected=ratio if correct_kl else None)
+    return (
+        gated(surrogate(ratio, per), high_entropy(top_entropy), on_policy(off_policy_threshold))
+        + (beta * divergence(per=per, name="kl_penalty") + 0.0 * divergence() if beta else NOTHING)
+        - (entropy_coef * entropy(name="entropy_bonus") if entropy_coef else NOTHING)
+        + 0.0 * entropy()
+    )
 
 
 def gspo(*, epsilon: float = 3e-4, epsilon_high: float = 4e-4, beta: float = 0.0, **options: Any) -> Objective:
@@ -165,6 +133,6 @@ def rloo(*, beta: float = 0.05, **options: Any) -> Objective:
     """-A·log π(y), the mean over completions of sums over tokens: REINFORCE (Williams, 1992).
 
     RLOO with `advantages.leave_one_out` (Ahmadian et al., 2024, https://arxiv.org/abs/2402.14740), REINFORCE with a mean
-    baseline with `advantages.batch_centred`. The KL is a term of its own, where the paper subtracts it from the reward.
+    baseline with `advantages.batch_centered`. The KL is a term of its own, where the paper subtracts it from the reward.
     """
     return grpo(loss_type="reinforce", beta=beta, **options)

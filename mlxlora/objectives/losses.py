@@ -1,7 +1,7 @@
-"""What a preference costs: (scores of the chosen [P], of the rejected [P]) -> [P].
+"""Losses of preferences: (scores of the chosen [P], of the rejected [P]) -> [P].
 
-c and r are the scores of a pair, σ the logistic function, ε label smoothing. Which score goes with which loss is up to
-`objectives`; the formulas name the paper's choice.
+c and r are the scores of a pair, σ is the logistic function, ε label smoothing. The methods in `preference` and `kto` choose the
+score that goes with a loss.
 """
 
 import math
@@ -14,7 +14,7 @@ from ..errors import InputError
 
 PairLoss = Callable[[mx.array, mx.array], mx.array]
 LabelLoss = Callable[[mx.array, mx.array], mx.array]
-"""(scores [S], label [S] bool) -> [S], what a completion that is good or bad on its own costs."""
+"""(scores [S], label [S] bool) -> [S], the loss of a completion that is good or bad on its own."""
 
 
 def sigmoid(*, beta: float, label_smoothing: float = 0.0, margin: float = 0.0) -> PairLoss:

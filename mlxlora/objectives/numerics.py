@@ -11,11 +11,9 @@ def log1mexp(x: mx.array) -> mx.array:
     """
     x = mx.minimum(x, -1e-7)
     near = x > -0.6931472  # -ln 2
-    at_near, at_far = mx.where(near, x, -1.0), mx.where(near, -1.0, x)  # each branch only sees what it can stand
+    at_near, at_far = mx.where(near, x, -1.0), mx.where(near, -1.0, x)  # so that no branch has an infinite gradient
     return mx.where(near, mx.log(-mx.expm1(at_near)), mx.log1p(-mx.exp(at_far)))
 
-
-# --- exponentials that stay finite ----------------------------------------------------------
 
 _STEEPEST, _SLOPE = 20.0, 485165195.40979  # e^20: its square is finite too, and so are norms of gradients
 

@@ -1,13 +1,13 @@
 """Objectives are weighted sums of named means, and they add: `nll() + 0.1 * kl()`."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import mlx.core as mx
 from attrs import field, frozen
 
 from ..batch import Batch, completions
+from .quantity import Function, Quantity, quantity
 
-Values = Callable[[mx.array, Batch], mx.array]
 Weights = Callable[[Batch], tuple[mx.array, mx.array]]
 Selection = Callable[[Batch], mx.array]
 Reduction = Callable[[Selection], Weights]
@@ -20,22 +20,21 @@ class Term:
 
     Attributes:
         name: key of the mean among the metrics.
-        values: (logps [N], batch) -> [N], [S] or [P]; the only part that sees the policy.
+        values: (logps [N], batch) -> [N], [S] or [P]; the only part that sees the policy. It declares the columns of the batch
+            that the term needs, those of the weights too.
         weights: batch -> (weights that broadcast to the values, count []); a function of the data alone.
-        needs: columns of the batch that the values read; whoever builds batches has to add them.
     """
 
     name: str
-    values: Values
+    values: Quantity = field(converter=quantity)
     weights: Weights
-    needs: frozenset[str] = field(default=frozenset(), converter=frozenset)
 
 
 @frozen
 class Objective:
     """Σ coefficient·term. Objectives form a vector space: add them, scale them.
 
-    A term whose coefficient is 0 is reported but not optimised.
+    A term with coefficient 0 is a metric: it is reported and not optimized.
     """
 
     terms: tuple[tuple[float, Term], ...]
@@ -48,18 +47,21 @@ class Objective:
     def __add__(self, other: "Objective") -> "Objective":
         return Objective(self.terms + other.terms)
 
+    def __sub__(self, other: "Objective") -> "Objective":
+        return self + -1.0 * other
+
     def __rmul__(self, scale: float) -> "Objective":
         return Objective(tuple((scale * c, t) for c, t in self.terms))
 
     @property
     def needs(self) -> frozenset[str]:
         """Columns of the batch that some term reads."""
-        return frozenset().union(*(t.needs for _, t in self.terms))
+        return frozenset().union(*(t.values.needs for _, t in self.terms))
 
     @property
     def optimizes(self) -> frozenset[str]:
-        """Columns that an optimised term reads."""
-        return frozenset().union(*(t.needs for c, t in self.terms if c))
+        """Columns that an optimized term reads."""
+        return frozenset().union(*(t.values.needs for c, t in self.terms if c))
 
     def counts(self, batch: Batch) -> Metrics:
         """Denominator of every term: a function of the data, so that batches and ranks can pool theirs."""
@@ -77,6 +79,10 @@ class Objective:
         return loss, {"loss": mx.stop_gradient(loss), **metrics}
 
 
+NOTHING = Objective(())
+"""The objective without terms: `objective + NOTHING` is the objective."""
+
+
 def weighted_sum(values: mx.array, weights: mx.array) -> mx.array:
     """Σ values·weights, where a weight of 0 silences even an infinite value, and its gradient.
 
@@ -87,19 +93,17 @@ def weighted_sum(values: mx.array, weights: mx.array) -> mx.array:
     return mx.where(weights != 0, values * weights, 0.0).sum()
 
 
-def term(name: str, values: Values, weights: Weights, *, needs: Iterable[str] = ()) -> Objective:
-    """An objective of one term with coefficient 1."""
-    return Objective(((1.0, Term(name, values, weights, needs)),))
+def term(name: str, values: Function, weights: Weights) -> Objective:
+    """An objective of one term with coefficient 1; see `Term`.
+
+    `values` may be a plain function; `reads` declares the columns that it needs beside the log-probabilities.
+    """
+    return Objective(((1.0, Term(name, values, weights)),))
 
 
-def watch(name: str, values: Values, weights: Weights, *, needs: Iterable[str] = ()) -> Objective:
-    """A metric: a term that weighs nothing."""
-    return 0.0 * term(name, values, weights, needs=needs)
-
-
-def unwatched(objective: Objective) -> Objective:
-    """The terms that are optimised, without the metrics."""
-    return Objective(tuple((c, t) for c, t in objective.terms if c))
+def watch(name: str, values: Function, weights: Weights) -> Objective:
+    """A metric: a term with coefficient 0."""
+    return 0.0 * term(name, values, weights)
 
 
 # --- how a selection of tokens becomes (weights, count) -----------------------------------

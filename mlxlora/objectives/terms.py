@@ -1,14 +1,15 @@
 """Named means of log-probabilities: the vocabulary that objectives are written in."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import attrs
 import mlx.core as mx
 
 from ..batch import Batch, column, completions, halves, token_sum
 from .losses import LabelLoss, PairLoss
-from .objective import Objective, Reduction, Selection, Term, Values, Weights, per_pair, sequence_count, term, token_mean, watch
-from .scores import Score
+from .objective import Objective, Reduction, Selection, Term, Weights, per_pair, sequence_count, term, token_mean, watch
+from .quantity import Quantity, reads
+from .scores import Score, sum_logps
 
 PairWeight = Callable[[Batch], mx.array]
 
@@ -28,13 +29,13 @@ def dft(*, of: Selection = completions, per: Reduction = token_mean, name: str =
 
 
 def entropy(*, of: Selection = completions, per: Reduction = token_mean, name: str = "entropy") -> Objective:
-    """-Σ_v π(v)·log π(v), the mean over tokens, in nats; subtract it for a bonus: `... + -0.01 * entropy()`."""
-    return term(name, lambda logps, batch: column(batch, "entropy"), per(of), needs={"entropy"})
+    """-Σ_v π(v)·log π(v), the mean over tokens, in nats; subtract it for a bonus: `... - 0.01 * entropy()`."""
+    return term(name, reads("entropy")(lambda logps, batch: column(batch, "entropy")), per(of))
 
 
 def divergence(*, of: Selection = completions, per: Reduction = token_mean, name: str = "divergence") -> Objective:
-    """D(teacher, π) over the whole vocabulary at each token, the mean over tokens, in nats; which D is up to the scorer."""
-    return term(name, lambda logps, batch: column(batch, "divergence"), per(of), needs={"divergence"})
+    """D(teacher, π) over the whole vocabulary at each token, the mean over tokens, in nats; the scorer decides which D."""
+    return term(name, reads("divergence")(lambda logps, batch: column(batch, "divergence")), per(of))
 
 
 # --- preferences ----------------------------------------------------------------------------
@@ -44,14 +45,14 @@ def preference(score: Score, loss: PairLoss, *, name: str = "preference", weight
     """`loss` of the scores of each (chosen, rejected) pair, the mean over pairs.
 
     Args:
-        weight: batch -> [P], what each pair's loss is multiplied with; the count stays P.
+        weight: batch -> [P], factor of each pair's loss; the count stays P.
     """
 
     def weights(batch: Batch) -> tuple[mx.array, mx.array]:
         ones, pairs = per_pair(batch)
         return ones if weight is None else weight(batch), pairs
 
-    return term(name, lambda logps, batch: loss(*halves(score(logps, batch))), weights, needs=score.needs)
+    return term(name, reads(*score.needs)(lambda logps, batch: loss(*halves(score(logps, batch)))), weights)
 
 
 def preference_score(batch: Batch) -> mx.array:
@@ -78,12 +79,12 @@ def pair_logps(score: Score) -> Objective:
 
 
 def exploration(*, name: str = "exploration") -> Objective:
-    """log π(y) of the completions that the reference sampled, the mean over pairs: minimised, it leads away from them (XPO)."""
+    """log π(y) of the completions that the reference sampled, the mean over pairs; minimizing it moves the policy away (XPO)."""
 
     def weights(batch: Batch) -> tuple[mx.array, mx.array]:
         return column(batch, "from_reference"), per_pair(batch)[1]
 
-    return term(name, lambda logps, batch: token_sum(logps, batch), weights, needs={"from_reference"})
+    return term(name, reads("from_reference")(sum_logps), weights)
 
 
 def watch_pairs(name: str, score: Score, loss: PairLoss) -> Objective:
@@ -95,29 +96,29 @@ def watch_pairs(name: str, score: Score, loss: PairLoss) -> Objective:
 
 
 def judgment(
-    score: Score, loss: LabelLoss, *, desirable_weight: float = 1.0, undesirable_weight: float = 1.0, name: str = "judgement"
+    score: Score, loss: LabelLoss, *, desirable_weight: float = 1.0, undesirable_weight: float = 1.0, name: str = "judgment"
 ) -> Objective:
     """`loss` of the score of each completion and its label, times the weight of the label, the mean over completions."""
 
     def weights(batch: Batch) -> tuple[mx.array, mx.array]:
         return mx.where(column(batch, "label"), desirable_weight, undesirable_weight), sequence_count(batch)
 
+    @reads("label", *score.needs)
     def values(logps: mx.array, batch: Batch) -> mx.array:
         return loss(score(logps, batch), column(batch, "label"))
 
-    return term(name, values, weights, needs={*score.needs, "label"})
+    return term(name, values, weights)
 
 
 def watch_labels(name: str, score: Score, *, scale: float = 1.0) -> Objective:
     """Watches scale·score: `name`/chosen, the mean over the desirable completions, and `name`/rejected, over the others."""
 
+    @reads("label", *score.needs)
     def values(logps: mx.array, batch: Batch) -> mx.array:
         return scale * score(logps, batch)
 
-    needs = {*score.needs, "label"}
-    return watch(f"{name}/chosen", values, per_label(desirable=True), needs=needs) + watch(
-        f"{name}/rejected", values, per_label(desirable=False), needs=needs
-    )
+    desirable, undesirable = per_label(desirable=True), per_label(desirable=False)
+    return watch(f"{name}/chosen", values, desirable) + watch(f"{name}/rejected", values, undesirable)
 
 
 def per_label(*, desirable: bool) -> Weights:
@@ -133,25 +134,29 @@ def per_label(*, desirable: bool) -> Weights:
 # --- gates: factors of the values that carry no gradient --------------------------------------
 
 
-def gated(objective: Objective, gate: Values, *, needs: Iterable[str] = ()) -> Objective:
-    """The values of every optimised term times sg(gate); counts and metrics stay as they are.
+def gated(objective: Objective, *gates: Quantity | None) -> Objective:
+    """The values of every optimized term times sg(gate), for each gate; counts and metrics stay as they are.
 
     Args:
-        gate: (logps [N], batch) -> what broadcasts to the values: [N], [S] or [P].
-        needs: columns of the batch that `gate` reads.
+        gates: [N], [S] or [P], whatever broadcasts to the values; None is no gate.
     """
-
-    def through(t: Term) -> Term:
-        def values(logps: mx.array, batch: Batch) -> mx.array:
-            return mx.stop_gradient(gate(logps, batch)) * t.values(logps, batch)
-
-        return attrs.evolve(t, values=values, needs=t.needs | set(needs))
-
-    return Objective(tuple((c, through(t) if c else t) for c, t in objective.terms))
+    for gate in gates:
+        if gate is not None:
+            objective = Objective(tuple((c, _through(gate, t) if c else t) for c, t in objective.terms))
+    return objective
 
 
+def _through(gate: Quantity, t: Term) -> Term:
+    @reads(*gate.needs, *t.values.needs)
+    def values(logps: mx.array, batch: Batch) -> mx.array:
+        return mx.stop_gradient(gate(logps, batch)) * t.values(logps, batch)
+
+    return attrs.evolve(t, values=values)
+
+
+@reads("log_sum_sq_probs")
 def confidence(logps: mx.array, batch: Batch) -> mx.array:
-    """[P]: w(chosen)·w(rejected), w = exp(mean_t(log π(y_t) - log Σ_v π(v)²)), how much the policy would say it itself.
+    """[P]: w(chosen)·w(rejected), w = exp(mean_t(log π(y_t) - log Σ_v π(v)²)): how likely the policy itself writes the pair.
 
     WPO with sampled alignment (Zhou et al., 2024, https://arxiv.org/abs/2406.11827, eq. 2).
     """

@@ -163,20 +163,20 @@ def with_advantages(context: Context, how: Rollouts, groups: Sequence[Group]) ->
     """Every completion with its advantage."""
     flat = [completion for group in groups for completion in group.completions]
     examples = [sequence(group.prompt, c, how) for group in groups for c in group.completions]
-    advantages = _advantages(context, how, np.stack([g.rewards for g in groups]).astype(np.float32))
+    advantages = _advantages(context, how, np.stack([g.rewards for g in groups]))
     numbers = np.arange(len(examples)).reshape(len(groups), -1).tolist() if context.share else ()
-    batch = collate(examples, groups=numbers, advantages=advantages.reshape(-1))
+    batch = collate(examples, groups=numbers, advantages=mx.array(advantages.reshape(-1).astype(np.float32)))
     if how.keep_logps:
         kept = np.concatenate([c.logps[e.loss_mask[-len(c.logps) :]] for c, e in zip(flat, examples, strict=True)])
         batch = batch._replace(old_logps=mx.array(np.pad(kept, (0, batch.targets.size - kept.size))))
     return batch, examples, tuple(map(tuple, numbers)) if batch.prefix is not None else singles(len(examples))
 
 
-def _advantages(context: Context, how: Rollouts, rewards: np.ndarray) -> mx.array:
+def _advantages(context: Context, how: Rollouts, rewards: np.ndarray) -> np.ndarray:
     """[own prompts, G]: an advantage may depend on the rewards of the whole batch."""
     parts = context.ranks.gathered(rewards)
     start = sum(map(len, parts[: context.ranks.rank]))
-    return how.advantage(mx.array(np.concatenate(parts)))[start : start + len(rewards)]
+    return how.advantage(np.concatenate(parts))[start : start + len(rewards)]
 
 
 def _rolled(context: Context, how: Rollouts, items: Sequence[Prompt], place: tuple[int, int]) -> list[Group]:
@@ -270,7 +270,7 @@ def sequence(prompt: Prompt, completion: Completion | None, how: Rollouts) -> Ex
 
 
 def _silent(group: Group) -> bool:
-    return bool(no_signal(mx.array(group.rewards.astype(np.float32))[None])[0].item())
+    return bool(no_signal(group.rewards[None])[0])
 
 
 def _measures(how: Rollouts, rewards: np.ndarray, parts: np.ndarray) -> dict[str, float]:

@@ -15,7 +15,7 @@ from ..data.tokenize import Example
 from ..distributed.ranks import Ranks
 from ..distributed.sharded_files import Sliced, stored
 from ..errors import InputError, LostError, SharedError
-from ..objectives.cross_row import coupled
+from ..objectives.cross_row import compares_rows
 from ..objectives.objective import Objective
 from ..utils.rng import random_key, restore_random_key
 from .checkpoint import FOLDER, Progress, at_best, initial
@@ -35,7 +35,7 @@ def check_ranks(ranks: Ranks, objective: Objective, examples: Iterable[Example])
     """
     if ranks.size == 1:
         return
-    if names := coupled(objective):
+    if names := compares_rows(objective):
         remedy = "use one process, or another loss (for bnpo dapo, which is the same with one batch a step)"
         refused = InputError if ranks.leads else SharedError
         raise refused(f"{', '.join(names)}: this term compares the rows of a batch, which {ranks.size} ranks share; {remedy}")

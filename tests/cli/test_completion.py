@@ -12,16 +12,17 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from mlxlora.config import options as config
-from mlxlora.objectives.grpo import GRPO_LOSSES
-from mlxlora.objectives.preference import DPO_LOSSES
+from mlxlora.objectives.grpo import grpo
+from mlxlora.objectives.preference import dpo
 from mlxlora.rollouts.reward_functions import BUILT_IN
+from tests.support.loss_types import loss_types
 
 COMMANDS = get_command(app).commands
 
 
 @pytest.mark.parametrize(
     ("group", "names"),
-    [("DPOOptions", [*DPO_LOSSES, "nll"]), ("OnlineDPOOptions", [*DPO_LOSSES, "nll"]), ("GRPOOptions", [*GRPO_LOSSES])],
+    [("DPOOptions", loss_types(dpo)), ("OnlineDPOOptions", loss_types(dpo)), ("GRPOOptions", loss_types(grpo))],
 )
 def test_names_are_those_of_the_code(group, names):
     assert list(NAMES[group, "loss_type"]) == names

@@ -20,7 +20,7 @@ import pytest
 from mlxlora import objectives
 from mlxlora.distributed.ranks import ALONE, Ranks
 from mlxlora.errors import InputError
-from mlxlora.objectives.cross_row import coupled
+from mlxlora.objectives.cross_row import compares_rows
 from mlxlora.objectives.objective import batch_mean, token_mean
 from mlxlora.objectives.terms import nll
 from mlxlora.starter import data_path, model_path
@@ -329,7 +329,7 @@ def test_every_item_is_somebodys(size):
 
 @pytest.mark.parametrize("name", objectives.__all__)
 def test_published_objectives_can_be_shared(name):
-    assert coupled(getattr(objectives, name)()) == []
+    assert compares_rows(getattr(objectives, name)()) == []
 
 
 @pytest.mark.parametrize(
@@ -344,7 +344,7 @@ def test_published_objectives_can_be_shared(name):
     ],
 )
 def test_terms_that_compare_rows_are_found(objective, terms):
-    assert coupled(objective) == terms
+    assert compares_rows(objective) == terms
 
 
 def test_a_rank_that_finds_no_others_does_not_train_alone(tmp_path):

@@ -13,7 +13,16 @@ import mlxlora
 
 MODULES = sorted(m.name.removeprefix("mlxlora.") for m in pkgutil.walk_packages(mlxlora.__path__, "mlxlora."))
 PURE = (
-    *("objectives.losses", "objectives.advantages", "objectives.objective", "objectives.preference", "config.config_file"),
+    *(
+        "objectives.losses",
+        "objectives.advantages",
+        "objectives.objective",
+        "objectives.mixture",
+        "objectives.links",
+        "objectives.quantity",
+        "objectives.cross_row",
+        "config.config_file",
+    ),
     *("data.messages", "data.chat_template", "data.formats", "data.rows", "data.batching", "reporting.text", "errors"),
 )
 """Modules whose functions are shown at work in doctests."""

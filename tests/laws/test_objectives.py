@@ -10,13 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxlora.errors import InputError
-from mlxlora.objectives.grpo import GRPO_LOSSES, IMPORTANCE_LEVELS, PolicyOptions, cispo, dapo, dr_grpo, grpo, gspo
-from mlxlora.objectives.objective import Objective, token_mean, unwatched, watch
-from mlxlora.objectives.preference import CPO_LOSSES, DIVERGENCES, DPO_LOSSES, KTO_SCORES, cpo, dpo, kto, orpo, simpo, xpo
+from mlxlora.objectives.grpo import IMPORTANCE_LEVELS, cispo, dapo, dr_grpo, grpo, gspo, policy_losses
+from mlxlora.objectives.kto import KTO_SCORES, kto
+from mlxlora.objectives.links import F_DIVERGENCES
+from mlxlora.objectives.objective import Objective, token_mean, watch
+from mlxlora.objectives.preference import cpo, dpo, orpo, simpo, xpo
 from mlxlora.objectives.supervised import SFT_LOSSES, distill, sft
 from mlxlora.objectives.surrogates import kl, reinforce
 from mlxlora.objectives.terms import entropy, nll
-from tests.support.random_batches import Row, build, by_row, gradient, rows, swapped
+from tests.support.loss_types import loss_types
+from tests.support.random_batches import Row, build, by_row, gradient, rows, swapped, unwatched
+
+GRPO_LOSSES = loss_types(grpo)
 
 SMOOTHED = {"exo_pair": 0.1, "robust": 0.1, "sigmoid": 0.1}
 GRPO = {
@@ -27,13 +32,13 @@ GRPO = {
 OBJECTIVES: dict[str, Objective] = {
     "distill": distill(nll_weight=0.5),
     **{f"sft:{name}": sft(loss_type=name) for name in SFT_LOSSES},
-    **{f"dpo:{name}": dpo(loss_type=name, label_smoothing=SMOOTHED.get(name, 0.0)) for name in DPO_LOSSES},
-    **{f"dpo:f:{name}": dpo(f_divergence=name) for name in DIVERGENCES},
+    **{f"dpo:{name}": dpo(loss_type=name, label_smoothing=SMOOTHED.get(name, 0.0)) for name in loss_types(dpo) if name != "nll"},
+    **{f"dpo:f:{name}": dpo(f_divergence=name) for name in F_DIVERGENCES},
     "dpo:ld": dpo(ld_alpha=0.3),
     "dpo:ld:ipo": dpo(loss_type="ipo", ld_alpha=0.3),
     "dpo:wpo": dpo(wpo=True),
     "dpo:mpo": dpo(loss_type="0.8*sigmoid+0.2*bco_pair+1.0*nll", wpo=True),
-    **{f"cpo:{name}": cpo(loss_type=name) for name in CPO_LOSSES},
+    **{f"cpo:{name}": cpo(loss_type=name) for name in loss_types(cpo)},
     "xpo": xpo(alpha=0.2),
     "simpo": simpo(),
     "alphapo": simpo(reward_alpha=0.25),
@@ -51,7 +56,7 @@ OBJECTIVES: dict[str, Objective] = {
     "dapo": dapo(),
     "cispo": cispo(),
 }
-OF_THE_WHOLE_BATCH = {  # these are defined on a batch, so pieces of it are another thing
+OF_THE_WHOLE_BATCH = {  # these are defined on a batch, so its parts are something else
     "dpo:aot": "sorts over the batch",
     "dpo:aot_unpaired": "sorts over the batch",
     "grpo:bnpo:token": "token mean of each micro-batch",
@@ -260,7 +265,7 @@ def test_dpo_at_its_reference_is_log_two(name: str) -> None:
 def test_on_policy_gradient_is_reinforce(name: str, level: str, known: bool) -> None:
     logps, batch = build(rows(8), filler=2)
     batch = batch._replace(old_logps=logps if known else None)
-    reduction = GRPO_LOSSES[name][1](PolicyOptions())
+    _, reduction = policy_losses()[name]
     _, grad = gradient(grpo(loss_type=name, importance_level=level, beta=0.0), logps, batch)
     near(grad, gradient(reinforce(per=reduction), logps, batch)[1])
 

@@ -19,6 +19,7 @@ from mlxlora.models.grad_checkpoint import checkpointed
 from mlxlora.objectives.grpo import grpo
 from mlxlora.objectives.objective import Objective, by_token, term, token_mean
 from mlxlora.objectives.preference import dpo, orpo
+from mlxlora.objectives.quantity import reads
 from mlxlora.objectives.supervised import sft
 from mlxlora.objectives.terms import entropy
 from mlxlora.training.step import make_step
@@ -255,7 +256,7 @@ def test_checkpointing_leaves_randomness_alone_in_evaluation() -> None:
 def weighted() -> Objective:
     """-log π(y), each sequence times its advantage: a batch can make the loss anything."""
     return term(
-        "nll", lambda logps, batch: -logps * by_token(column(batch, "advantages"), batch), token_mean(), needs={"advantages"}
+        "nll", reads("advantages")(lambda logps, batch: -logps * by_token(column(batch, "advantages"), batch)), token_mean()
     )
 
 

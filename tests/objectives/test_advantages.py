@@ -12,14 +12,15 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from mlxlora.objectives import advantages as adv
 from mlxlora.rollouts.rewards import combine
+from tests.support.advantages import batch_scaled, decoupled
 
 GOLDENS = Path(__file__).resolve().parents[3] / "shared" / "parity" / "loss_goldens.json"
-GROUP_WISE = (adv.centered, adv.group_relative, adv.batch_scaled, adv.leave_one_out)
+GROUP_WISE = (adv.centered, adv.group_relative, batch_scaled, adv.leave_one_out)
 ALL = (*GROUP_WISE, adv.batch_centered)
 NAN = float("nan")
 
 # scale_rewards in TRL -> ours
-SCALED = {"group": adv.group_relative, "batch": adv.batch_scaled, "none": adv.centered}
+SCALED = {"group": adv.group_relative, "batch": batch_scaled, "none": adv.centered}
 
 
 def cases():
@@ -33,7 +34,7 @@ def ours(case) -> np.ndarray:
     group = (-1, case["num_generations"])
     if "multi_objective_aggregation" in case["config"]:
         slices = mx.array(rewards.astype(np.float32)).reshape(len(rewards), *group)
-        return np.array(adv.decoupled(slices, mx.array(weights))).ravel()
+        return np.array(decoupled(slices, mx.array(weights))).ravel()
     total = mx.array(combine(rewards, weights).astype(np.float32)).reshape(group)
     return np.array(SCALED[case["config"].get("scale_rewards", "group")](total)).ravel()
 
@@ -65,14 +66,14 @@ def test_by_hand():
     assert adv.leave_one_out(rewards).tolist() == [[1.5, -1.5, 0], [0, 0, 0]]
     np.testing.assert_allclose(adv.batch_centered(rewards), [[-0.2, -2.2, -1.2], [1.8, 1.8, 0]], rtol=1e-6)
     deviation = np.std([3, 1, 2, 5, 5], ddof=1)
-    np.testing.assert_allclose(adv.batch_scaled(rewards, eps=0.0), [[1 / deviation, -1 / deviation, 0], [0, 0, 0]], rtol=1e-6)
+    np.testing.assert_allclose(batch_scaled(rewards, eps=0.0), [[1 / deviation, -1 / deviation, 0], [0, 0, 0]], rtol=1e-6)
 
 
 def test_decoupled_gives_every_function_its_scale():
     a, b = [[0.0, 1.0, 0.0, 1.0], [1.0, 0.5, 0.0, 0.0]], [[0.3, 0.2, 0.1, 0.9], [0.4, 0.1, 0.2, 0.3]]
     weights = mx.array([1.0, 0.5])
-    once = adv.decoupled(mx.array([a, b]), weights, eps=0.0)
-    np.testing.assert_allclose(adv.decoupled(mx.array([a, (100 * np.array(b)).tolist()]), weights, eps=0.0), once, rtol=1e-4)
+    once = decoupled(mx.array([a, b]), weights, eps=0.0)
+    np.testing.assert_allclose(decoupled(mx.array([a, (100 * np.array(b)).tolist()]), weights, eps=0.0), once, rtol=1e-4)
     np.testing.assert_allclose(np.std(np.array(once), ddof=1), 1.0, rtol=1e-5)
 
 

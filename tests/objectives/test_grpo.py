@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from mlxlora.batch import Batch
-from mlxlora.objectives.advantages import BASELINES, SCALES, advantage, batch_scaled, centered, group_relative
+from mlxlora.objectives.advantages import BASELINES, SCALES, advantage, centered, group_relative
 from mlxlora.objectives.grpo import rloo
+from tests.support.advantages import batch_scaled
 
 REWARDS = np.array([1.0, -0.5, 3.0], np.float32)
 LOGITS = np.array([0.3, -1.0, 0.8], np.float32)
@@ -54,7 +55,7 @@ def expected_gradient(baseline: str, prompts: int, group: int) -> np.ndarray:
     total = np.zeros(3)
     for tokens in product(range(3), repeat=prompts * group):
         rewards = mx.array(REWARDS[list(tokens)].reshape(prompts, group))
-        batch = batch_of(tokens, advantage(baseline, "none")(rewards))
+        batch = batch_of(tokens, mx.array(advantage(baseline, "none")(rewards).astype(np.float32)))
 
         def loss(logits: mx.array, batch: Batch = batch) -> mx.array:
             return rloo(beta=0.0)((logits - mx.logsumexp(logits))[batch.targets], batch)[0]
@@ -69,7 +70,7 @@ def expected_gradient(baseline: str, prompts: int, group: int) -> np.ndarray:
         ("leave_one_out", 1, 2, 1.0),
         ("leave_one_out", 1, 3, 1.0),
         ("leave_one_out", 2, 2, 1.0),
-        ("group", 1, 3, 2 / 3),  # a mean that holds the reward itself takes 1/G of it away
+        ("group", 1, 3, 2 / 3),  # a mean that includes the reward itself takes 1/G of it away
         ("batch", 2, 2, 3 / 4),
         ("batch", 3, 1, 2 / 3),
     ],

@@ -4,8 +4,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxlora.batch import Batch, chosen, chosen_rows, completions, everything, token_offsets, rejected, token_sum
+from mlxlora.batch import Batch, chosen, chosen_rows, completions, everything, rejected, token_offsets, token_sum
 from mlxlora.objectives.objective import (
+    NOTHING,
     Objective,
     Reduction,
     batch_mean,
@@ -15,13 +16,13 @@ from mlxlora.objectives.objective import (
     sequence_sum,
     term,
     token_mean,
-    unwatched,
     watch,
     weighted_sum,
 )
 from mlxlora.objectives.preference import orpo
+from mlxlora.objectives.quantity import reads
 from mlxlora.objectives.terms import gated, nll, preference_score
-from tests.support.random_batches import build, rows
+from tests.support.random_batches import build, rows, unwatched
 
 LOGPS = mx.array([-1.0, -2.0, -3.0, -4.0, -50.0])
 TWO = Batch(  # lengths 3 and 1, then a token of filler
@@ -84,7 +85,8 @@ def test_batch_means_average_over_the_batches_of_a_step() -> None:
 
 def test_a_vector_space() -> None:
     f, g = nll(name="f"), nll(name="g", per=sequence_mean)
-    loss, metrics = (2 * (f + 0.5 * g))(LOGPS, TWO)
+    assert (f - 0.5 * g)(LOGPS, TWO)[0].item() == pytest.approx(2.5 - 1.5)
+    loss, metrics = (2 * (f + 0.5 * g + NOTHING))(LOGPS, TWO)
     assert {k: v.item() for k, v in metrics.items()} == pytest.approx({"loss": 5 + 3, "f": 2.5, "g": 3.0})
     assert loss.item() == pytest.approx(8)
 
@@ -95,7 +97,7 @@ def test_terms_need_names_of_their_own() -> None:
 
 
 def test_a_metric_is_reported_and_not_optimized() -> None:
-    objective = nll() + watch("shame", lambda logps, batch: -1e9 * logps, token_mean(), needs={"entropy"})
+    objective = nll() + watch("shame", reads("entropy")(lambda logps, batch: -1e9 * logps), token_mean())
     loss, metrics = objective(LOGPS, TWO)
     assert loss.item() == metrics["nll"].item() == 2.5
     assert metrics["shame"].item() > 1e9
@@ -118,7 +120,7 @@ def test_no_tokens_are_no_loss() -> None:
 
 
 def test_a_gate_scales_values_and_has_no_gradient() -> None:
-    gate = gated(nll() + 0.0 * nll(name="watched"), lambda logps, batch: 0.5 * logps, needs={"entropy"})
+    gate = gated(nll() + 0.0 * nll(name="watched"), reads("entropy")(lambda logps, batch: 0.5 * logps))
     loss, metrics = gate(LOGPS, TWO)
     assert loss.item() == pytest.approx(-0.5 * (1 + 4 + 9 + 16) / 4)
     assert metrics["watched"].item() == 2.5

@@ -8,8 +8,9 @@ import pytest
 
 from mlxlora.batch import Batch
 from mlxlora.objectives import losses
+from mlxlora.objectives.kto import kto
 from mlxlora.objectives.objective import Objective
-from mlxlora.objectives.preference import cpo, dpo, kto, orpo
+from mlxlora.objectives.preference import cpo, dpo, orpo
 from mlxlora.objectives.scores import log_odds, log_ratio
 from tests.support.goldens import GOLDENS, cases, close, evaluate, flat_batch, grid, present, values
 

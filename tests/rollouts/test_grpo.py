@@ -22,6 +22,7 @@ from mlxlora.rollouts.rewards import NamedReward
 from mlxlora.rollouts.sampling import Sampling
 from mlxlora.rollouts.source import Rollouts, prompts
 from tests.support.loss_types import loss_types
+from tests.support.loss_types import loss_types
 from tests.support.paths import Outcome
 from tests.training.test_resume import stop
 

@@ -20,13 +20,14 @@ from mlxlora.data.batching import Make, MicroBatch
 from mlxlora.data.rows import Row
 from mlxlora.data.sources import Context
 from mlxlora.models.logprobs import scorer
-from mlxlora.objectives.advantages import SCALES, advantage, batch_scaled, centered, group_relative
+from mlxlora.objectives.advantages import SCALES, advantage, centered, group_relative
 from mlxlora.objectives.grpo import grpo
 from mlxlora.rollouts.kv_cache import Route, find_route
 from mlxlora.rollouts.rewards import NamedReward, combine
 from mlxlora.rollouts.sampling import Sampling
 from mlxlora.rollouts.source import Rollouts, prompts
 from mlxlora.training.reference import referenced
+from tests.support.advantages import batch_scaled
 from tests.support.tiny import byte_tokenizer, loss_and_gradient, shaken
 
 TEXTS = ("ab", "what is 2 + 3?", "hello, world", "z")
@@ -226,8 +227,8 @@ def test_any_rewards(loaded: Any, answers: list[list[float | None]]) -> None:
     make, items = source(loaded, None, TEXTS[:2], rewards=rewards, tokens=2)
     micro = make(items, 0)
     matrix = np.array(answers, float)
-    total = mx.array(combine(matrix, [r.weight for r in rewards]).reshape(2, 4).astype(np.float32))
-    np.testing.assert_array_equal(np.array(micro.batch.advantages), np.array(group_relative(total)).ravel())
+    total = combine(matrix, [r.weight for r in rewards]).reshape(2, 4)
+    np.testing.assert_array_equal(np.array(micro.batch.advantages), group_relative(total).ravel().astype(np.float32))
     assert np.isfinite(list(micro.metrics.values())).all()
     assert micro.metrics.keys() == METRICS - {"rewards/spread/mean", "rewards/spread/std"} | {
         f"rewards/r{k}/{kind}" for k in range(len(rewards)) for kind in ("mean", "std")

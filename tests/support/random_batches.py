@@ -14,7 +14,7 @@ TOKEN_COLUMNS = ("ref_logps", "old_logps", "entropy", "log_sum_sq_probs", "diver
 
 @frozen(eq=False)
 class Row:
-    """One sequence: what is known of each of its scored tokens, and of itself."""
+    """One sequence: the columns of its trained tokens, and its own."""
 
     columns: dict[str, np.ndarray]
     prompt: np.ndarray
@@ -58,7 +58,7 @@ def build(
     sizes = [len(rows[s].prompt) for s in order]
     batch = Batch(
         tokens=mx.zeros((len(rows), width), mx.int32),
-        location=flags([place * width + np.arange(n) for place, n in enumerate(sizes)], 0, mx.int32),
+        positions=flags([place * width + np.arange(n) for place, n in enumerate(sizes)], 0, mx.int32),
         targets=mx.zeros((sum(sizes) + filler,), mx.int32),
         sequence=flags([np.full(n, s) for s, n in zip(order, sizes, strict=True)], len(rows), mx.int32),
         lengths=mx.array([int((~row.prompt).sum()) for row in rows], mx.int32),
@@ -77,6 +77,11 @@ def swapped(rows: Sequence[Row], pairs: Sequence[int]) -> list[Row]:
     """The pairs of `rows` at these places, chosen first."""
     half = len(rows) // 2
     return [rows[p] for p in pairs] + [rows[half + p] for p in pairs]
+
+
+def unwatched(objective: Objective) -> Objective:
+    """The terms that are optimized, without the metrics."""
+    return Objective(tuple((c, t) for c, t in objective.terms if c))
 
 
 def gradient(objective: Objective, logps: mx.array, batch: Batch) -> tuple[float, np.ndarray]:

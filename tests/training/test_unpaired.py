@@ -20,7 +20,7 @@ from mlxlora.data.sources import Context
 from mlxlora.data.tokenize import Example
 from mlxlora.errors import InputError
 from mlxlora.models.logprobs import scorer
-from mlxlora.objectives.preference import kto
+from mlxlora.objectives.kto import kto
 from mlxlora.training.micro_batch import divided
 from mlxlora.training.unpaired import unpaired
 
