@@ -7,15 +7,17 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from ..errors import InputError, described, listed
-from .chat_template import common_prefix
+from .dialogue import check_answers, dialogue_prompt, divided, unweighted, weighted
 from .messages import Message, as_messages, as_tools, with_system
 from .rows import Row
 
 KEYS: Mapping[str, str] = {"text": "text", "messages": "messages", "prompt": "prompt", "completion": "completion"}
 """The names of the fields that --text-key, --messages-key, --prompt-key and --completion-key rename."""
+
+_TEMPLATE_FIELDS = ("tools", "functions", "chat_template_kwargs")  # what a row gives its chat template besides messages
 
 
 @frozen
@@ -35,6 +37,7 @@ class CompletionRecord:
     location: str
     system: str | None = None
     tools: list[Message] | None = None
+    template_args: Mapping[str, Any] | None = None
 
 
 @frozen
@@ -44,6 +47,7 @@ class ChatRecord:
     messages: list[Message]
     location: str
     tools: list[Message] | None = None
+    template_args: Mapping[str, Any] | None = None
 
 
 @frozen
@@ -57,6 +61,7 @@ class PairRecord:
     system: str | None = None
     tools: list[Message] | None = None
     preference_score: float | None = None
+    template_args: Mapping[str, Any] | None = None
 
 
 @frozen
@@ -76,6 +81,7 @@ class PromptRecord:
     location: str
     system: str | None = None
     tools: list[Message] | None = None
+    template_args: Mapping[str, Any] | None = None
 
 
 SupervisedRecord = TextRecord | CompletionRecord | ChatRecord
@@ -105,16 +111,24 @@ def supervised_record(row: Row, keys: Mapping[str, str] = KEYS) -> SupervisedRec
 def preference_record(row: Row, keys: Mapping[str, str] = KEYS) -> PairRecord:
     """The record of a preference row: chosen and rejected, and their prompt, a field of its own or their common beginning."""
     names = {**KEYS, **keys}
-    if not _has(row, "chosen", "rejected"):
+    row = _with_candidates(row)
+    if not {"chosen", "rejected"} <= row.fields.keys():
         raise _unrecognized(
             row, f"'{names['prompt']}' + 'chosen' + 'rejected', or 'chosen' + 'rejected' that start with the prompt"
         )
-    chosen, rejected = (_strings_or_messages(row, name) for name in ("chosen", "rejected"))
-    prompt, chosen, rejected = _pair(row, _preference_prompt(row, names), chosen, rejected)
-    system = _optional_string(row, "system")
-    if not isinstance(prompt, str):
+    chosen, rejected = (_answer(row, name) for name in ("chosen", "rejected"))
+    prompt, system = _preference_prompt(row, names), _optional_string(row, "system")
+    if isinstance(chosen, str) and isinstance(rejected, str) and (prompt is None or isinstance(prompt, str)):
+        start = dialogue_prompt(chosen, rejected, row.location) if prompt is None else 0
+        prompt, chosen, rejected = chosen[:start] if prompt is None else prompt, chosen[start:], rejected[start:]
+        for name, side in (("chosen", chosen), ("rejected", rejected)):
+            if not side:
+                raise _empty(row, name)
+    else:
+        sides = {"chosen": _as_turn(chosen, "assistant"), "rejected": _as_turn(rejected, "assistant")}
+        prompt, (chosen, rejected) = divided(_prompt_turns(prompt, sides), sides, row.location)
         prompt, system = with_system(prompt, system), None
-    return PairRecord(prompt, chosen, rejected, row.location, system, _tools(row), _score(row))
+    return PairRecord(prompt, chosen, rejected, row.location, system, _tools(row), _score(row), template_args=_arguments(row))
 
 
 def labeled_record(row: Row, keys: Mapping[str, str] = KEYS) -> LabeledRecord:
@@ -127,10 +141,9 @@ def labeled_record(row: Row, keys: Mapping[str, str] = KEYS) -> LabeledRecord:
         raise InputError(f"{row.location}: 'label' must be true or false, got {described(row.fields['label'])}")
     if isinstance(record, ChatRecord):
         if len(record.messages) < 2 or record.messages[-1]["role"] != "assistant":
-            raise InputError(
-                f"{row.location}: labeled messages must be a prompt and an assistant's answer; add an assistant message at the end"
-            )
-        record = CompletionRecord(record.messages[:-1], record.messages[-1:], row.location, tools=record.tools)
+            raise InputError(f"{row.location}: labeled messages must be a prompt and an assistant's answer; add the answer")
+        prompt, completion = unweighted(record.messages[:-1]), record.messages[-1:]
+        record = CompletionRecord(prompt, completion, row.location, None, record.tools, record.template_args)
     return LabeledRecord(record, row.fields["label"])
 
 
@@ -148,31 +161,33 @@ def prompt_record(row: Row, keys: Mapping[str, str] = KEYS) -> PromptRecord:
     if not prompt:
         raise InputError(f"{row.location}: '{field}' is empty; write a prompt or remove the row")
     if not isinstance(prompt, str):
-        prompt, system = with_system(prompt, system), None
-    columns = {name: value for name, value in row.fields.items() if name not in (field, "system", "tools")}
-    return PromptRecord(prompt, columns, row.location, system, _tools(row))
+        prompt, system = with_system(unweighted(prompt), system), None
+    columns = {name: value for name, value in row.fields.items() if name not in (field, "system", *_TEMPLATE_FIELDS)}
+    return PromptRecord(prompt, columns, row.location, system, _tools(row), _arguments(row))
 
 
 def _chat(row: Row, names: Mapping[str, str]) -> ChatRecord | None:
     field = next((name for name in (names["messages"], "conversations") if _has(row, name)), None)
     if field is None:
         return None
-    messages = as_messages(row.fields[field], row.location, field)
-    return ChatRecord(with_system(messages, _optional_string(row, "system")), row.location, _tools(row))
+    messages = weighted(as_messages(row.fields[field], row.location, field), row.location, field)
+    check_answers(messages, row.location, field)
+    return ChatRecord(with_system(messages, _optional_string(row, "system")), row.location, _tools(row), _arguments(row))
 
 
 def _completion(row: Row, names: Mapping[str, str]) -> CompletionRecord | None:
-    if not _has(row, names["prompt"], names["completion"]):
+    field = names["completion"]
+    if not _has(row, names["prompt"], field):
         return None
-    prompt, completion = (_strings_or_messages(row, names[name]) for name in ("prompt", "completion"))
+    prompt, completion = _strings_or_messages(row, names["prompt"]), _strings_or_messages(row, field)
     system = _optional_string(row, "system")
     if not completion:
-        raise InputError(f"{row.location}: '{names['completion']}' is empty; write a completion or remove the row")
+        raise _empty(row, field)
     if not isinstance(prompt, str) or not isinstance(completion, str):
-        prompt, completion = with_system(_as_turn(prompt, "user"), system), _as_turn(completion, "assistant")
-        _check_answers(row, completion, names["completion"])
-        system = None
-    return CompletionRecord(prompt, completion, row.location, system, _tools(row))
+        turns, sides = _as_turn(prompt, "user"), {field: _as_turn(completion, "assistant")}
+        prompt, (completion,) = divided(turns, sides, row.location)
+        prompt, system = with_system(prompt, system), None
+    return CompletionRecord(prompt, completion, row.location, system, _tools(row), _arguments(row))
 
 
 def _text(row: Row, names: Mapping[str, str]) -> TextRecord | None:
@@ -189,7 +204,7 @@ def _alpaca(row: Row, names: Mapping[str, str]) -> CompletionRecord | None:
         return None
     completion = _string(row, "output")
     if not completion:
-        raise InputError(f"{row.location}: 'output' is empty; write an answer or remove the row")
+        raise _empty(row, "output")
     return CompletionRecord(_alpaca_prompt(row), completion, row.location, _optional_string(row, "system"))
 
 
@@ -204,59 +219,47 @@ def _alpaca_prompt(row: Row) -> str:
     return f"{context}\n\n### Instruction:\n{instruction}\n\n### Input:\n{extra}\n\n### Response:"
 
 
+def _with_candidates(row: Row) -> Row:
+    """The row with `output`, a list of a better and a worse answer, as `chosen` and `rejected`."""
+    outputs = row.fields.get("output")
+    if not isinstance(outputs, list) or {"chosen", "rejected"} & row.fields.keys():
+        return row
+    if len(outputs) != 2:
+        raise InputError(f"{row.location}: 'output' must list two answers, the better one first, got {len(outputs)}")
+    rest = {name: value for name, value in row.fields.items() if name != "output"}
+    return evolve(row, fields=rest | dict(zip(("chosen", "rejected"), outputs, strict=True)))
+
+
 def _preference_prompt(row: Row, names: Mapping[str, str]) -> str | list[Message] | None:
-    field = next((name for name in (names["prompt"], names["messages"], "conversations") if _has(row, name)), None)
+    fields = (names["prompt"], names["messages"], "conversations")
+    field = next((name for name in fields if _has(row, name)), None)
     if field is not None:
         return _strings_or_messages(row, field)
-    return _alpaca_prompt(row) if _has(row, "instruction") else None
+    if _has(row, "instruction"):
+        return _alpaca_prompt(row)
+    return _string(row, "question") if _has(row, "question") else None  # as in Intel's orca_dpo_pairs
 
 
-def _pair(
-    row: Row, prompt: str | list[Message] | None, chosen: str | list[Message], rejected: str | list[Message]
-) -> tuple[str | list[Message], str | list[Message], str | list[Message]]:
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        if prompt is None:
-            return _split_dialogue(row, chosen, rejected)
-        if isinstance(prompt, str):
-            return prompt, chosen, rejected
-    return _message_pair(row, prompt, _as_turn(chosen, "assistant"), _as_turn(rejected, "assistant"))
-
-
-def _split_dialogue(row: Row, chosen: str, rejected: str) -> tuple[str, str, str]:
-    """Splits the full dialogues of HH-RLHF: the prompt ends at the last assistant header that both sides share."""
-    turn = "\n\nAssistant:"
-    last = chosen.rfind(turn, 0, common_prefix(chosen, rejected))
-    if last < 0:
-        raise InputError(
-            f"{row.location}: without 'prompt', 'chosen' and 'rejected' must begin alike, up to {turn!r}; add a 'prompt' field"
-        )
-    start = last + len(turn)
-    return chosen[:start], chosen[start:], rejected[start:]
-
-
-def _message_pair(
-    row: Row, prompt: str | list[Message] | None, chosen: list[Message], rejected: list[Message]
-) -> tuple[list[Message], list[Message], list[Message]]:
-    """Moves the common beginning of two conversations to the prompt, whether or not a `prompt` field repeats it."""
-    shared = min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
-    if isinstance(prompt, list):
-        shared = len(prompt) if chosen[: len(prompt)] == prompt and len(prompt) <= shared else 0
-    if shared:
-        prompt = chosen[:shared]
-    if prompt is None:
-        raise InputError(f"{row.location}: chosen and rejected share no first message; add a 'prompt' field")
-    for name, side in (("chosen", chosen), ("rejected", rejected)):
-        _check_answers(row, side[shared:], name)
-    return _as_turn(prompt, "user"), chosen[shared:], rejected[shared:]
+def _prompt_turns(prompt: str | list[Message] | None, sides: Mapping[str, list[Message]]) -> list[Message] | None:
+    """The prompt's messages; None for a string that conversations repeat, which may be its last message only."""
+    if not isinstance(prompt, str):
+        return prompt
+    whole = all(side[0]["role"] in ("system", "user") for side in sides.values())
+    return None if whole else _as_turn(prompt, "user")
 
 
 def _as_turn(value: str | list[Message], role: str) -> list[Message]:
     return [{"role": role, "content": value}] if isinstance(value, str) else value
 
 
-def _check_answers(row: Row, messages: list[Message], field: str) -> None:
-    if not any(message["role"] == "assistant" for message in messages):
-        raise InputError(f"{row.location}: '{field}' has no assistant message; roles found: {listed(m['role'] for m in messages)}")
+def _answer(row: Row, name: str) -> str | list[Message]:
+    if row.fields[name] is None:
+        raise _empty(row, name)
+    return _strings_or_messages(row, name)
+
+
+def _empty(row: Row, name: str) -> InputError:
+    return InputError(f"{row.location}: '{name}' is empty; write a completion or remove the row")
 
 
 def _has(row: Row, *names: str) -> bool:
@@ -281,12 +284,20 @@ def _strings_or_messages(row: Row, name: str) -> str | list[Message]:
     if isinstance(value, str):
         return value
     if isinstance(value, (list, dict)):
-        return as_messages(value, row.location, name)
+        return weighted(as_messages(value, row.location, name), row.location, name)
     raise InputError(f"{row.location}: '{name}' must be a string or a list of messages, got {described(value)}")
 
 
 def _tools(row: Row) -> list[Message] | None:
-    return as_tools(row.fields["tools"], row.location) if _has(row, "tools") else None
+    field = next((name for name in ("tools", "functions") if _has(row, name)), None)  # functions: OpenAI's former name
+    return None if field is None else as_tools(row.fields[field], row.location)
+
+
+def _arguments(row: Row) -> Mapping[str, Any] | None:
+    value = row.fields.get("chat_template_kwargs")
+    if value is not None and not isinstance(value, dict):
+        raise InputError(f"{row.location}: 'chat_template_kwargs' must be an object, got {described(value)}")
+    return value or None
 
 
 def _score(row: Row) -> float | None:

@@ -6,6 +6,7 @@ from typing import Any
 from attrs import frozen
 
 from ..errors import InputError
+from .dialogue import unweighted
 from .formats import (
     KEYS,
     ChatRecord,
@@ -91,10 +92,11 @@ def _prompt_and_answer(row: Row, keys: Mapping[str, str]) -> tuple[PromptRecord,
             raise InputError(f"{row.location}: plain text has no prompt; compare on rows with prompts, or with --prompt")
         case CompletionRecord() as record:
             return _as_prompt(record), record.completion
-        case ChatRecord(messages=messages, tools=tools):
+        case ChatRecord(messages=messages) as chat:
             last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
-            return PromptRecord(messages[:last], {}, row.location, tools=tools), messages[last:][:1]
+            prompt = unweighted(messages[:last])
+            return PromptRecord(prompt, {}, row.location, None, chat.tools, chat.template_args), messages[last:][:1]
 
 
 def _as_prompt(record: PairRecord | CompletionRecord) -> PromptRecord:
-    return PromptRecord(record.prompt, {}, record.location, record.system, record.tools)
+    return PromptRecord(record.prompt, {}, record.location, record.system, record.tools, record.template_args)

@@ -28,6 +28,7 @@ SHARED = Path(__file__).resolve().parents[3] / "shared"
 USER, ASSISTANT, OTHER = (
     {"role": role, "content": text} for role, text in (("user", "1+1?"), ("assistant", "2"), ("assistant", "3"))
 )
+OWN = {"role": "system", "content": "a"}
 SHAREGPT_USER = {"from": "human", "value": "1+1?"}
 
 
@@ -185,6 +186,50 @@ def test_prompt_rows_keep_columns() -> None:
         ),
         (preference_record, {"prompt": "a", "chosen": "b", "rejected": "c", "preference_score": float("nan")}, "finite number"),
         (preference_record, {"prompt": "a", "chosen": "b", "rejected": "c", "preference_score": True}, "got bool True"),
+        (
+            preference_record,
+            {"prompt": "a", "chosen": "", "rejected": "c"},
+            "'chosen' is empty; write a completion or remove the row",
+        ),
+        (preference_record, {"prompt": "a", "chosen": "b", "rejected": ""}, "'rejected' is empty; write a completion"),
+        (preference_record, {"prompt": "a", "chosen": "b", "rejected": None}, "'rejected' is empty; write a completion"),
+        (preference_record, {"prompt": [USER], "chosen": "", "rejected": [OTHER]}, "message 1 of 'chosen' is an empty answer"),
+        (
+            preference_record,
+            {"instruction": "a", "output": ["b", "c", "d"]},
+            "'output' must list two answers, the better one first, got 3",
+        ),
+        (
+            preference_record,
+            {"prompt": [USER], "chosen": [SHAREGPT_USER, ASSISTANT], "rejected": [{**USER, "content": "1+1 "}, OTHER]},
+            "'rejected' begins with a user message that is not the prompt's",
+        ),
+        (
+            preference_record,
+            {"prompt": [OWN, USER], "chosen": [{**OWN, "content": "b"}, USER, ASSISTANT], "rejected": [OTHER]},
+            "different system messages",
+        ),
+        (
+            supervised_record,
+            {"prompt": [USER], "completion": [{"role": "tool", "content": "3"}, ASSISTANT]},
+            "begins with a tool message",
+        ),
+        (
+            supervised_record,
+            {"messages": [USER, {"role": "assistant", "content": ""}]},
+            "message 2 of 'messages' is an empty answer; write one",
+        ),
+        (
+            supervised_record,
+            {"messages": [USER, {**ASSISTANT, "weight": 0.5}]},
+            "'weight' of message 2 of 'messages' must be 0 or 1",
+        ),
+        (supervised_record, {"messages": [USER, {**ASSISTANT, "train": "no"}]}, "false or true, got str 'no'"),
+        (
+            supervised_record,
+            {"messages": [USER, ASSISTANT], "chat_template_kwargs": "x"},
+            "'chat_template_kwargs' must be an object",
+        ),
         (labeled_record, {"prompt": "a", "completion": "b", "label": 1}, "'label' must be true or false, got int 1"),
         (labeled_record, {"prompt": "a", "completion": "b"}, "found completion, prompt"),
         (labeled_record, {"messages": [USER], "label": True}, "an assistant's answer"),
@@ -284,3 +329,92 @@ def test_every_row_of_the_real_data_is_read() -> None:
     for file in files:
         read = next((reader for name, reader in readers.items() if name in file.name), supervised_record)
         assert all(read(r) for r in read_rows(file))
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "now", "arguments": {}}}]}
+RESULT = {"role": "tool", "content": "12:00"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "side"),
+    [
+        ([USER], [SYSTEM, USER]),
+        ([SYSTEM, USER], [USER]),
+        ([SYSTEM, USER], [SYSTEM, USER]),
+        ([SYSTEM, USER], []),
+        ([SYSTEM, USER], [SYSTEM]),
+        ([USER], [SYSTEM]),
+        ("1+1?", [SYSTEM, USER]),
+    ],
+)
+def test_a_prompt_that_the_sides_repeat_is_there_once(prompt: Any, side: list[dict]) -> None:
+    """The system message too, whichever of them brings it."""
+    pair = preference_record(row(prompt=prompt, chosen=[*side, ASSISTANT], rejected=[*side, OTHER]))
+    assert (pair.prompt, pair.chosen, pair.rejected) == ([SYSTEM, USER], [ASSISTANT], [OTHER])
+    record = supervised_record(row(prompt=prompt, completion=[*side, ASSISTANT]))
+    assert isinstance(record, CompletionRecord)
+    assert (record.prompt, record.completion) == ([SYSTEM, USER], [ASSISTANT])
+    labels = labeled_record(row(prompt=prompt, completion=[*side, ASSISTANT], label=True))
+    assert (labels.completion.prompt, labels.completion.completion) == ([SYSTEM, USER], [ASSISTANT])
+
+
+def test_answers_that_begin_alike_keep_their_prompt() -> None:
+    """A prompt of its own is where completions start, also if both start with the same words."""
+    sides = {"chosen": [OTHER, USER, ASSISTANT], "rejected": [OTHER, USER, OTHER]}
+    for prompt in ("1+1?", [USER]):
+        record = preference_record(row(prompt=prompt, **sides))
+        assert (record.prompt, record.chosen, record.rejected) == ([USER], sides["chosen"], sides["rejected"])
+
+
+def test_a_tools_answer_may_begin_a_completion() -> None:
+    record = supervised_record(row(prompt=[USER, CALL], completion=[RESULT, ASSISTANT]))
+    assert isinstance(record, CompletionRecord) and record.completion == [RESULT, ASSISTANT]
+
+
+def test_weights_have_one_form() -> None:
+    for key, value in (("weight", 0), ("weight", 0.0), ("train", False), ("loss", False)):
+        chat = supervised_record(row(messages=[USER, {**ASSISTANT, key: value}, USER, OTHER]))
+        assert isinstance(chat, ChatRecord) and chat.messages == [USER, {**ASSISTANT, "weight": 0}, USER, OTHER]
+    for key, value in (("weight", 1), ("train", True), ("loss", True), ("weight", None)):
+        chat = supervised_record(row(messages=[USER, {**ASSISTANT, key: value}]))
+        assert isinstance(chat, ChatRecord) and chat.messages == [USER, ASSISTANT]
+    begun = [USER, {**ASSISTANT, "weight": 0}, USER]
+    assert prompt_record(row(prompt=begun)).prompt == [USER, ASSISTANT, USER]
+    assert supervised_record(row(prompt=begun, completion=[OTHER])).prompt == [USER, ASSISTANT, USER]
+    assert preference_record(row(chosen=[*begun, ASSISTANT], rejected=[USER, ASSISTANT, USER, OTHER])).prompt == [
+        USER,
+        ASSISTANT,
+        USER,
+    ]
+
+
+def test_untrained_answers_may_be_empty() -> None:
+    chat = supervised_record(row(messages=[USER, {"role": "assistant", "content": "", "weight": 0}, USER, OTHER]))
+    assert isinstance(chat, ChatRecord)
+    assert supervised_record(row(messages=[USER, CALL, RESULT, OTHER])).messages == [USER, CALL, RESULT, OTHER]
+
+
+def test_template_arguments_and_functions() -> None:
+    schema = {"name": "now", "parameters": {}}
+    extra = {"functions": [schema], "chat_template_kwargs": {"enable_thinking": False}}
+    readers = (
+        (supervised_record, {"messages": [USER, ASSISTANT]}),
+        (supervised_record, {"prompt": [USER], "completion": [ASSISTANT]}),
+        (preference_record, {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [OTHER]}),
+        (prompt_record, {"prompt": [USER]}),
+    )
+    for read, fields in readers:
+        record = read(row(**fields, **extra))
+        assert record.tools == [{"type": "function", "function": schema}]
+        assert record.template_args == {"enable_thinking": False}
+        assert read(row(**fields, chat_template_kwargs=None)).template_args is None
+    assert prompt_record(row(prompt="a", **extra)).columns == {}
+
+
+def test_columns_of_published_pairs() -> None:
+    """Intel's orca_dpo_pairs, and the lists of reward models, the better answer first."""
+    record = preference_record(row(question="q", chosen="a", rejected="b", system="s"))
+    assert record == PairRecord("q", "a", "b", "a.jsonl:7", system="s")
+    record = preference_record(row(instruction="Add.", input="1 1", output=["2", "3"]))
+    assert (record.chosen, record.rejected) == ("2", "3") and record.prompt.endswith("### Input:\n1 1\n\n### Response:")
