@@ -87,11 +87,11 @@ def look(method: str, tokenizer: Any, data: RowOptions, *, nll_on_prompt: bool =
         """The item of a row, its whole length put down; only what is too long is read twice."""
         item = whole.prepare(row, tokenizer)
         if item is not None:
-            lengths.append(max(map(whole.length, whole.arrange([item]) if whole.arrange else [item])))
+            lengths.append(max(map(whole.length, whole.arrange([item]))))
         return source.prepare(row, tokenizer) if item is not None and lengths[-1] > data.max_seq_length else item
 
     keys = {name.removesuffix("_key"): value for name, value in attrs.asdict(data).items() if name.endswith("_key")}
-    splits = sources.tokenize(attrs.evolve(source, prepare=prepare), rows, tokenizer)
+    splits = sources.tokenize(source, rows, tokenizer, encoder=prepare)
     return Preview(source, rows, splits, tokenizer, lambda row: parse(row, {**formats.KEYS, **keys}), lengths)
 
 

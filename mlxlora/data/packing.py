@@ -7,14 +7,13 @@ and resumed as any items are.
 
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import mlx.core as mx
 import numpy as np
-from attrs import evolve
+from attrs import evolve, frozen
 
 from .batching import Make, MicroBatch, bucket, example_batch, laid_out, token_count
-from .sources import Context, Source, Split
+from .sources import Context, Encoder, Source, Split
 from .tokenize import Example
 
 ROW = 256  # positions that a row has at least, so that several short examples fit
@@ -81,13 +80,39 @@ def packed(source: Source, splits: Mapping[str, Split], seed: int) -> tuple[Sour
     items: dict[str, list[Pack]] = {name: [(example,) for example in split.items] for name, split in splits.items()}
     items["train"] = [tuple(examples[i] for i in row) for row in rows]
 
-    def make(context: Context) -> Make:
-        micro = _alone if context.validation else partial(packed_batch, length=length)
-        return lambda packs, _: micro(packs)
-
-    made = evolve(source, make=make, examples=tuple, rebuild=lambda _, examples: tuple(examples))
+    made = PackedSource(
+        source.data, source, length, temperature=source.temperature, repeats=source.repeats, packing=True, live=source.live
+    )
     return made, {name: evolve(split, items=items[name]) for name, split in splits.items()}
 
 
-def _alone(packs: Sequence[Pack]) -> MicroBatch:
-    return example_batch([example for pack in packs for example in pack])
+@frozen
+class PackedSource(Source):
+    """Rows of several examples; an item is a `Pack`.
+
+    Attributes:
+        plain: the source of the examples.
+        row: positions of a training row.
+    """
+
+    plain: Source
+    row: int
+
+    @property
+    def encoder(self) -> Encoder:
+        """That of `plain`."""
+        return self.plain.encoder
+
+    def make(self, context: Context) -> Make:
+        """Packed rows in training, an example a row in validation."""
+        if context.validation:
+            return lambda packs, _: example_batch([example for pack in packs for example in pack])
+        return lambda packs, _: packed_batch(packs, self.row)
+
+    def examples(self, item: Pack) -> tuple[Example, ...]:
+        """Those of the row."""
+        return item
+
+    def rebuild(self, item: Pack, examples: Sequence[Example]) -> Pack:
+        """See `Source`."""
+        return tuple(examples)

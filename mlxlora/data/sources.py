@@ -1,8 +1,9 @@
 """Where the batches of a method come from: rows to items, items to pieces."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, final
 
 import mlx.nn as nn
 from attrs import evolve, field, frozen
@@ -10,13 +11,15 @@ from attrs import evolve, field, frozen
 from ..config.options import DataOptions, PairData, RowOptions
 from ..distributed.ranks import ALONE, Ranks
 from ..errors import InputError
-from .batching import Make, MicroBatch, example_batch, pair_batch
+from .batching import Make, example_batch, pair_batch
 from .formats import KEYS
 from .rows import Row, read_splits, split_off
 from .token_cache import remembered
 from .tokenize import Counts, Example, Pair, preference_pair, supervised_example, tokenize_all
 
 Tokenizer = Any
+Encoder = Callable[[Row, Tokenizer], Any | None]
+"""(row, tokenizer) -> item, or None if truncation leaves nothing to train on."""
 
 
 @frozen
@@ -43,45 +46,146 @@ class Context:
 
 
 @frozen
-class Source:
-    """What a method needs to know about its rows.
+class Source(ABC):
+    """How a method turns rows into batches: a row becomes an item, items become a micro-batch.
+
+    A new source implements `encoder`, `make`, `examples` and `rebuild`; the other methods have defaults.
 
     Attributes:
-        data: which rows, and how they are read.
-        prepare: (row, tokenizer) -> an item, or None if truncation leaves nothing to train on.
-        make: context -> (items -> their piece).
-        examples: the token sequences of an item; the first one is shown at the start.
-        rebuild: the item with other sequences, which have more columns.
-        online: the policy samples the sequences during the run; validation is then the mean of what pieces measured.
-        temperature: logits are divided by it before they are scored, as they were when the sequences were sampled.
-        repeats: optimiser steps on every batch.
-        share: whether the sequences of an item share their prompt's computation; None: where that is faster.
-        expected: the sequences that an item is expected to become, to estimate that; None: its examples.
-        arrange: what is made of all items of a split together; None: nothing.
-        packing: several examples are to share a row.
-        live: batches are measured with the policy as it is when they are made, so none is made in advance.
+        data: which rows to read, and how.
+        online: the policy samples the sequences during the run; validation averages the metrics of the micro-batches.
+        temperature: divides the logits, in training as in sampling.
+        repeats: optimizer steps on each batch.
+        share: compute the prompt of an item once for all of its sequences; None: where that is faster.
+        packing: put several examples into one row.
+        live: a batch is measured with the current policy, so it is not made ahead of time.
 
-    What is online or live may have to be measured by all ranks together: its `make` gets the items of the whole batch, on every
-    rank, and takes its share of them. Others get their share.
+    An online or live source gets the items of the whole batch on every rank and takes its share of them, because all ranks may
+    have to measure together. Other sources get the share of their rank.
     """
 
     data: RowOptions
-    prepare: Callable[[Row, Tokenizer], Any | None]
-    make: Callable[[Context], Make]
-    examples: Callable[[Any], tuple[Example, ...]]
-    rebuild: Callable[[Any, Sequence[Example]], Any]
-    online: bool = False
-    temperature: float = 1.0
-    repeats: int = 1
-    share: bool | None = False
-    expected: Callable[[Any], Sequence[Example]] | None = None
-    arrange: Callable[[Sequence[Any]], Sequence[Any]] | None = None
-    packing: bool = False
-    live: bool = False
+    online: bool = field(default=False, kw_only=True)
+    temperature: float = field(default=1.0, kw_only=True)
+    repeats: int = field(default=1, kw_only=True)
+    share: bool | None = field(default=False, kw_only=True)
+    packing: bool = field(default=False, kw_only=True)
+    live: bool = field(default=False, kw_only=True)
+
+    @property
+    @abstractmethod
+    def encoder(self) -> Encoder:
+        """(row, tokenizer) -> item, or None if truncation leaves nothing to train on.
+
+        The token cache keeps the items if this is a `partial` of a function of `data.tokenize` with keyword arguments, because
+        these name everything that the items depend on.
+        """
+
+    @final
+    def prepare(self, row: Row, tokenizer: Tokenizer) -> Any | None:
+        """The item of a row; None if truncation leaves nothing to train on.
+
+        Raises:
+            InputError: the row is not understood, or the chat template rejects it.
+        """
+        return self.encoder(row, tokenizer)
+
+    @abstractmethod
+    def make(self, context: Context) -> Make:
+        """How the items of a batch become its micro-batch."""
+
+    @abstractmethod
+    def examples(self, item: Any) -> tuple[Example, ...]:
+        """The token sequences of an item; the report of a run shows the first one."""
+
+    @abstractmethod
+    def rebuild(self, item: Any, examples: Sequence[Example]) -> Any:
+        """The item with other sequences, such as those that know their `ref_logps`."""
+
+    def expected(self, item: Any) -> Sequence[Example]:
+        """The sequences that an item is expected to become, to estimate the work."""
+        return self.examples(item)
+
+    def arrange(self, items: Sequence[Any]) -> Sequence[Any]:
+        """The items of a split, after what depends on several of them."""
+        return items
 
     def length(self, item: Any) -> int:
-        """Tokens of an item's longest sequence, so that items of a length go together."""
+        """Tokens of the longest sequence of an item; items of similar length share a batch."""
         return max(len(example.tokens) for example in self.examples(item))
+
+
+@frozen
+class RowSource(Source):
+    """Supervised rows; an item is an `Example`."""
+
+    data: DataOptions
+
+    @property
+    def encoder(self) -> Encoder:
+        """See `Source`."""
+        data = self.data
+        return partial(
+            supervised_example,
+            mask_prompt=data.mask_prompt,
+            use_chat_template=data.use_chat_template,
+            max_seq_length=data.max_seq_length,
+            keys={
+                "text": data.text_key,
+                "messages": data.messages_key,
+                "prompt": data.prompt_key,
+                "completion": data.completion_key,
+            },
+        )
+
+    def make(self, context: Context) -> Make:
+        """See `Source`."""
+        return lambda items, _: example_batch(items)
+
+    def examples(self, item: Example) -> tuple[Example, ...]:
+        """The item."""
+        return (item,)
+
+    def rebuild(self, item: Example, examples: Sequence[Example]) -> Example:
+        """See `Source`."""
+        return examples[0]
+
+
+@frozen
+class PairSource(Source):
+    """Preference rows; an item is a `Pair`.
+
+    Attributes:
+        score_prompt: train on the prompt too (ORPO's NLL over prompt and completion).
+    """
+
+    data: PairData
+    score_prompt: bool = False
+
+    @property
+    def encoder(self) -> Encoder:
+        """See `Source`."""
+        data = self.data
+        return partial(
+            preference_pair,
+            use_chat_template=data.use_chat_template,
+            max_seq_length=data.max_seq_length,
+            prompt_truncation=data.prompt_truncation,
+            score_prompt=self.score_prompt,
+            keys={**KEYS, "prompt": data.prompt_key},
+        )
+
+    def make(self, context: Context) -> Make:
+        """See `Source`."""
+        return lambda items, _: pair_batch(items, share=context.share)
+
+    def examples(self, item: Pair) -> tuple[Example, ...]:
+        """The chosen completion, then the rejected one."""
+        return (item.chosen, item.rejected)
+
+    def rebuild(self, item: Pair, examples: Sequence[Example]) -> Pair:
+        """See `Source`."""
+        return evolve(item, chosen=examples[0], rejected=examples[1])
 
 
 @frozen
@@ -100,23 +204,7 @@ def rows(data: str | DataOptions, **options: Any) -> Source:
         options: fields of `DataOptions`, such as `mask_prompt=True`.
     """
     data = DataOptions(data=data, **options) if isinstance(data, str) else evolve(data, **options)
-    keys = {"text": data.text_key, "messages": data.messages_key, "prompt": data.prompt_key, "completion": data.completion_key}
-
-    prepare = partial(
-        supervised_example,
-        mask_prompt=data.mask_prompt,
-        use_chat_template=data.use_chat_template,
-        max_seq_length=data.max_seq_length,
-        keys=keys,
-    )
-    return Source(
-        data,
-        prepare,
-        always(example_batch),
-        lambda example: (example,),
-        lambda _, examples: examples[0],
-        packing=data.packing,
-    )
+    return RowSource(data, packing=data.packing)
 
 
 def pairs(data: str | PairData, *, score_prompt: bool = False, **options: Any) -> Source:
@@ -128,28 +216,7 @@ def pairs(data: str | PairData, *, score_prompt: bool = False, **options: Any) -
         options: fields of `PairData`, such as `max_seq_length=1024`.
     """
     data = PairData(data=data, **options) if isinstance(data, str) else evolve(data, **options)
-
-    prepare = partial(
-        preference_pair,
-        use_chat_template=data.use_chat_template,
-        max_seq_length=data.max_seq_length,
-        prompt_truncation=data.prompt_truncation,
-        score_prompt=score_prompt,
-        keys={**KEYS, "prompt": data.prompt_key},
-    )
-
-    def rebuild(pair: Pair, examples: Sequence[Example]) -> Pair:
-        return evolve(pair, chosen=examples[0], rejected=examples[1])
-
-    def make(context: Context) -> Make:
-        return lambda items, _: pair_batch(items, share=context.share)
-
-    return Source(data, prepare, make, lambda pair: (pair.chosen, pair.rejected), rebuild, share=data.share_prompts)
-
-
-def always(micro: Callable[[Sequence[Any]], MicroBatch]) -> Callable[[Context], Make]:
-    """Batches that depend on their items alone."""
-    return lambda _: lambda items, __: micro(items)
+    return PairSource(data, score_prompt, share=data.share_prompts)
 
 
 def read(data: RowOptions, seed: int) -> dict[str, list[Row]]:
@@ -169,17 +236,34 @@ def read(data: RowOptions, seed: int) -> dict[str, list[Row]]:
 
 
 def tokenize(
-    source: Source, splits: Mapping[str, list[Row]], tokenizer: Tokenizer, note: Callable[[str], Any] = lambda _: None
+    source: Source,
+    splits: Mapping[str, list[Row]],
+    tokenizer: Tokenizer,
+    note: Callable[[str], Any] = lambda _: None,
+    *,
+    encoder: Encoder | None = None,
 ) -> dict[str, Split]:
-    """Every split as items, from disk if they are kept there; an absent split has none. `note` is told where they are from."""
+    """The items of every split, from the token cache if it has them; an absent split has none.
+
+    Args:
+        source: encodes and arranges the rows.
+        splits: the rows of each split.
+        tokenizer: mlx-lm's TokenizerWrapper.
+        note: receives a line that says where cached items come from.
+        encoder: used in place of the source's.
+
+    Raises:
+        InputError: a row is not understood, or no row of a split is left.
+    """
+    encode = encoder or source.encoder
 
     def make(rows: Sequence[Row]) -> tuple[list[Any], Counts]:
-        return tokenize_all(rows, lambda row: source.prepare(row, tokenizer))
+        return tokenize_all(rows, lambda row: encode(row, tokenizer))
 
     if source.data.token_cache and not source.online:
-        make = partial(remembered, make=make, prepare=source.prepare, tokenizer=tokenizer, note=note)
+        make = partial(remembered, make=make, prepare=encode, tokenizer=tokenizer, note=note)
     found = {name: Split(*make(splits[name])) if splits.get(name) else Split() for name in ("train", "valid", "test")}
-    return {name: _arranged(source, split) for name, split in found.items()}
+    return {name: evolve(split, items=source.arrange(split.items)) for name, split in found.items()}
 
 
 def check_tokens(source: Source, splits: Mapping[str, Split], vocabulary: int, tokenizer: Tokenizer) -> None:
@@ -194,7 +278,3 @@ def check_tokens(source: Source, splits: Mapping[str, Split], vocabulary: int, t
                 f"{example.location}: token {largest} ({tokenizer.decode([largest])!r}) is not among the model's {vocabulary}: "
                 "the tokenizer has more than the weights; take the one that belongs to them"
             )
-
-
-def _arranged(source: Source, split: Split) -> Split:
-    return split if source.arrange is None else evolve(split, items=source.arrange(split.items))

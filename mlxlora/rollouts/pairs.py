@@ -1,12 +1,11 @@
 """Pairs that the policy makes itself: completions of one prompt, of which rewards choose the better one (online DPO, XPO)."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from attrs import evolve
+from attrs import evolve, frozen
 
 from ..adapters.prepare import disabled
 from ..config.options import PromptData
@@ -14,7 +13,7 @@ from ..data.batching import collate
 from ..data.sources import Context, Source
 from ..data.tokenize import Example, Prompt
 from .engine import Completion
-from .source import Group, Laid, Rollouts, by_policy, prompts, sequence
+from .source import Group, Laid, PromptSource, Rollouts, by_policy, online_fields, sequence, with_advantages
 
 
 def on_policy_pairs(data: str | PromptData, rollouts: Rollouts, *, explore: bool = False, **options: Any) -> Source:
@@ -28,9 +27,30 @@ def on_policy_pairs(data: str | PromptData, rollouts: Rollouts, *, explore: bool
         explore: two answers, the second by the reference, which is the model without its adapters (XPO).
         options: fields of `PromptData`.
     """
-    if explore:
-        rollouts = evolve(rollouts, group_size=2, sampler=against_reference)
-    return prompts(data, rollouts, layout=partial(best_and_worst, explore=explore), **options)
+    how = evolve(rollouts, group_size=2) if explore else rollouts
+    return OnPolicyPairSource(**online_fields(data, how, **options), explore=explore)
+
+
+@frozen
+class OnPolicyPairSource(PromptSource):
+    """Prompts whose best and worst answers make a pair; validation rewards the likeliest answer, as for any `PromptSource`.
+
+    Attributes:
+        explore: two answers, the second by the reference.
+    """
+
+    explore: bool = False
+
+    def sample(self, context: Context, how: Rollouts, prompts: Sequence[Prompt], key: mx.array) -> list[list[Completion]]:
+        """See `PromptSource`."""
+        sampler = against_reference if self.explore and not context.validation else by_policy
+        return sampler(context, how, prompts, key)
+
+    def batch(self, context: Context, how: Rollouts, groups: Sequence[Group]) -> Laid:
+        """The pairs of the groups."""
+        if context.validation:
+            return with_advantages(context, how, groups)
+        return best_and_worst(context, how, groups, explore=self.explore)
 
 
 def against_reference(context: Context, how: Rollouts, items: Sequence[Prompt], key: mx.array) -> list[list[Completion]]:

@@ -1,7 +1,7 @@
 """Batches that the policy samples itself: prompts -> groups of completions -> rewards -> advantages -> batch."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -14,7 +14,7 @@ from ..batch import Batch
 from ..config.options import PromptData, RewardOptions
 from ..data.batching import Make, MicroBatch, as_padding, collate, singles
 from ..data.formats import KEYS
-from ..data.sources import Context, Source
+from ..data.sources import Context, Encoder, Source
 from ..data.tokenize import Example, Prompt, prompt_example
 from ..objectives.advantages import Advantage, group_relative, no_signal
 from . import rewards as scoring
@@ -40,7 +40,6 @@ class Rollouts:
         keep_logps: keep the log-probabilities from sampling as `old_logps`.
         batch: completions generated at once; 0 = all.
         route: which caches the model can use; None looks for itself.
-        sampler: who answers the prompts; None: the policy.
     """
 
     rewards: tuple[NamedReward, ...]
@@ -52,7 +51,6 @@ class Rollouts:
     keep_logps: bool = False
     batch: int = 0
     route: Route | None = None
-    sampler: "Sampler | None" = None
 
 
 @frozen(eq=False)
@@ -66,75 +64,96 @@ class Group:
     rewards: np.ndarray
 
 
-Sampler = Callable[[Context, Rollouts, Sequence[Prompt], mx.array], list[list[Completion]]]
-"""(context, how, the batch's prompts, key) -> [own prompts][G] completions: of those that are this rank's share."""
-
 Laid = tuple[Batch, Sequence[Example], tuple[tuple[int, ...], ...]]
-Layout = Callable[[Context, Rollouts, Sequence[Group]], Laid]
-"""(context, how, rewarded groups) -> their batch, its sequences, and which of these belong together."""
+"""A batch, its sequences, and which of them belong together."""
 
 
-def prompts(
-    data: str | PromptData, rollouts: Rollouts, *, repeats: int = 1, layout: Layout | None = None, **options: Any
-) -> Source:
+def prompts(data: str | PromptData, rollouts: Rollouts, *, repeats: int = 1, **options: Any) -> Source:
     """Prompts, answered by the policy.
 
     Args:
         data: folder, file or hub data set; or all options at once.
         rollouts: how completions are sampled and rewarded.
-        repeats: optimiser steps on every batch of completions.
-        layout: what becomes of rewarded completions; None: sequences with advantages.
+        repeats: optimizer steps on every batch of completions.
         options: fields of `PromptData`.
     """
+    return PromptSource(**online_fields(data, rollouts, **options), repeats=repeats)
+
+
+def online_fields(data: str | PromptData, rollouts: Rollouts, **options: Any) -> dict[str, Any]:
+    """The fields of a `PromptSource`, from what its users write."""
     data = PromptData(data=data, **options) if isinstance(data, str) else evolve(data, **options)
+    temperature = rollouts.sampling.temperature
+    return {"data": data, "rollouts": rollouts, "online": True, "temperature": temperature, "share": data.share_prompts}
 
-    prepare = partial(
-        prompt_example,
-        use_chat_template=data.use_chat_template,
-        max_prompt_length=data.max_seq_length,
-        system=data.system,
-        keys={**KEYS, "prompt": data.prompt_key},
-    )
 
-    def make(context: Context) -> Make:
-        how = _greedy(rollouts) if context.validation else rollouts
+@frozen
+class PromptSource(Source):
+    """Prompts that the policy answers; an item is a `Prompt`.
+
+    Attributes:
+        rollouts: how completions are sampled and rewarded.
+    """
+
+    data: PromptData
+    rollouts: Rollouts
+
+    @property
+    def encoder(self) -> Encoder:
+        """See `Source`."""
+        data = self.data
+        return partial(
+            prompt_example,
+            use_chat_template=data.use_chat_template,
+            max_prompt_length=data.max_seq_length,
+            system=data.system,
+            keys={**KEYS, "prompt": data.prompt_key},
+        )
+
+    def make(self, context: Context) -> Make:
+        """Samples, rewards and batches; validation takes the likeliest completion of each prompt."""
+        how = _greedy(self.rollouts) if context.validation else self.rollouts
         how = evolve(how, route=how.route or find_route(context.model))
-        laid_out = with_advantages if context.validation or layout is None else layout
-        return lambda items, index: _micro(context, how, items, index, laid_out)
+        return lambda items, index: _micro(self, context, how, items, index)
 
-    def expected(prompt: Prompt) -> list[Example]:
-        half = Completion(np.zeros(max(rollouts.sampling.max_tokens // 2, 1), np.int32), np.zeros(0, np.float32), finished=True)
-        return [sequence(prompt, half, rollouts)] * rollouts.group_size
+    def examples(self, item: Prompt) -> tuple[Example, ...]:
+        """The prompt alone."""
+        return (sequence(item, None, self.rollouts),)
 
-    return Source(
-        data,
-        prepare,
-        make,
-        lambda prompt: (sequence(prompt, None, rollouts),),
-        lambda prompt, _: prompt,
-        online=True,
-        temperature=rollouts.sampling.temperature,
-        repeats=repeats,
-        share=data.share_prompts,
-        expected=expected,
-    )
+    def rebuild(self, item: Prompt, examples: Sequence[Example]) -> Prompt:
+        """The prompt: its completions are not there yet."""
+        return item
+
+    def expected(self, item: Prompt) -> list[Example]:
+        """G completions of half the maximal length."""
+        length = max(self.rollouts.sampling.max_tokens // 2, 1)
+        half = Completion(np.zeros(length, np.int32), np.zeros(0, np.float32), finished=True)
+        return [sequence(item, half, self.rollouts)] * self.rollouts.group_size
+
+    def sample(self, context: Context, how: Rollouts, prompts: Sequence[Prompt], key: mx.array) -> list[list[Completion]]:
+        """[own prompts][G] completions of this rank's share of the prompts of a batch."""
+        return by_policy(context, how, prompts, key)
+
+    def batch(self, context: Context, how: Rollouts, groups: Sequence[Group]) -> Laid:
+        """The batch of rewarded groups: every completion with its advantage."""
+        return with_advantages(context, how, groups)
 
 
 def _greedy(how: Rollouts) -> Rollouts:
     """For validation: the likeliest completion of each prompt."""
-    return evolve(how, group_size=1, sampling=evolve(how.sampling, temperature=0.0), sampler=None)
+    return evolve(how, group_size=1, sampling=evolve(how.sampling, temperature=0.0))
 
 
-def _micro(context: Context, how: Rollouts, items: Sequence[Prompt], index: int, layout: Layout) -> MicroBatch:
+def _micro(source: PromptSource, context: Context, how: Rollouts, items: Sequence[Prompt], index: int) -> MicroBatch:
     began = time.perf_counter()
-    groups = _rolled(context, how, items, (index, 0))
+    groups = _rolled(source, context, how, items, (index, 0))
     silent = float(context.ranks.interleaved(np.array([_silent(group) for group in groups], bool)).mean())
     if how.options.dynamic_sampling and not context.validation:
-        groups = _with_signal(context, how, groups, index)
+        groups = _with_signal(source, context, how, groups, index)
     rewards, parts, lengths, finished = _pooled(context, how, groups)
     stats = length_stats(lengths.tolist(), finished.astype(bool).tolist(), time.perf_counter() - began)
     rewarded = {"frac_reward_zero_std": silent, **_measures(how, rewards, parts)} if how.rewards else {}
-    batch, examples, together = layout(context, how, groups or [_stand_in(how, items[0])])
+    batch, examples, together = source.batch(context, how, groups or [_stand_in(how, items[0])])
     rows = tuple(group.prompt.location for group in groups)
     micro = MicroBatch(batch, sum(len(e.tokens) for e in examples), rows, rewarded | stats, _samples(how, groups), together)
     return micro if groups else as_padding(micro)
@@ -179,10 +198,10 @@ def _advantages(context: Context, how: Rollouts, rewards: np.ndarray) -> np.ndar
     return how.advantage(np.concatenate(parts))[start : start + len(rewards)]
 
 
-def _rolled(context: Context, how: Rollouts, items: Sequence[Prompt], place: tuple[int, int]) -> list[Group]:
+def _rolled(source: PromptSource, context: Context, how: Rollouts, items: Sequence[Prompt], place: tuple[int, int]) -> list[Group]:
     """Samples and rewards a group for each of this rank's prompts; the same place of the same run gives the same completions."""
     seed = np.random.SeedSequence((context.seed, int(context.validation), *place)).generate_state(1, np.uint64)[0]
-    sampled = (how.sampler or by_policy)(context, how, items, mx.random.key(int(seed)))
+    sampled = source.sample(context, how, items, mx.random.key(int(seed)))
     items = context.ranks.share(items)
     if not items:
         return []
@@ -212,7 +231,7 @@ def by_policy(context: Context, how: Rollouts, items: Sequence[Prompt], key: mx.
     )
 
 
-def _with_signal(context: Context, how: Rollouts, groups: list[Group], index: int) -> list[Group]:
+def _with_signal(source: PromptSource, context: Context, how: Rollouts, groups: list[Group], index: int) -> list[Group]:
     """Replaces groups without signal by groups of other prompts (DAPO, Yu et al., 2025, section 3.2).
 
     Over several ranks a place of the batch belongs to the rank that found a group for it.
@@ -225,7 +244,7 @@ def _with_signal(context: Context, how: Rollouts, groups: list[Group], index: in
             break
         rng = np.random.default_rng((context.seed, index, attempt))
         others = [context.items[i] for i in rng.integers(len(context.items), size=len(silent))]
-        rolled = _rolled(context, how, others, (index, attempt))
+        rolled = _rolled(source, context, how, others, (index, attempt))
         signals = np.flatnonzero(~ranks.interleaved(np.array([_silent(group) for group in rolled], bool))).tolist()
         for place, number in zip(silent, signals, strict=False):
             placed.pop(place, None)
@@ -324,6 +343,5 @@ def own_answers(data: str | PromptData, rollouts: Rollouts, **options: Any) -> S
         rollouts: how completions are sampled.
         options: fields of `PromptData`.
     """
-    data = PromptData(data=data, **options) if isinstance(data, str) else evolve(data, **options)
-    source = prompts(evolve(data, token_cache=False), evolve(rollouts, rewards=()))
-    return evolve(source, online=False, live=True)
+    fields = online_fields(data, evolve(rollouts, rewards=()), **options, token_cache=False)
+    return PromptSource(**{**fields, "online": False}, live=True)

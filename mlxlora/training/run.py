@@ -196,7 +196,7 @@ def _saved_by_sharing(run: Run) -> float | None:
     """The share of the work that is left if prompts are computed once; None: not wanted, or the rows say that it does not pay."""
     if run.source.share is False or run.ranks.sharded:  # ranks with and without a common prompt would gather unequally often
         return None
-    plain, shared = read_positions(map(run.source.expected or run.source.examples, run.splits["train"].items))
+    plain, shared = read_positions(map(run.source.expected, run.splits["train"].items))
     wanted = plain != shared and bool(run.source.share or pays(plain, shared))
     return shared / plain if wanted else None
 

@@ -7,14 +7,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from attrs import evolve
+from attrs import evolve, frozen
 
 from ..batch import Batch
 from ..config.options import RowOptions
 from ..data.batching import Make, MicroBatch, collate, completion_tokens, singles, spread, token_count
 from ..data.labeled import Judged, flattened, judged_row, with_mismatched
 from ..data.shape_buckets import Signatures
-from ..data.sources import Context, Source
+from ..data.sources import Context, Encoder, Source
 from ..data.tokenize import Example
 from ..distributed.ranks import Ranks
 from ..models.logprobs import scorer
@@ -31,17 +31,33 @@ def unpaired(data: str | RowOptions, *, reference_point: bool = True, **options:
     """
     data = RowOptions(data=data, **options) if isinstance(data, str) else evolve(data, **options)
 
-    def make(context: Context) -> Make:
-        return _measured(context.model, context.ranks) if reference_point else lambda items, _: _micro(items)
+    return UnpairedSource(data, live=reference_point)
 
-    def examples(item: Judged) -> tuple[Example, ...]:
+
+@frozen
+class UnpairedSource(Source):
+    """Labeled completions; an item is a `Judged`. `live`: each batch measures `batch.reference_point`."""
+
+    @property
+    def encoder(self) -> Encoder:
+        """(row, tokenizer) -> the completions of the row, which `arrange` makes items."""
+        return partial(judged_row, data=self.data)
+
+    def make(self, context: Context) -> Make:
+        """See `Source`."""
+        return _measured(context.model, context.ranks) if self.live else lambda items, _: _micro(items)
+
+    def examples(self, item: Judged) -> tuple[Example, ...]:
+        """The completion with its prompt, and the mismatched one if it is needed."""
         return (item.example,) if item.mismatched is None else (item.example, item.mismatched)
 
-    def rebuild(item: Judged, found: Sequence[Example]) -> Judged:
-        return evolve(item, **dict(zip(("example", "mismatched"), found, strict=False)))
+    def rebuild(self, item: Judged, examples: Sequence[Example]) -> Judged:
+        """See `Source`."""
+        return evolve(item, **dict(zip(("example", "mismatched"), examples, strict=False)))
 
-    arrange = partial(with_mismatched, limit=data.max_seq_length) if reference_point else flattened
-    return Source(data, partial(judged_row, data=data), make, examples, rebuild, arrange=arrange, live=reference_point)
+    def arrange(self, items: Sequence[tuple[Judged, ...]]) -> Sequence[Judged]:
+        """The completions of all rows, each with a mismatched one if the reference point is measured."""
+        return with_mismatched(items, self.data.max_seq_length) if self.live else flattened(items)
 
 
 def _micro(items: Sequence[Judged]) -> MicroBatch:

@@ -123,12 +123,12 @@ def test_a_template_that_tells_the_date_is_of_that_day(tokenizer, monkeypatch):
 def test_small_data_and_unknown_code_are_not_kept(data, tokenizer, monkeypatch):
     source = rows(str(data / "rows.jsonl"))
     some = read(source.data, 0)["train"]
-    assert tokencache.token_file(some, source.prepare, tokenizer)
+    assert tokencache.token_file(some, source.encoder, tokenizer)
     assert tokencache.token_file(some, lambda row, tokenizer: None, tokenizer) is None
     monkeypatch.setattr(type(tokenizer._tokenizer), "__module__", "transformers_modules.mine")
-    assert tokencache.token_file(some, source.prepare, tokenizer) is None
+    assert tokencache.token_file(some, source.encoder, tokenizer) is None
     monkeypatch.undo()
-    assert tokencache.token_file(some, source.prepare, tokenizer) is None  # fewer bytes than are worth it
+    assert tokencache.token_file(some, source.encoder, tokenizer) is None  # fewer bytes than are worth it
 
 
 def test_a_folder_that_cannot_be_written_is_told(data, tokenizer, monkeypatch):

@@ -12,9 +12,9 @@ from attrs import evolve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.utils import load
-from mlxlora.data.labeled import Judged, with_mismatched
 
 from mlxlora.data.batching import MicroBatch, collate
+from mlxlora.data.labeled import Judged, with_mismatched
 from mlxlora.data.rows import Row
 from mlxlora.data.sources import Context
 from mlxlora.data.tokenize import Example
@@ -43,7 +43,6 @@ def write(path: Path, rows: list[dict]) -> Path:
 def prepared(tokenizer: Any, rows: list[dict], **options: Any) -> Any:
     source = unpaired("rows.jsonl", **options)
     found = [source.prepare(Row(row, "rows.jsonl", line), tokenizer) for line, row in enumerate(rows, 1)]
-    assert source.arrange is not None
     return source, source.arrange([item for item in found if item is not None])
 
 
