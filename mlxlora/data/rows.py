@@ -16,6 +16,8 @@ from ..errors import InputError, described, reason
 
 _SUFFIXES = (".jsonl", ".json", ".jsonl.gz")
 _SPLITS = {"train": ("train",), "valid": ("valid", "validation", "dev"), "test": ("test",)}
+_SAVED = ("dataset_dict.json", "state.json")  # what Dataset.save_to_disk writes
+_OBJECTS = ("tools", "functions", "chat_template_kwargs")  # columns of objects that a chat template reads
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _HUB_ADDRESS = re.compile(rf"{HUB}((?:[\w.-]+/)?[\w.-]+(?::[\w.-]+)?)")
 
@@ -90,8 +92,8 @@ def read_splits(data: str | Path, asked: Mapping[str, str] | None = None) -> dic
     """The splits "train", "valid" and "test" of a folder, a file (train only) or a hub data set.
 
     A hub name may name a configuration: `org/name:config`. A name without an organization is `hf://datasets/name`. Hub data
-    sets need the `datasets` package. `asked` selects rows of a hub data set, such as `{"train": "train[:1000]"}`; splits that
-    it does not name are left out.
+    sets, and folders of Parquet, Arrow or CSV files, need the `datasets` package. `asked` selects rows of these, such as
+    `{"train": "train[:1000]"}`; splits that it does not name are left out.
 
     Raises:
         InputError: nothing has that name, there are no training rows, or rows are broken.
@@ -99,24 +101,29 @@ def read_splits(data: str | Path, asked: Mapping[str, str] | None = None) -> dic
     path = Path(data)
     if named := _HUB_ADDRESS.fullmatch(str(data)):
         return _read_with_datasets(named[1], asked)
-    if asked and path.exists():
-        raise InputError(f"--{next(iter(asked))}-split is for hub data sets, {data} is a local one; leave it out")
     if path.is_file():
+        _refuse_slices(asked, path)
         return {"train": read_rows(path)}
     if path.is_dir():
-        return _read_folder(path)
+        return _read_folder(path, asked)
     if not _HUB_NAME.fullmatch(str(data)) or str(data).endswith(_SUFFIXES) or str(data).startswith("."):
         return {"train": read_rows(path)}  # raises the error for a missing file
     return _read_with_datasets(str(data), asked)
 
 
-def _read_folder(folder: Path) -> dict[str, list[Row]]:
+def _refuse_slices(asked: Mapping[str, str] | None, path: Path) -> None:
+    if asked:
+        raise InputError(f"--{next(iter(asked))}-split is for hub data sets, {path} is a local one; leave it out")
+
+
+def _read_folder(folder: Path, asked: Mapping[str, str] | None) -> dict[str, list[Row]]:
     files = {split: _split_file(folder, names) for split, names in _SPLITS.items()}
     if files["train"] is not None:
+        _refuse_slices(asked, folder)
         return {split: read_rows(file) for split, file in files.items() if file is not None}
     found = sorted(entry.name for entry in folder.iterdir())
-    if any(name.endswith((".parquet", ".arrow", ".csv")) or name in ("dataset_dict.json", "data") for name in found):
-        return _read_with_datasets(str(folder))
+    if any(name.endswith((".parquet", ".arrow", ".csv")) or name in (*_SAVED, "data") for name in found):
+        return _read_with_datasets(str(folder), asked)
     raise InputError(f"{folder}: no train.jsonl in this folder; found {', '.join(found[:10]) or 'nothing'}")
 
 
@@ -131,22 +138,54 @@ def _read_with_datasets(name: str, asked: Mapping[str, str] | None = None) -> di
     except ImportError:
         raise InputError(f"{name}: reading this data set needs the datasets package: pip install 'mlxlora[datasets]'") from None
     try:
-        if (Path(name) / "dataset_dict.json").is_file():
-            splits = datasets.load_from_disk(name)
-        else:
-            place = [name] if Path(name).exists() else name.split(":")
-            some = {name: datasets.load_dataset(*place, split=rows) for name, rows in (asked or {}).items()}
-            splits = some or datasets.load_dataset(*place)
+        splits = _load_splits(datasets, name, asked or {})
     except Exception as error:  # the hub, the network or any loader; the user can act on the message
         raise InputError(f"{name}: cannot be loaded: {reason(error, 1000)}") from error
     found = {split: next((splits[given] for given in names if given in splits), None) for split, names in _SPLITS.items()}
     if found["train"] is None:
         raise InputError(f"{name}: no train split; found {', '.join(sorted(splits))}")
     return {
-        split: [Row(dict(fields), f"{name}[{split}]", number) for number, fields in enumerate(rows, 1)]
+        split: [Row(_without_filler(fields), f"{name}[{split}]", number) for number, fields in enumerate(rows, 1)]
         for split, rows in found.items()
         if rows is not None
     }
+
+
+def _load_splits(datasets: Any, name: str, asked: Mapping[str, str]) -> Mapping[str, Any]:
+    if any((Path(name) / file).is_file() for file in _SAVED):
+        saved = datasets.load_from_disk(name)
+        splits = saved if isinstance(saved, dict) else {"train": saved}
+        return {split: _sliced(datasets, splits, rows) for split, rows in asked.items()} or splits
+    place = [name] if Path(name).exists() else name.split(":")
+    return {split: datasets.load_dataset(*place, split=rows) for split, rows in asked.items()} or datasets.load_dataset(*place)
+
+
+def _sliced(datasets: Any, splits: Mapping[str, Any], rows: str) -> Any:
+    """The rows that a text such as "train[:10%]+test[5:]" names."""
+    parts = datasets.ReadInstruction.from_spec(rows).to_absolute({name: len(split) for name, split in splits.items()})
+    return datasets.concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
+
+
+def _without_filler(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without the nulls that Arrow adds: it gives all objects of a column the same keys.
+
+    >>> _without_filler({"tools": [{"a": {"x": 1, "y": None}}], "messages": [{"role": "user", "name": None}], "info": {"z": None}})
+    {'tools': [{'a': {'x': 1}}], 'messages': [{'role': 'user'}], 'info': {'z': None}}
+    """
+    return {name: _pruned(value) if name in _OBJECTS or _has_messages(value) else value for name, value in fields.items()}
+
+
+def _has_messages(value: Any) -> bool:
+    """Whether a value is a message or a list of messages, as it is or under `messages`."""
+    if isinstance(value, dict):
+        return "role" in value or "from" in value or _has_messages(value.get("messages"))
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and _has_messages(value[0])
+
+
+def _pruned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _pruned(item) for key, item in value.items() if item is not None}
+    return [_pruned(item) for item in value] if isinstance(value, list) else value
 
 
 def split_off(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:

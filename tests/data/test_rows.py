@@ -166,3 +166,77 @@ def test_split_off_parts_the_rows(count: int, fraction: float, seed: int) -> Non
 def test_split_off_needs_two_rows() -> None:
     with pytest.raises(InputError, match="at least 2 rows"):
         split_off([Row({}, "a.jsonl", 1)], 0.5, 0)
+
+
+def test_nulls_that_arrow_adds_to_objects_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns that the rewards read stay as they are."""
+    call = {"type": "function", "function": {"name": "now", "arguments": {"zone": "UTC", "city": None}}}
+    filled = {
+        "messages": [
+            {"role": "user", "content": "go", "tool_calls": None},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+        ],
+        "chosen": {"messages": [{"from": "gpt", "value": "a", "weight": None}]},
+        "tools": [{"name": "now", "parameters": {"properties": {"zone": {"type": "string"}, "city": None}}}],
+        "info": {"answer": None},
+        "text": None,
+    }
+    fake_datasets(monkeypatch, {"train": [filled]})
+    fields = read_splits("org/name")["train"][0].fields
+    assert fields == {
+        "messages": [
+            {"role": "user", "content": "go"},
+            {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "now", "arguments": {"zone": "UTC"}}}]},
+        ],
+        "chosen": {"messages": [{"from": "gpt", "value": "a"}]},
+        "tools": [{"name": "now", "parameters": {"properties": {"zone": {"type": "string"}}}}],
+        "info": {"answer": None},
+        "text": None,
+    }
+
+
+def test_slices_of_a_local_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write(tmp_path / "train.parquet", b"PAR1")
+    asked = fake_datasets(monkeypatch, {})
+    sys.modules["datasets"].load_dataset = lambda name, split: asked.append((name, split)) or [{"text": split}]  # type: ignore[attr-defined]
+    splits = read_splits(tmp_path, {"train": "train[:3]", "valid": "train[3:]"})
+    assert {name: rows[0].fields for name, rows in splits.items()} == {
+        "train": {"text": "train[:3]"},
+        "valid": {"text": "train[3:]"},
+    }
+    assert asked == [(str(tmp_path), "train[:3]"), (str(tmp_path), "train[3:]")]
+
+
+def test_slices_of_jsonl_are_refused(tmp_path: Path) -> None:
+    file = write(tmp_path / "train.jsonl", b'{"text": "a"}')
+    for data in (file, tmp_path):
+        with pytest.raises(InputError, match="--train-split is for hub data sets"):
+            read_splits(data, {"train": "train[:1]"})
+
+
+def test_slices_of_saved_datasets(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="needs the datasets package")
+    for name, count in (("train", 10), ("test", 5)):
+        write(tmp_path / f"{name}.jsonl", b"".join(b'{"text": "%d"}\n' % i for i in range(count)))
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "test")}
+    loaded = datasets.load_dataset("json", data_files=files, cache_dir=str(tmp_path / "cache"))
+    loaded.save_to_disk(tmp_path / "all")
+    loaded["train"].save_to_disk(tmp_path / "one")
+    for folder in ("all", "one"):
+        splits = read_splits(tmp_path / folder, {"train": "train[2:4]+train[90%:]"})
+        assert [row.fields["text"] for row in splits["train"]] == ["2", "3", "9"] and list(splits) == ["train"]
+        assert len(read_splits(tmp_path / folder)["train"]) == 10
+        with pytest.raises(InputError, match='Unknown split "nope"'):
+            read_splits(tmp_path / folder, {"train": "nope[:3]"})
+
+
+def test_nulls_of_a_parquet_file(tmp_path: Path) -> None:
+    """Rows from Parquet are those of the same rows as JSONL."""
+    pytest.importorskip("datasets", reason="needs the datasets package")
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]}]}
+        for name, arguments in (("now", {"zone": "UTC"}), ("rain", {"city": "Oslo", "days": 2}))
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
+    assert [row.fields for row in read_splits(tmp_path)["train"]] == rows
