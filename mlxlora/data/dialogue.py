@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from ..errors import InputError, described, listed
 from .messages import Message
 
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers reads each of them
 _WEIGHTS = ("weight", "train", "loss")  # OpenAI's, axolotl's and ms-swift's name
 
 
@@ -51,7 +52,7 @@ def check_answers(messages: Sequence[Message], location: str, field: str) -> Non
         InputError: a message of the assistant has neither content nor calls nor reasoning.
     """
     for turn in sorted(trained_turns(messages)):
-        if not any(value for key, value in messages[turn].items() if key != "role"):
+        if not any(messages[turn].get(key) for key in ("content", "tool_calls", *_REASONING)):
             raise InputError(
                 f"{location}: message {turn + 1} of '{field}' is an empty answer; write one, give it weight 0, or remove the row"
             )
@@ -133,12 +134,12 @@ def is_begun(prompt: Sequence[Message]) -> bool:
     return last["role"] == "assistant" and bool(last["content"]) and not last.get("tool_calls")
 
 
-def conversation(prompt: list[Message], answer: list[Message]) -> tuple[list[Message], int]:
+def whole_conversation(prompt: list[Message], answer: list[Message]) -> tuple[list[Message], int]:
     """The whole conversation, and the number of the message with which the answer starts.
 
     The answer continues the last message of the prompt if that is the beginning of one.
 
-    >>> conversation([{"role": "assistant", "content": "It is"}], [{"role": "assistant", "content": " 2."}])
+    >>> whole_conversation([{"role": "assistant", "content": "It is"}], [{"role": "assistant", "content": " 2."}])
     ([{'role': 'assistant', 'content': 'It is 2.'}], 0)
     """
     if not is_begun(prompt) or answer[0]["role"] != "assistant":

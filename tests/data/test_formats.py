@@ -88,6 +88,38 @@ def test_openai_tool_calls_and_content_parts() -> None:
     assert as_tools("[]", "a.jsonl:7") is None
 
 
+def test_openais_former_calls_and_calls_as_text() -> None:
+    function = {"name": "now", "arguments": '{"zone": "UTC"}'}
+    call = {"type": "function", "function": {"name": "now", "arguments": {"zone": "UTC"}}}
+    former = [
+        {"role": "assistant", "content": None, "function_call": function},
+        {"role": "function", "name": "now", "content": "12"},
+        {"role": "assistant", "content": "noon", "function_call": None},
+    ]
+    assert as_messages(former, "a.jsonl:7", "messages") == [
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"name": "now", "role": "tool", "content": "12"},
+        {"role": "assistant", "content": "noon"},
+    ]
+    (message,) = as_messages([{"role": "assistant", "content": "", "tool_calls": orjson.dumps([call]).decode()}], "a.jsonl:7", "m")
+    assert message == {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert as_tools("null", "a.jsonl:7") is None
+    assert (
+        as_tools({"name": "now"}, "a.jsonl:7")
+        == as_tools('{"name": "now"}', "a.jsonl:7")
+        == [{"type": "function", "function": {"name": "now"}}]
+    )
+
+
+def test_parts_of_reasoning_and_names_of_roles() -> None:
+    parts = [{"type": "thinking", "thinking": "1 and 1"}, {"type": "text", "text": "2"}, {"type": "text", "text": "!"}]
+    (message,) = as_messages([{"role": "assistant", "content": parts}], "a.jsonl:7", "messages")
+    assert message == {"reasoning_content": "1 and 1", "role": "assistant", "content": "2!"}
+    given = ("human", "User", "prompter", "gpt", "ChatGPT", "model", "System", "observation", "developer", "critic")
+    read = [message["role"] for message in as_messages([{"from": role, "value": "x"} for role in given], "a.jsonl:7", "c")]
+    assert read == ["user", "user", "user", "assistant", "assistant", "assistant", "system", "tool", "developer", "critic"]
+
+
 def test_alpaca_is_stanfords_prompt() -> None:
     plain = supervised_record(row(instruction="Add.", input="", output="2"))
     assert plain == CompletionRecord(
