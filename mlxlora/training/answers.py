@@ -1,9 +1,10 @@
-"""What the model answers before, during and after training: a few prompts of the validation rows."""
+"""What the model answers before, during and after training, for a few prompts of the validation rows."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
-from attrs import evolve
+import mlx.nn as nn
 from mlx_lm import generate
 
 from ..data.formats import KEYS
@@ -11,55 +12,60 @@ from ..data.prompts import Question, question
 from ..data.rows import Row
 from ..errors import InputError
 from ..models.modes import evaluating
-from ..reporting.reporter import Reporter
-from ..reporting.reporter import Row as Record
-from .run import Run
+from ..reporting.reporter import Reporter, ReporterGroup, Values
+from .inputs import Run
 
 TOKENS = 40  # of an answer
 
 
 class Asking(Reporter):
-    """Answers at every validation between the first and the last step, told as samples; what is sampled has samples anyway."""
+    """Reports answers as samples, at every validation between the first and the last step."""
 
-    def __init__(self, run: Run, asked: Sequence[Question]) -> None:
-        self._run, self._asked, self._total = run, asked, 0
+    def __init__(self, run: Run, questions: Sequence[Question], reporter: Reporter) -> None:
+        self._run, self._questions, self._reporter, self._total = run, questions, reporter, 0
 
     def progress(self, step: int, total: int) -> None:
         self._total = total
 
-    def record(self, row: Record) -> None:
+    def record(self, row: Values) -> None:
         if row["split"] == "valid" and 0 < row["step"] < self._total:
-            told = zip(self._asked, answers(self._run, self._asked), strict=False)  # none where the model does not generate
-            self._run.tell("samples", row["step"], [{"prompt": q.text, "expected": q.expected, "completion": a} for q, a in told])
+            found = answers(self._run.model, self._run.tokenizer, self._questions, self._reporter)
+            samples = [
+                {"prompt": q.text, "expected": q.expected, "completion": answer}
+                for q, answer in zip(self._questions, found, strict=False)  # no answers if the model cannot generate
+            ]
+            self._reporter.samples(row["step"], samples)
 
 
 @contextmanager
-def answered(run: Run, rows: Mapping[str, Sequence[Row]]) -> Iterator[Run]:
-    """The run with answers before and after what is done within, unless that fails, and at its validations.
+def answered(run: Run, reporter: Reporter, questions: Sequence[Question]) -> Iterator[Reporter]:
+    """A reporter that also answers the questions at validations; at the end, unless the run fails, it reports the answers
+    before and after training.
 
-    The first and the last are told at the end, with the row's own answer.
+    The samples of a run that samples are its own completions, so its validations answer nothing.
     """
-    asked = questions(run, rows)
-    before = answers(run, asked)
-    yield run if run.source.online or not before else evolve(run, reporters=(*run.reporters, Asking(run, asked)))
-    if after := answers(run, asked) if before else []:
-        told = zip(asked, before, after, strict=True)
-        run.tell("answers", [{"prompt": q.text, "expected": q.expected, "before": a, "after": b} for q, a, b in told])
+    before = answers(run.model, run.tokenizer, questions, reporter)
+    asks = before and not run.source.online
+    yield ReporterGroup(reporter, Asking(run, questions, reporter)) if asks else reporter
+    if after := answers(run.model, run.tokenizer, questions, reporter) if before else []:
+        rows = zip(questions, before, after, strict=True)
+        reporter.answers([{"prompt": q.text, "expected": q.expected, "before": a, "after": b} for q, a, b in rows])
 
 
-def questions(run: Run, rows: Mapping[str, Sequence[Row]]) -> list[Question]:
+def first_questions(run: Run, rows: Mapping[str, Sequence[Row]]) -> list[Question]:
     """The first prompts of the validation rows, else of the training rows; rows of plain text have none."""
-    alone = run.ranks.leads and not (run.training.fully_shard and run.ranks.size > 1)  # has the whole model
-    if not run.output.answers or not alone or not hasattr(run.tokenizer, "detokenizer"):
+    options = run.options
+    has_model = run.ranks.leads and not (options.training.fully_shard and run.ranks.size > 1)
+    if not options.output.answers or not has_model or not hasattr(run.tokenizer, "detokenizer"):
         return []
     data = run.source.data
-    how = {
+    how: dict[str, Any] = {
         "use_chat_template": data.use_chat_template,
         "system": getattr(data, "system", None),
         "keys": {name: getattr(data, f"{name}_key", default) for name, default in KEYS.items()},
     }
     found = []
-    for row in (rows.get("valid") or rows["train"])[: run.output.answers]:
+    for row in (rows.get("valid") or rows["train"])[: options.output.answers]:
         try:
             found.append(question(row, run.tokenizer, **how))
         except InputError:
@@ -67,11 +73,11 @@ def questions(run: Run, rows: Mapping[str, Sequence[Row]]) -> list[Question]:
     return [q for q in found if 0 < len(q.tokens) < data.max_seq_length]
 
 
-def answers(run: Run, asked: Sequence[Question]) -> list[str]:
-    """The likeliest answers; none of a model that cannot generate, which is trained all the same."""
+def answers(model: nn.Module, tokenizer: Any, questions: Sequence[Question], reporter: Reporter) -> list[str]:
+    """The likeliest answers; none from a model that cannot generate, which can be trained all the same."""
     try:
-        with evaluating(run.model):
-            return [generate(run.model, run.tokenizer, q.tokens, max_tokens=TOKENS).strip() for q in asked]
+        with evaluating(model):
+            return [generate(model, tokenizer, q.tokens, max_tokens=TOKENS).strip() for q in questions]
     except (TypeError, ValueError, AttributeError) as error:
-        run.tell("note", f"--answers: this model does not generate ({error})", warning=True)
+        reporter.note(f"--answers: this model does not generate ({error})", warning=True)
         return []

@@ -1,4 +1,4 @@
-"""Atomic checkpoints and exact resume: weights, optimiser, random state, position in the data."""
+"""Atomic checkpoints and exact resume: weights, optimizer, random state, position in the data."""
 
 import hashlib
 import shutil
@@ -19,7 +19,7 @@ from ..adapters.rank_scale import is_uniform
 from ..config.options import AdapterOptions
 from ..distributed.sharded_files import Sliced, stored
 from ..distributed.sharding import is_sharded
-from ..errors import InputError, listed
+from ..errors import InputError, listed, reason
 from ..reporting.history import METRICS, read_lines
 from ..utils.files import atomic_directory, sweep
 from ..utils.rng import random_key, restore_random_key
@@ -27,22 +27,22 @@ from .optimizers import put_state
 from .trainable import layout, stored_state
 
 FOLDER, OPTIMIZER, STATE, RANDOM = "checkpoints", "optimizer.safetensors", "state.json", "random_state"
-OWN = "trained.safetensors"  # the arrays as they are trained, where mlx-lm's file has them in another form
+OWN = "trained.safetensors"  # the trained arrays, if the form of mlx-lm's file differs from theirs
 _CHECKED = (CONFIG, WEIGHTS, OWN, OPTIMIZER)
 _ANY = "[0-9]*"
 
 
 @define
 class Progress:
-    """Where a run is; all of it is saved, so that a resumed run reports what an uninterrupted one would.
+    """The state of a run between steps; all of it is saved, so that a resumed run reports what an uninterrupted one would.
 
     Attributes:
-        step: optimiser steps done.
+        step: optimizer steps so far.
         tokens: tokens that the model read so far.
         window: sums of the metrics since the last report, with their number of steps.
-        best: lowest validation loss so far.
+        best: the lowest validation loss so far.
         waited: validations since then.
-        skipped: steps in a row, up to the last one, that were not finite and changed nothing.
+        skipped: skipped steps in a row, up to the last step.
         stop: why the run ends early, or empty.
         key: the random state after the last step.
     """
@@ -60,9 +60,9 @@ class Progress:
 def save_checkpoint(
     directory: Path, model: nn.Module, optimizer: optim.Optimizer, progress: Progress, options: AdapterOptions, *, keep: int = 0
 ) -> Path:
-    """Writes `checkpoints/<step>`, an adapter directory with the optimiser and the run's state; then drops old ones.
+    """Writes `checkpoints/<step>`, an adapter directory with the optimizer and the state of the run; then removes old ones.
 
-    One that is there and good is that of this step already, as where Ctrl-C follows on a save, and stays.
+    Keeps an existing valid checkpoint of this step.
     """
     path = directory / FOLDER / f"{progress.step:07d}"
     if _is_good(path):
@@ -76,25 +76,28 @@ def save_checkpoint(
         digests = {name: _digest(temporary / name) for name in _CHECKED if (temporary / name).exists()}
         state["sha256"] = {STATE: _digest_of(state), **digests}
         (temporary / STATE).write_bytes(orjson.dumps(state, option=orjson.OPT_INDENT_2))
-    sweep(path.parent, _ANY)  # damaged ones that were put aside
-    known = [old for old in checkpoints(directory) if old.name <= path.name]  # later ones are damaged, for the run began before
+    sweep(path.parent, _ANY)  # damaged checkpoints that were put aside
+    known = [
+        old for old in checkpoints(directory) if old.name <= path.name
+    ]  # later ones are damaged: the run resumed from an earlier one
     for old in known[keep:] if keep else []:
         shutil.rmtree(old, ignore_errors=True)
     return path
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints of a run, the newest first."""
+    """The checkpoints of a run, the newest first."""
     return sorted((p for p in (directory / FOLDER).glob(_ANY) if p.is_dir()), reverse=True)
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: optim.Optimizer) -> Progress:
-    """Puts model, optimiser and random state back to where they were; the optimiser must not have run yet.
+    """Restores model, optimizer and random state; the optimizer must not have run yet.
 
-    Later checkpoints that are damaged are put aside: they take no good one's place, and the next one that is written removes them.
+    Later checkpoints that are damaged are put aside, so that they do not count as checkpoints; the next `save_checkpoint` removes
+    them.
 
     Raises:
-        InputError: the checkpoint is damaged, or does not fit the model and optimiser.
+        InputError: the checkpoint is damaged, or does not fit the model and optimizer.
     """
     state = _read_state(path)
     names, lazy = (WEIGHTS if is_uniform(model) else OWN, OPTIMIZER), is_sharded(model)
@@ -121,13 +124,13 @@ def _put_aside_later(path: Path) -> None:
 
 
 def initial(model: nn.Module, optimizer: optim.Optimizer) -> dict[str, Any]:
-    """The arrays of an optimiser that has not run yet, as a file has them."""
+    """The arrays of an optimizer that has not run yet, as a file has them."""
     optimizer.init(layout(optimizer, model).pack(model.trainable_parameters()))
     return stored_state(model, optimizer)
 
 
 def newest(directory: Path) -> tuple[Path | None, list[str]]:
-    """The newest undamaged checkpoint and what is wrong with those that are newer."""
+    """The newest undamaged checkpoint, and what is wrong with newer ones."""
     problems: list[str] = []
     for path in checkpoints(directory):
         try:
@@ -139,7 +142,7 @@ def newest(directory: Path) -> tuple[Path | None, list[str]]:
 
 
 def at_best(directory: Path, best: float) -> Path | None:
-    """The good checkpoint of the step whose validation loss was the best, if there is one."""
+    """The undamaged checkpoint of the step whose validation loss was the best, if there is one."""
     steps = [row.get("step") for row in read_lines(directory / METRICS) if row.get("split") == "valid" and row.get("loss") == best]
     found = (path for path in checkpoints(directory) if path.name in {f"{step:07d}" for step in steps if step})
     return next(filter(_is_good, found), None)
@@ -157,22 +160,24 @@ def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = orjson.loads((path / STATE).read_bytes())
         digests = state.pop("sha256")
-        damaged = [STATE] if digests.pop(STATE, None) not in (None, _digest_of(state)) else []  # None: it has no digest of itself
+        damaged = (
+            [STATE] if digests.pop(STATE, None) not in (None, _digest_of(state)) else []
+        )  # None: the state has no digest of itself
         state["window"] = {name: nan if value is None else value for name, value in state["window"].items()}  # JSON has no NaN
         _check_fields(state, digests)
         damaged += [name for name, digest in digests.items() if _digest(path / name) != digest]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{path}: damaged checkpoint ({' '.join(str(error).split())})") from None
+        raise InputError(f"{path}: damaged checkpoint ({reason(error)})") from None
     if damaged:
         raise InputError(f"{path}: damaged checkpoint ({', '.join(damaged)} changed since it was written)")
     return state
 
 
 def _check_fields(state: dict[str, Any], digests: dict[str, Any]) -> None:
-    """Checks what somebody may have written who does not know the fields of `Progress`.
+    """Checks a state that some other program may have written.
 
     Raises:
-        ValueError: a field of another kind, or one too many; files without a digest.
+        ValueError: a field has another type, or is unknown; a file has no digest.
     """
     counts, numbers = ("step", "tokens", "waited", "skipped"), [*state["window"].values(), state.get("best")]
     wrong = [name for name in counts if type(state.get(name, 0)) is not int or not 0 <= state.get(name, 0) < 1 << 53]
@@ -181,7 +186,7 @@ def _check_fields(state: dict[str, Any], digests: dict[str, Any]) -> None:
     wrong += ["stop"] if not isinstance(state.get("stop", ""), str) else []
     wrong += ["sha256"] if not {WEIGHTS, OPTIMIZER} <= digests.keys() <= set(_CHECKED) else []
     if wrong or "step" not in state:
-        raise ValueError(f"{STATE}: {listed(wrong or ['step'])} cannot be what a run wrote")
+        raise ValueError(f"{STATE}: {listed(wrong or ['step'])} were not written by a run")
 
 
 def _digest_of(state: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Means over a whole split, pooled: every row counts, every token weighs the same."""
+"""Means over a whole split, pooled: every row counts, and every token has the same weight."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -19,10 +19,10 @@ Evaluate = Callable[[Iterable[MicroBatch]], dict[str, float]]
 
 
 def make_evaluate(model: nn.Module, objective: Objective, score: Scorer, ranks: Ranks = ALONE) -> Evaluate:
-    """Compiles `evaluate(pieces) -> {name: mean}`: Σ of every term over the pieces / Σ of its counts.
+    """Compiles `evaluate(micro-batches) -> {name: mean}`: for every term, its sum over the micro-batches / its count over them.
 
-    The loss is Σ coefficient·mean of the pooled means; `perplexity` = exp(nll) is added where `nll` is a term. Each of the
-    `ranks` sums up its own pieces, and all get the means of all.
+    The loss is Σ coefficient·mean of the pooled means; `perplexity` = exp(nll) is added if `nll` is a term. Each of the `ranks`
+    sums its own micro-batches, and all get the same means.
     """
     state = [model.state]
 
@@ -57,13 +57,13 @@ def make_evaluate(model: nn.Module, objective: Objective, score: Scorer, ranks: 
 
 
 def mean_measures(micros: Iterable[MicroBatch], ranks: Ranks = ALONE) -> dict[str, float]:
-    """Means, over rows of all ranks, of what the source measured; the loss is minus the reward."""
+    """Means over the rows of all ranks of the metrics of the micro-batches; the loss is the negative reward."""
     total: dict[str, float] = {}
     count = 0
     for micro in micros:
         count += len(micro.rows)
         total = {name: total.get(name, 0.0) + value * len(micro.rows) for name, value in micro.metrics.items()}
-    names = ranks.told(list(total))
+    names = ranks.of_rank0(list(total))
     *sums, rows = ranks.totals(*(total[name] for name in names), count)
     means = {name: value / max(rows, 1) for name, value in zip(names, sums, strict=True)}
     return {"loss": -means["reward"], **means}

@@ -1,27 +1,50 @@
-"""Pull batches, take steps, call hooks. What is left out: everything that differs between methods."""
+"""Takes steps: pulls batches, updates the model, calls hooks. Everything that differs between methods is elsewhere."""
 
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
 
 import mlx.core as mx
 from attrs import define, field, frozen
 
 from ..data.batching import MicroBatch
 from ..distributed.ranks import ALONE, Ranks
-from ..errors import RunError, SharedError
+from ..errors import RunError, SharedError, listed, reason
 from ..objectives.objective import Metrics
 from ..utils.device import out_of_memory, smaller
 from ..utils.rng import random_key
 from .checkpoint import Progress
+from .interrupt import Abandoned, Interruptible
 from .micro_batch import BatchDivider
 from .step import Step
 
 Hook = Callable[[Progress, Sequence[MicroBatch]], None]
+"""(progress, batches of the last step): what a run does between steps."""
+
 SKIPS = 5  # batches in a row whose steps are not finite: a run that skips as many does not recover
+
+
+@frozen(eq=False)
+class LoopOptions:
+    """How the loop takes steps.
+
+    Attributes:
+        repeats: steps on each group of batches, such as several updates on one rollout; a run stops only after the last of them.
+        divider: divides batches that do not fit into memory; None: every batch fits.
+        ranks: the processes that take the steps together, each with the micro-batches of its stream.
+        ahead: begin the next step before the metrics of the last one are read, where no hook looks at the model between the two;
+            the stream must not look at the model either. Several ranks do not begin ahead.
+        skips: so many groups of batches in a row that are not finite end the run.
+        warn: gets the rows of every skipped step.
+    """
+
+    repeats: int = 1
+    divider: BatchDivider | None = None
+    ranks: Ranks = ALONE
+    ahead: bool = False
+    skips: int = SKIPS
+    warn: Callable[[str], object] = lambda _: None
 
 
 def train(
@@ -30,40 +53,30 @@ def train(
     progress: Progress,
     total: int,
     hooks: Sequence[Hook],
-    *,
-    repeats: int = 1,
-    micro: BatchDivider | None = None,
-    ranks: Ranks = ALONE,
-    ahead: bool = False,
-    skips: int = SKIPS,
-    warn: Callable[[str], object] = lambda _: None,
+    how: LoopOptions = LoopOptions(),
 ) -> None:
-    """Steps until `total`, or until a hook sets `progress.stop`; each hook sees every finished step, in order.
+    """Takes steps until `total`, or until a hook sets `progress.stop`; each hook sees every finished step, in order.
 
-    Every group of batches is used for `repeats` steps (several updates on one rollout); a run only ever stops after
-    the last of them. `micro` divides batches that would not fit into memory. `ranks` take the steps together, each with the
-    pieces of its stream. A step that is not finite changes nothing and is counted; `warn` is told its rows, and `skips` batches of
-    them in a row end the run. With `ahead` the next step is begun before the metrics of one are read, wherever no hook looks
-    at the model between the two; the stream must not look at it either.
-
-    Ctrl-C while a batch is made ends the run at once, during a step or its hooks after them: `progress` is always the
-    state after a whole step. A second Ctrl-C does not wait. Several ranks end after the same step.
+    A step that is not finite changes nothing and counts as a step. Ctrl-C while a batch is made ends the run at once; during a step
+    or its hooks it ends the run after them: `progress` is always the state after a whole step. A second Ctrl-C does not wait.
+    Several ranks end after the same step.
 
     Raises:
-        RunError: the loss or the gradient was not finite `skips` times in a row; weights and optimiser are those of before. Or
-            memory ran out, or another rank is gone.
+        RunError: the loss or the gradient was not finite `how.skips` times in a row, and weights and optimizer are those of before;
+            or memory ran out, or another rank is gone.
         KeyboardInterrupt: Ctrl-C.
-        Abandoned: a second one, before the step was over.
+        Abandoned: a second Ctrl-C before the step was over.
     """
-    steps = _Steps(step, progress, hooks, micro, ranks, skips * repeats, warn, ahead and ranks.size == 1)
+    repeats, ranks = how.repeats, how.ranks
+    steps = _Steps(step, progress, hooks, how)
     with Interruptible(waits=ranks.size > 1) as interrupt:
         try:
             while steps.begun < total and not progress.stop:
                 micros = steps.waited_for(stream)
                 with interrupt.held():
-                    own, asked = sum(p.tokens for p in micros), 0.0
+                    own, asked = sum(micro.tokens for micro in micros), 0.0
                     for _ in range(min(repeats, total - steps.begun)):
-                        tokens, asked = ranks.totals(own, interrupt.asked)  # before the step: where others end, it has not begun
+                        tokens, asked = ranks.totals(own, interrupt.asked)  # before the step: other ranks that end do not begin it
                         steps.take(micros, round(tokens))
                     if ranks.size > 1 and asked:
                         raise KeyboardInterrupt
@@ -77,14 +90,14 @@ def train(
 
 @frozen
 class _Begun:
-    """A step whose metrics are yet to be read.
+    """A step whose metrics have not been read yet.
 
     Attributes:
-        metrics: lazy.
-        pieces: the batches that it is of.
-        parts: the same, divided as memory asks for.
-        tokens: that the model reads.
-        key: the random state after it.
+        metrics: lazy arrays.
+        micros: its micro-batches.
+        parts: the same, divided to fit into memory.
+        tokens: tokens that the model reads, of all ranks.
+        key: the random state after the step.
     """
 
     metrics: Metrics
@@ -96,23 +109,19 @@ class _Begun:
 
 @define
 class _Steps:
-    """Steps in order: each is begun, and ended by reading its metrics and calling the hooks; at most one waits for its end."""
+    """Steps in order: each is begun, then ended by reading its metrics and calling the hooks; at most one is open."""
 
     step: Step
     progress: Progress
     hooks: Sequence[Hook]
-    micro: BatchDivider | None
-    ranks: Ranks
-    limit: int
-    warn: Callable[[str], object]
-    ahead: bool
+    how: LoopOptions
     _open: _Begun | None = None
     _since: float = field(factory=time.perf_counter)
     _waited: float = 0.0
 
     @property
     def begun(self) -> int:
-        """Steps so far, the one that is not ended included."""
+        """Steps so far, with the open one."""
         return self.progress.step + (self._open is not None)
 
     def waited_for(self, stream: Iterator[tuple[MicroBatch, ...]]) -> tuple[MicroBatch, ...]:
@@ -123,8 +132,8 @@ class _Steps:
         return micros
 
     def take(self, micros: Sequence[MicroBatch], tokens: int) -> None:
-        """Begins a step; ends the one before, and this one too if something has to be known before the next."""
-        parts = self.micro(micros) if self.micro else micros
+        """Begins a step and ends the one before; ends this one too if the next one depends on what it leaves."""
+        parts = self.how.divider(micros) if self.how.divider else micros
         with _explained(parts):
             metrics = self.step.begin(*(p.batch for p in parts if not p.is_padding), idle=parts[0].batch)
         following = _Begun(metrics, micros, parts, tokens, random_key())
@@ -134,27 +143,29 @@ class _Steps:
             self.end()
 
     def end(self, *, whole: bool = True) -> None:
-        """Ends the step that is not ended, if there is one; `whole`: no other has been begun since."""
+        """Ends the open step, if there is one; `whole`: no other has begun since."""
         if (done := self._open) is None:
             return
         with _explained(done.parts):
             metrics = self.step.ended(done.metrics, whole=whole)
         self._open = None
-        if self.micro:
-            self.micro.learn()
+        if self.how.divider:
+            self.how.divider.learn()
         seconds = {"seconds_waited": self._waited, "seconds_stepped": time.perf_counter() - self._since - self._waited}
         _advance(self.progress, metrics, seconds, done)
         if self.progress.skipped:
-            rows = self.ranks.listed([row for micro in done.micros for row in micro.rows])
-            _tell_skipped(metrics, self.progress, rows, self.limit, self.warn)
+            rows = self.how.ranks.listed([row for micro in done.micros for row in micro.rows])
+            _warn_of_skipped(metrics, self.progress, rows, self.how)
         for hook in self.hooks:
             hook(self.progress, done.micros)
         self._since, self._waited = time.perf_counter(), 0.0
 
     def _may_wait(self) -> bool:
-        """Whether the next step may begin first: nobody looks at this one, memory was measured, and no step was skipped of late."""
+        """Whether the next step may begin first: no hook looks at this one, its memory is known, the last one was not skipped."""
         looking = any(not isinstance(hook, Every) or hook.looks(self.begun) for hook in self.hooks)
-        return self.ahead and not looking and not self.progress.skipped and not (self.micro and self.micro.measuring)
+        measuring = self.how.divider is not None and self.how.divider.measuring
+        ahead = self.how.ahead and self.how.ranks.size == 1
+        return ahead and not looking and not self.progress.skipped and not measuring
 
 
 @contextmanager
@@ -170,7 +181,7 @@ def _explained(parts: Sequence[MicroBatch]) -> Iterator[None]:
 def _advice(parts: Sequence[MicroBatch], error: BaseException) -> str:
     rows, length = max((p.batch.tokens.shape for p in parts), key=lambda shape: shape[0] * shape[1])
     return (
-        f"out of memory with {rows} rows of {length} tokens at once ({' '.join(str(error).split())[:120]}). Try, in this order: "
+        f"out of memory with {rows} rows of {length} tokens at once ({reason(error, 120)}). Try, in this order: "
         f"{', '.join(smaller())}"
     )
 
@@ -180,7 +191,7 @@ class Every:
     """`hook` at every multiple of `steps` (0 = none), at the end, and where a run stops early.
 
     Attributes:
-        beside: it looks neither at the model nor at metrics, so that the next step may have begun.
+        beside: the hook looks neither at the model nor at metrics, so the next step may have begun.
     """
 
     steps: int
@@ -193,22 +204,23 @@ class Every:
             self.hook(progress, micros)
 
     def looks(self, step: int) -> bool:
-        """Whether it has to see what this step leaves."""
+        """Whether the hook looks at the model after this step."""
         return not self.beside and self._due(step)
 
     def _due(self, step: int) -> bool:
         return step == self.total or bool(self.steps and step % self.steps == 0)
 
 
-def _tell_skipped(
-    metrics: dict[str, float], progress: Progress, rows: Sequence[str], limit: int, warn: Callable[[str], object]
-) -> None:
-    """Raises where as many steps as `limit` were skipped in a row."""
+def _warn_of_skipped(metrics: dict[str, float], progress: Progress, rows: Sequence[str], how: LoopOptions) -> None:
+    """Warns of a skipped step.
+
+    Raises:
+        SharedError: it is the last that may be skipped.
+    """
     found = [f"{name} is {metrics[name]}" for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
-    more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
-    problem = f"step {progress.step}: {(found or ['the updated weights are not finite'])[0]} (rows {', '.join(rows[:8])}{more})"
-    if progress.skipped % limit:
-        warn(f"{problem}: skipped, the weights stay as they were")
+    problem = f"step {progress.step}: {(found or ['the updated weights are not finite'])[0]} (rows {listed(rows, 8)})"
+    if progress.skipped % (how.skips * how.repeats):
+        how.warn(f"{problem}: skipped, the weights stay as they were")
         return
     good = progress.step - progress.skipped
     remedy = "a lower --learning-rate or --max-grad-norm 1" if good else "other rows, a smaller --scale or another model"
@@ -217,7 +229,7 @@ def _tell_skipped(
 
 
 def _advance(progress: Progress, metrics: dict[str, float], seconds: dict[str, float], done: _Begun) -> None:
-    """What a skipped step measured does not count among the means."""
+    """Counts a step; the metrics of a skipped one do not count among the means."""
     skipped, micros = metrics["skipped"], done.micros
     sourced = {name: sum(p.metrics[name] for p in micros) / len(micros) for name in micros[0].metrics}
     measured = {"skipped": skipped} if skipped else {**metrics, **sourced}
@@ -231,7 +243,7 @@ def _advance(progress: Progress, metrics: dict[str, float], seconds: dict[str, f
 
 
 def reported(progress: Progress) -> dict[str, float]:
-    """The means of the steps since the last report, skipped ones counted; the window is empty after it."""
+    """The means over the steps since the last report, and how many were skipped; empties the window."""
     window, progress.window = dict(progress.window), {}
     steps, tokens, rate, skipped = (window.pop(name, 0) for name in ("steps", "window_tokens", "learning_rate", "skipped"))
     waited, stepped = window.pop("seconds_waited"), window.pop("seconds_stepped")
@@ -246,60 +258,3 @@ def reported(progress: Progress) -> dict[str, float]:
         **({"skipped": int(skipped)} if skipped else {}),
         **means,
     }
-
-
-class Abandoned(KeyboardInterrupt):
-    """A second Ctrl-C, in the middle of a step: what is in memory may be half of one, so it must not be saved."""
-
-
-@define
-class Interruptible:
-    """Ctrl-C, but not in the middle of what is held; outside the main thread the default stays.
-
-    Attributes:
-        waits: even outside of it: others have to be told first.
-    """
-
-    waits: bool = False
-    _held: bool = False
-    _asked: bool = False
-    _before: object = None
-
-    def __enter__(self) -> "Interruptible":
-        try:
-            self._before = signal.signal(signal.SIGINT, self._handle)
-        except ValueError:  # not the main thread
-            self._before = None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)  # type: ignore[arg-type]
-
-    def _handle(self, _: int, __: FrameType | None) -> None:
-        if not self._held and not self.waits:
-            raise KeyboardInterrupt
-        if self._asked:
-            raise Abandoned
-        self._asked = True
-
-    @property
-    def asked(self) -> bool:
-        """Whether there was one that is yet to have an effect."""
-        return self._asked
-
-    def held(self) -> "_Held":
-        return _Held(self)
-
-
-@define
-class _Held:
-    interrupt: Interruptible
-
-    def __enter__(self) -> None:
-        self.interrupt._held = True
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        self.interrupt._held = False
-        if self.interrupt._asked and kind is None and not self.interrupt.waits:
-            raise KeyboardInterrupt

@@ -1,6 +1,6 @@
-"""Micro-batches: a batch that would not fit into memory is taken in pieces, which changes no result.
+"""Divides batches that do not fit into memory into micro-batches, which changes no result.
 
-How much memory a batch needs is estimated from the model's layers before the first step and measured from then on.
+The memory that a batch needs is estimated from the model's layers before the first step, and measured from then on.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,14 @@ from ..data.batching import MicroBatch, target_size
 from ..data.shape_buckets import Signatures
 from ..distributed.sharding import shape_of
 from ..models.modes import usual_dtype
+from ..utils.integers import ceil_div
 
-_KEPT = 3.0  # what a block keeps for its backward pass, in units of what goes into and out of its matrices; an H200 showed 2.1
+_KEPT = 3.0  # numbers that a block keeps for its backward pass / numbers that enter and leave its matrices
 
 
 def divided(micro: MicroBatch, parts: int) -> list[MicroBatch]:
-    """The piece as up to `parts` pieces of whole units, in order; the counts of their terms add up to those of the piece."""
-    size = -(-len(micro.groups) // parts)
+    """The micro-batch as up to `parts` smaller ones of whole groups, in order; the counts of their terms add up to its counts."""
+    size = ceil_div(len(micro.groups), parts)
     chosen = [range(start, min(start + size, len(micro.groups))) for start in range(0, len(micro.groups), size)]
     if len(chosen) <= 1:
         return [micro]
@@ -41,7 +42,7 @@ def position_count(batch: Batch) -> int:
 
 
 def _sequences(micro: MicroBatch, groups: Sequence[int]) -> list[int]:
-    """In ascending order, so that of pairs all the chosen still come before all the rejected."""
+    """The sequences of the groups in ascending order, so that in pairs all chosen sequences stay before all rejected ones."""
     return sorted(s for group in groups for s in micro.groups[group])
 
 
@@ -51,7 +52,7 @@ def _renumbered(micro: MicroBatch, groups: Sequence[int]) -> tuple[tuple[int, ..
 
 
 def _rows(micro: MicroBatch, groups: Sequence[int]) -> list[int]:
-    """The rows of the units: a packed row is a unit, a shared prompt's rows lie together, else a row is a sequence."""
+    """The rows of the groups: a packed row is a group, the rows of a shared prompt are neighbors, else a row is a sequence."""
     batch = micro.batch
     if batch.segments is not None:
         return list(groups)
@@ -101,15 +102,15 @@ def _filled(values: np.ndarray, filler: int, value: int = 0) -> mx.array:
 
 @define
 class BatchDivider:
-    """Divides what would exceed the limit.
+    """Divides micro-batches that would exceed the memory limit.
 
     Attributes:
         limit: bytes that MLX may hold.
-        cost: bytes that a step holds for each position, above what it held before; an estimate until a step was measured.
-        rows: units in a micro-batch, fixed; 0 = as many as fit.
-        largest: positions that passed within the limit.
-        peak: bytes, the most that was held at any time.
-        shapes: those of the parts, which are as few as those of whole batches.
+        cost: bytes that a step adds for each position; an estimate until a step has been measured.
+        rows: groups in a micro-batch; 0 = as many as fit.
+        largest: the most positions that stayed within the limit.
+        peak: the most bytes held at any time.
+        shapes: the shapes of the parts, so that few are compiled.
     """
 
     limit: int
@@ -121,7 +122,7 @@ class BatchDivider:
     _measuring: int = field(default=0, init=False)
 
     def __call__(self, micros: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """The pieces, those that would not fit divided."""
+        """The micro-batches; those that would not fit are divided."""
         found = [part for micro in micros for part in self._divided(micro)]
         size = max(position_count(micro.batch) for micro in found)
         self._measuring = size if size > self.largest else 0
@@ -132,17 +133,17 @@ class BatchDivider:
 
     @property
     def measuring(self) -> bool:
-        """Whether `learn` has to be called before the next step begins: it then tells what this one takes."""
+        """Whether this step is being measured: `learn` must be called before the next step begins."""
         return self._measuring > 0
 
     def learn(self) -> None:
-        """After a step: what its largest micro-batch took."""
+        """After a step: updates the cost from the memory that its largest micro-batch took."""
         peak = mx.get_peak_memory()
         self.peak = max(self.peak, peak)
         if not self._measuring:
             return
         taken = max(peak - mx.get_active_memory(), 0) / self._measuring
-        if peak <= 1.1 * self.limit:  # near the limit the scheduler waits: what it holds is no more what it needs
+        if peak <= 1.1 * self.limit:  # beyond, the scheduler waits for memory, so the peak is not what the step needs
             self.largest, self.cost = self._measuring, min(self.cost, taken)
         else:
             self.cost = max(self.cost, taken)
@@ -154,19 +155,19 @@ class BatchDivider:
     def _parts(self, micro: MicroBatch) -> int:
         groups = len(micro.groups)
         if self.rows:
-            return -(-groups // self.rows)
+            return ceil_div(groups, self.rows)
         each = position_count(micro.batch) / max(groups, 1)
         room = max(self.limit - mx.get_active_memory(), 0) / max(self.cost, 1e-9)
         fitting = max(int(max(room, self.largest) // each), 1)
-        return -(-groups // fitting)
+        return ceil_div(groups, fitting)
 
 
 def cost_of_position(model: nn.Module, *, recomputed: bool) -> float:
-    """Bytes that a training step keeps for each position, estimated from above: what enters and leaves the blocks' matrices.
+    """An upper estimate of the bytes that a training step keeps for each position: what enters and leaves the blocks' matrices.
 
     Args:
-        model: with `layers`.
-        recomputed: blocks keep only their input, and one of them at a time all of it.
+        model: a model with `layers`.
+        recomputed: blocks keep only their input; one at a time keeps everything.
     """
     blocks = [sum(map(sum, map(_ends, block.modules()))) for block in model.layers]  # type: ignore[union-attr]
     width = max((_ends(m)[0] for block in model.layers for m in block.modules()), default=0)  # type: ignore[union-attr]
@@ -176,7 +177,7 @@ def cost_of_position(model: nn.Module, *, recomputed: bool) -> float:
 
 
 def _ends(module: nn.Module) -> tuple[int, int]:
-    """(in, out) of a matrix; of experts, those that a token passes are counted as one."""
+    """(in, out) of a matrix; the experts of a token count as one."""
     weight = module.get("weight") if isinstance(module, nn.Module) else None
     shape = () if weight is None else shape_of(module, "weight")
     if len(shape) < 2:

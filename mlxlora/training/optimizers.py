@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules by name."""
+"""Optimizers and learning-rate schedules by name."""
 
 from collections.abc import Callable
 from functools import partial
@@ -25,18 +25,19 @@ _HYPERPARAMETERS = {
     "eps": ("adam", "adamw"),
     "momentum": ("sgd", "muon"),
 }
-"""Which optimisers have them; MLX's defaults stand where they are not given."""
+"""The optimizers that have each hyperparameter; MLX's defaults apply if it is not given."""
 LORAPLUS_GROUP = "lora_b"
 
 
 def make_optimizer(training: Training, steps: int) -> optim.Optimizer:
-    """The optimiser that `training` names, on its schedule over `steps`.
+    """The optimizer that `training` names, on its learning-rate schedule over `steps`.
 
     Adam and AdamW are the published ones (Kingma & Ba, 2015; Loshchilov & Hutter, 2019), with bias correction. LoRA+ (Hayou et
-    al., 2024, https://arxiv.org/abs/2402.12354) is two of them, the second on `raised` parameters with a multiple of the rate.
+    al., 2024, https://arxiv.org/abs/2402.12354) is two optimizers: the second one trains the `in_loraplus_group` parameters at a
+    multiple of the rate.
 
     Raises:
-        InputError: weight decay for adam, which has none, or a hyper-parameter of other optimisers.
+        InputError: weight decay for adam, which has none, or a hyperparameter of other optimizers.
     """
     if training.optimizer == "adam" and training.weight_decay:
         raise InputError(f"--weight-decay {training.weight_decay} has no effect on adam; use --optimizer adamw")
@@ -52,9 +53,9 @@ def make_optimizer(training: Training, steps: int) -> optim.Optimizer:
 
 
 def in_loraplus_group(path: str) -> bool:
-    """Whether LoRA+ raises the learning rate of a parameter: B, and DoRA's magnitudes, as in PEFT.
+    """Whether LoRA+ multiplies the learning rate of a parameter: B and DoRA's magnitudes, as in PEFT.
 
-    >>> raised("layers.0.q_proj.lora_b"), raised("layers.0.q_proj.lora_a")
+    >>> in_loraplus_group("layers.0.q_proj.lora_b"), in_loraplus_group("layers.0.q_proj.lora_a")
     (True, False)
     """
     return path.rpartition(".")[2] in (LORAPLUS_GROUP, "m")
@@ -67,9 +68,8 @@ def _times(rate: Rate, ratio: float) -> Rate:
 def learning_rate(training: Training, steps: int) -> Rate:
     """The rate of step t = 0, 1, ...: up from `warmup_init` over `warmup` steps, then constant or down to `lr_end`.
 
-    end + (peak - end)·f(x), x = (t - warmup)/span; linear: f = 1 - x; cosine: f = (1 + cos πx)/2, both as at x = 1 from
-    there; exponential: f = r^x; step: f = r^⌊x⌋, r = `lr_decay_rate`. span is `lr_decay_steps`, or what the warm-up leaves of
-    `steps`.
+    end + (peak - end)·f(x), x = (t - warmup)/span; linear: f = 1 - x; cosine: f = (1 + cos πx)/2, both constant from x = 1 on;
+    exponential: f = r^x; step: f = r^⌊x⌋, r = `lr_decay_rate`. span is `lr_decay_steps`, by default `steps` - `warmup`.
     """
     peak, start, end, warmup = training.learning_rate, training.warmup_init, training.lr_end, training.warmup
     span = training.lr_decay_steps or max(steps - warmup, 1)
@@ -86,7 +86,7 @@ def learning_rate(training: Training, steps: int) -> Rate:
 
 
 def put_state(state: Any, values: Any) -> None:
-    """Copies the arrays of `values` into the containers of `state`, which stay the same objects: a compiled step holds them."""
+    """Puts the arrays of `values` into the containers of `state`; a compiled step holds these, so they stay the same objects."""
     for key, value in values.items() if isinstance(values, dict) else enumerate(values):
         if isinstance(value, mx.array):
             state[key] = value

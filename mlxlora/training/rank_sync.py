@@ -1,4 +1,4 @@
-"""What the ranks of a run agree on before its first step: that they may train together, and from which state."""
+"""Checks before the first step that the ranks of a run may train together, and gives them one state."""
 
 import hashlib
 from collections.abc import Callable, Iterable
@@ -9,7 +9,7 @@ import mlx.nn as nn
 from attrs import asdict
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..adapters.files import CONFIG, check_arrays, check_settings, own_arrays, put_arrays, read_arrays, read_config
+from ..adapters.files import CONFIG, check_arrays, check_settings, own_arrays, put_arrays, read_arrays, read_adapter_config
 from ..adapters.prepare import load_weights
 from ..data.tokenize import Example
 from ..distributed.ranks import Ranks
@@ -23,15 +23,15 @@ from .optimizers import put_state
 from .step import Step
 from .trainable import stored_state
 
-T = TypeVar("T")
+_Result = TypeVar("_Result")
 
 
 def check_ranks(ranks: Ranks, objective: Objective, examples: Iterable[Example]) -> None:
-    """Checks that every rank has the same rows, and that no term looks at several of them at once.
+    """Checks that every rank has the same rows, and that no term of the objective compares rows.
 
     Raises:
-        InputError: such a term.
-        SharedError: other rows.
+        InputError: a term compares rows.
+        SharedError: a rank has other rows.
     """
     if ranks.size == 1:
         return
@@ -46,26 +46,26 @@ def check_ranks(ranks: Ranks, objective: Objective, examples: Iterable[Example])
 
 
 def broadcast(ranks: Ranks, step: Step, optimizer: Any, progress: Progress) -> None:
-    """Every rank gets the weights, the optimiser and the progress of rank 0, which may have read a checkpoint."""
+    """Every rank gets the weights, the optimizer and the progress of rank 0, which may have read a checkpoint."""
     if ranks.size == 1:
         return
     model, state = step.trained.model, [step.trained.master_weights, optimizer.state]
-    if ranks.sharded:  # slices are rank 0's already
+    if ranks.sharded:  # the slices came from rank 0
         plain = [name for name, array in stored_state(model, optimizer).items() if not isinstance(array, Sliced)]
         state = tree_unflatten([(name, array) for name, array in tree_flatten(optimizer.state) if name in plain])
         put_state(optimizer.state, ranks.from_first(state))
     else:
-        model.load_weights(list(ranks.from_first(own_arrays(model)).items()), strict=False)  # what PiSSA started from, too
+        model.load_weights(list(ranks.from_first(own_arrays(model)).items()), strict=False)  # with the starting point of PiSSA
         put_state(state, ranks.from_first(state))
         step.trained.push()
-    for name, value in ranks.told(asdict(progress, filter=lambda a, _: "array" not in a.metadata)).items():
+    for name, value in ranks.of_rank0(asdict(progress, filter=lambda a, _: "array" not in a.metadata)).items():
         setattr(progress, name, value)
     progress.key = ranks.from_first(progress.key)
     restore_random_key(ranks.from_first(random_key()))
 
 
 def restore(ranks: Ranks, model: nn.Module, directory: Path) -> None:
-    """Every rank gets what rank 0 saved, in place of what is trained."""
+    """Every rank gets the trained parameters that rank 0 saved."""
     if ranks.sharded:
         on_rank0(ranks, model, lambda: put_arrays(model, read_arrays(directory, lazy=True)))
         return
@@ -75,11 +75,11 @@ def restore(ranks: Ranks, model: nn.Module, directory: Path) -> None:
         model.update(ranks.from_first(model.trainable_parameters()))
 
 
-def on_rank0(ranks: Ranks, model: nn.Module, work: Callable[[], T], optimizer: Any = None) -> T | None:
-    """`work` at rank 0, which writes or reads files; where parameters are slices, the others give and take theirs meanwhile.
+def on_rank0(ranks: Ranks, model: nn.Module, work: Callable[[], _Result], optimizer: Any = None) -> _Result | None:
+    """Runs `work`, which reads or writes files, on rank 0; the other ranks send and receive their slices of parameters.
 
     Raises:
-        LostError: rank 0 failed, at the others; it goes on with its own error.
+        LostError: on the other ranks, if rank 0 failed; rank 0 raises its own error.
     """
     if ranks.leads:
         done = False
@@ -89,7 +89,7 @@ def on_rank0(ranks: Ranks, model: nn.Module, work: Callable[[], T], optimizer: A
             return found
         finally:
             if ranks.sharded:
-                ranks.told([_END, done])
+                ranks.of_rank0([_END, done])
     if ranks.sharded:
         _serve(ranks, model, optimizer)
     return None
@@ -102,7 +102,7 @@ def _serve(ranks: Ranks, model: nn.Module, optimizer: Any) -> None:
     states = {} if optimizer is None else initial(model, optimizer)
     places = [*stored(model, own_arrays(model)).values(), *states.values()]
     known = {place.key: place for place in places if isinstance(place, Sliced)}
-    while (asked := ranks.told(None))[0] != _END:
+    while (asked := ranks.of_rank0(None))[0] != _END:
         verb, key = asked
         if verb == "take":
             known[key].take()
@@ -115,24 +115,24 @@ def _serve(ranks: Ranks, model: nn.Module, optimizer: Any) -> None:
 def repair(
     ranks: Ranks, model: nn.Module, directory: Path, best: float | None, save: Callable[[], None], warn: Callable[[str], object]
 ) -> None:
-    """Writes the adapters of a run that has nothing left to train again, if they are missing or damaged.
+    """Writes missing or damaged adapters of a finished run again.
 
     Args:
-        ranks: who have read the last checkpoint.
-        model: as it was then.
-        directory: of the run.
-        best: the validation loss of the adapters; None where they are those of the last step.
-        save: writes adapters as they are in the model.
-        warn: is told what was wrong.
+        ranks: the processes of the run, which have read the last checkpoint.
+        model: the model of the last checkpoint.
+        directory: the folder of the run.
+        best: the validation loss of the best adapters; None if the adapters are those of the last step.
+        save: writes the adapters of the model.
+        warn: gets a message about what was wrong.
 
     Raises:
-        InputError: the best ones are in no checkpoint. SharedError at the other ranks.
+        InputError: no checkpoint has the best adapters. The other ranks raise SharedError.
     """
-    problem = ranks.told(_problem(directory) if ranks.leads else "")
+    problem = ranks.of_rank0(_problem(directory) if ranks.leads else "")
     if not problem:
         return
     if best is not None:
-        found = ranks.told(str(at_best(directory, best) or "") if ranks.leads else "")
+        found = ranks.of_rank0(str(at_best(directory, best) or "") if ranks.leads else "")
         if not found:
             refused = InputError if ranks.leads else SharedError
             remedy = f"take another from {directory / FOLDER}, or train again with --overwrite"
@@ -143,10 +143,10 @@ def repair(
 
 
 def _problem(directory: Path) -> str:
-    """What is wrong with the adapters of a folder, or nothing."""
+    """What is wrong with the adapters of a folder; empty if nothing is."""
     try:
         check_arrays(directory)
-        check_settings(read_config(directory), directory / CONFIG)
+        check_settings(read_adapter_config(directory), directory / CONFIG)
     except InputError as error:
         return str(error)
     return ""

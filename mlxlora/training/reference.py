@@ -1,6 +1,7 @@
-"""The reference policy as a column of the batch: no objective or step ever sees a second model.
+"""The reference policy as a column of the batch: objectives and steps never see a second model.
 
-Log-probabilities under the reference are computed once, for the rows that a run will use, and kept on disk.
+The reference's log-probabilities are computed once, for the rows that a run uses, and cached on disk. If the policy samples
+the rows itself, they are computed with each batch.
 """
 
 import hashlib
@@ -22,9 +23,10 @@ from ..distributed.ranks import ALONE, Ranks
 from ..models.logprobs import Scorer, scorer
 from ..models.modes import evaluating
 from ..utils.files import cache_folder
+from ..utils.integers import ceil_div
 from ..utils.safetensors import read_checked, write_arrays
 
-T = TypeVar("T")
+_Item = TypeVar("_Item")
 Logps = np.ndarray
 Note = Callable[[str], None]
 
@@ -39,21 +41,21 @@ def with_reference(
     note: Note = lambda _: None,
     ranks: Ranks = ALONE,
 ) -> list[Example]:
-    """The examples with `ref_logps`, from the cache where it has them.
+    """The examples with `ref_logps`, from the cache if it has them.
 
     Args:
         examples: token sequences; equal ones are scored once.
         score: scores batches with the reference model.
         batch_size: sequences in a batch.
-        together: so many examples in a row share a prompt, which is then computed once; 1 = whole rows.
-        cache: file of log-probabilities of this model; a damaged or stale one is noticed and rebuilt.
-        note: is told what happens.
-        ranks: who has the same examples and scores them together; rank 0 has the cache.
+        together: this many consecutive examples share a prompt, which is computed once; 1 = every row is computed whole.
+        cache: file of log-probabilities of this model; a damaged or stale one is rebuilt.
+        note: gets messages.
+        ranks: processes with the same examples that score them together; rank 0 has the cache.
     """
     digests = [_digest(e) for e in examples]
     wanted = dict(zip(digests, examples, strict=True))
     known = _trusted(cache, wanted, score, note) if cache and ranks.leads else {}
-    absent = set(ranks.told([i for i, digest in enumerate(wanted) if digest not in known]))
+    absent = set(ranks.of_rank0([i for i, digest in enumerate(wanted) if digest not in known]))
     missing = {digest: e for i, (digest, e) in enumerate(wanted.items()) if i in absent}
     known |= _heard(known, {digest: e for digest, e in wanted.items() if digest not in missing}, ranks)
     if missing:
@@ -68,7 +70,7 @@ def with_reference(
 
 
 def _heard(known: Mapping[bytes, Logps], wanted: Mapping[bytes, Example], ranks: Ranks) -> dict[bytes, Logps]:
-    """What rank 0 knows of the wanted sequences."""
+    """The log-probabilities of the wanted sequences that rank 0 knows."""
     if ranks.size == 1 or not wanted:
         return {}
     ends = np.cumsum([int(e.loss_mask.sum()) for e in wanted.values()])
@@ -77,10 +79,12 @@ def _heard(known: Mapping[bytes, Logps], wanted: Mapping[bytes, Example], ranks:
 
 
 def _together(examples: Sequence[Example], score: Scorer, batch_size: int, size: int, ranks: Ranks) -> list[Logps]:
-    """`log_probabilities`, of which each rank computes its share."""
+    """`log_probabilities`; each rank computes its share."""
     groups = batched(range(len(examples)), size)
     share = list(ranks.share(groups))
-    idle = groups[:1] * (-(-len(groups) // ranks.size) - len(share)) if ranks.sharded else []  # all pass equally often
+    idle = (
+        groups[:1] * (ceil_div(len(groups), ranks.size) - len(share)) if ranks.sharded else []
+    )  # all ranks pass through the model equally often
     with ranks.computing():
         found_here = log_probabilities([examples[i] for group in share + idle for i in group], score, batch_size, size)
     own = found_here[: sum(map(len, share))]
@@ -94,7 +98,7 @@ def _together(examples: Sequence[Example], score: Scorer, batch_size: int, size:
 
 
 def referenced(make: Make, model: nn.Module, temperature: float) -> Make:
-    """Pieces with `ref_logps`, computed when they are made: with `model` as it is without adapters."""
+    """Micro-batches with `ref_logps`, computed as they are made, by `model` without its adapters."""
     with disabled(model), evaluating(model):
         score = scorer(model, temperature=temperature)
     run = mx.compile(partial(score, gradient=False))
@@ -110,9 +114,9 @@ def referenced(make: Make, model: nn.Module, temperature: float) -> Make:
 
 
 def log_probabilities(examples: Sequence[Example], score: Scorer, batch_size: int, together: int = 1) -> list[Logps]:
-    """[scored tokens] float32 of each example, without a gradient; examples of a length go together.
+    """[trained tokens] float32 of each example, without a gradient; examples of similar length share a batch.
 
-    So many examples in a row as `together` says share a prompt.
+    Each `together` consecutive examples share a prompt.
     """
     run, shapes = mx.compile(partial(score, gradient=False)), Signatures()
     groups = sorted(batched(range(len(examples)), together), key=lambda group: max(len(examples[i].tokens) for i in group))
@@ -126,8 +130,8 @@ def log_probabilities(examples: Sequence[Example], score: Scorer, batch_size: in
     return [found[i] for i in range(len(examples))]
 
 
-def cache_file(model: str, dtype: str) -> Path:
-    """Where log-probabilities of `model` are kept: $MLXLORA_CACHE or ~/.cache/mlxlora, by name and files of the model."""
+def reference_cache_file(model: str, dtype: str) -> Path:
+    """The file that caches the log-probabilities of `model`, in $MLXLORA_CACHE or ~/.cache/mlxlora, by its name and files."""
     folder = Path(model)
     files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.json")) if folder.is_dir() else []
     stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
@@ -138,7 +142,7 @@ def cache_file(model: str, dtype: str) -> Path:
 # --- the cache: {digests [n, 32], ends [n], logps [Σ]}, with a digest of all of it -----------------
 
 
-def batched(items: Sequence[T], size: int) -> list[tuple[T, ...]]:
+def batched(items: Sequence[_Item], size: int) -> list[tuple[_Item, ...]]:
     """`itertools.batched` of Python 3.12.
 
     >>> batched("abcde", 2)
@@ -148,7 +152,7 @@ def batched(items: Sequence[T], size: int) -> list[tuple[T, ...]]:
 
 
 def _whole_groups(digests: Sequence[bytes], missing: Mapping[bytes, Example], size: int) -> list[bytes]:
-    """The groups of `size` of which every member is missing, and none stands in a group before."""
+    """The groups of `size` whose members are all missing and in no earlier group."""
     taken: dict[bytes, None] = {}
     for group in batched(digests, size) if size > 1 else ():
         if len({d for d in group if d in missing and d not in taken}) == size:
@@ -161,20 +165,20 @@ def _digest(example: Example) -> bytes:
 
 
 def _trusted(cache: Path, wanted: dict[bytes, Example], score: Scorer, note: Note) -> dict[bytes, Logps]:
-    """What the cache holds, unless it is damaged or the model no longer agrees with it on one of the wanted sequences."""
+    """The content of the cache; nothing if it is damaged or the model does not agree with it on one of the wanted sequences."""
     if not cache.exists():
         return {}
     try:
         known = _read(cache)
     except (ValueError, KeyError, OSError) as error:
-        note(f"reference: the cache {cache} is damaged ({error}); it is built again")
+        note(f"reference: the cache {cache} is damaged ({error}); it is rebuilt")
         return {}
     probe = next((digest for digest in wanted if digest in known), None)
     if probe is None:
         return known
     (now,) = log_probabilities([wanted[probe]], score, 1)
     if now.shape != known[probe].shape or not np.allclose(now, known[probe], rtol=1e-2, atol=1e-2):
-        note(f"reference: the cache {cache} is stale: the model's log-probabilities differ from it; it is built again")
+        note(f"reference: the cache {cache} is stale: the model's log-probabilities differ from it; it is rebuilt")
         return {}
     return known
 
@@ -185,7 +189,7 @@ def _read(path: Path) -> dict[bytes, Logps]:
 
 
 def _keep(cache: Path, known: dict[bytes, Logps], note: Note) -> None:
-    """Writes the cache; a run does not depend on it."""
+    """Writes the cache; a failure is only noted, because a run does not depend on it."""
     try:
         _write(cache, known)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Checks the folder of a run before it resumes, and cleans it before a new one."""
+"""Checks the folder of a run before it resumes, and cleans it before a new run."""
 
 import shutil
 from collections.abc import Mapping
@@ -10,10 +10,10 @@ from ..reporting.history import METHOD, METRICS, PAGE, PICTURE, SAMPLES, SETTING
 
 
 def check_run(directory: str | Path, method: str | None) -> None:
-    """Checks that a folder holds a run to go on with, and one of this method; None: an objective given in Python.
+    """Checks that a folder holds a run of this method; None: an objective given in Python.
 
     Raises:
-        InputError: there is none, or it is a run of another method.
+        InputError: the folder holds no run, or a run of another method.
     """
     file = Path(directory) / SETTINGS
     if not file.is_file():
@@ -22,49 +22,49 @@ def check_run(directory: str | Path, method: str | None) -> None:
     if METHOD not in before or before[METHOD] == method:
         return
     name = plain(before[METHOD] or "")
-    told = (
-        f"{name}; go on with `mlxlora {name} --resume --adapter-path {directory}`" if name else "a Python script; go on with that"
+    again = (
+        f"{name}; continue it with `mlxlora {name} --resume --adapter-path {directory}`" if name else "a Python script; run that"
     )
-    raise InputError(f"--resume: {directory} is a run of {told}")
+    raise InputError(f"--resume: {directory} is a run of {again}")
 
 
 def check_same(directory: Path, config: Mapping[str, Any]) -> None:
-    """Checks that a resumed run is the run that was stopped.
+    """Checks that a resumed run has the options of the run that was stopped.
 
     Raises:
-        InputError: it has other options, of those that matter.
+        InputError: an option differs that may not.
     """
     file = directory / SETTINGS
     before = read_settings(file)
     changed = [k for k, v in config.items() if k not in _MAY_DIFFER and k in before and before[k] != v]
     if changed:
-        told = "; ".join(f"{k} was {before[k]!r} and is {config[k]!r}" for k in changed)
-        raise InputError(f"--resume: {told}; give the options of {file}, or start another run")
+        differences = "; ".join(f"{k} was {before[k]!r} and is {config[k]!r}" for k in changed)
+        raise InputError(f"--resume: {differences}; give the options of {file}, or start another run")
 
 
 def check_no_adapters(directory: Path, weights: str, first: int) -> None:
-    """Checks that a folder without a checkpoint has no adapters that a new beginning would delete.
+    """Checks that a folder without a checkpoint has no adapters that starting again would delete.
 
     Args:
-        directory: of the run.
+        directory: the folder of the run.
         weights: the file of the adapters.
-        first: step of the first checkpoint, if adapters may be there before it: the best ones of a validation; else 0.
+        first: the step of the first checkpoint, if the best adapters of a validation may be saved before it; else 0.
 
     Raises:
-        InputError: it has, and they are not those of a run that was stopped before its first checkpoint.
+        InputError: it has, and not from a run that was stopped before its first checkpoint.
     """
     if not (directory / weights).exists():
         return
     steps = [row.get("step", 0) for row in read_lines(directory / METRICS)]
     if not steps or max(steps) >= first:
         raise InputError(
-            f"--resume: {directory} has adapters ({weights}), but no checkpoint to go on from; replace them with --overwrite, "
-            f"or begin with them: --resume-adapter-file {directory / weights} and another --adapter-path"
+            f"--resume: {directory} has adapters ({weights}), but no checkpoint to resume from; replace them with --overwrite, "
+            f"or start from them: --resume-adapter-file {directory / weights} and another --adapter-path"
         )
 
 
 def clean(directory: Path, *others: str) -> None:
-    """Removes what an earlier run left, and nothing else; not its options, which tell that there is a run until others do."""
+    """Removes the files of an earlier run; its options stay until new ones replace them: they make the folder that of a run."""
     for name in (METRICS, SAMPLES, PAGE, PICTURE, *others):
         (directory / name).unlink(missing_ok=True)
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
@@ -74,4 +74,4 @@ _MAY_DIFFER = {
     *("iters", "epochs", "steps_per_report", "steps_per_eval", "val_batches", "save_every", "save_total_limit", "keep_best"),
     *("patience", "test", "quiet", "resume", "overwrite", "adapter_path", "resume_adapter_file", "token_cache"),
     *("micro_batch", "memory_limit", "fully_shard", "dry_run", "show_config", "answers", "plot", "report_to"),
-}  # what a resumed run may change
+}  # options that a resumed run may change

@@ -1,57 +1,57 @@
-"""What is checked and printed before the first step."""
+"""Checks the folder and the options of a run, and introduces its data, before the first step."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 import yaml
 
 from ..adapters.files import CONFIG, WEIGHTS
 from ..config.options import AdapterOptions, Output, Training
-from ..data.sources import Split
 from ..data.tokenize import Counts
 from ..errors import InputError
 from ..reporting.card import CARD
 from ..reporting.history import METRICS, PAGE, PICTURE, SAMPLES, SETTINGS
-from ..reporting.terminal import Terminal
+from ..reporting.reporter import Reporter
 from ..utils.files import sweep
 from ..utils.folders import writing
-from .run import Run
+from .inputs import Run
 from .run_folder import check_run
 
-PACKAGES = {"plot": "matplotlib", "wandb": "wandb", "swanlab": "swanlab", "trackio": "trackio", "tensorboard": "tensorboardX"}
-"""The package that each extra of pyproject.toml brings."""
+EXTRAS = {"plot": "matplotlib", "wandb": "wandb", "swanlab": "swanlab", "trackio": "trackio", "tensorboard": "tensorboardX"}
+"""The package that each extra of pyproject.toml installs."""
 
 
 def check_extras(output: Output) -> None:
-    """Checks that what --plot and --report-to need can be imported.
+    """Checks that the packages that --plot and --report-to need are installed.
 
     Raises:
-        InputError: it is not installed.
+        InputError: a package is missing.
     """
     wanted = {"--plot": "plot"} if output.plot else {}
     wanted |= {f"--report-to {name}": name for name in output.report_to or ()}
     for flag, extra in wanted.items():
-        if find_spec(PACKAGES[extra]) is None:
-            raise InputError(f"{flag} needs {PACKAGES[extra]}: pip install 'mlxlora[{extra}]'")
+        if find_spec(EXTRAS[extra]) is None:
+            raise InputError(f"{flag} needs {EXTRAS[extra]}: pip install 'mlxlora[{extra}]'")
 
 
 @contextmanager
 def claimed(output: Output, method: str | None) -> Iterator[None]:
-    """The folder of a run while nobody else writes there, without what a killed run left half written.
+    """Holds the lock on the folder of a run, and removes files that a killed run left half written.
 
-    It is checked before anything expensive happens.
+    Enter it before anything expensive.
 
     Args:
         output: names the folder.
-        method: of the run, as `check_run` takes it.
+        method: the method of the run, as `check_run` takes it.
 
     Raises:
-        InputError: an earlier run is there and neither --resume nor --overwrite was given, none or one of another method is
-            there to be resumed, another one is writing there now, nothing can be written, or a package is missing.
-        RunError: the folder can no longer be written, because the disk is full for instance.
+        InputError: the folder holds an earlier run, and neither --resume nor --overwrite was given; it holds no run of this method
+            to resume; another run is writing there; it cannot be written; or a package is missing.
+        RunError: the folder can no longer be written, for example because the disk is full.
     """
     check_extras(output)
     if output.dry_run:
@@ -80,11 +80,13 @@ def _check_unused(directory: Path, output: Output, method: str | None) -> None:
 
 
 def _how_to_test(directory: Path, output: Output, method: str | None) -> str:
-    """Who asks for a test may want nothing else: without this advice the other would make them train again."""
+    """Suggests `eval` if --test meets a finished run, which should not be trained again for a test."""
     if not output.test or method is None:
         return ""
-    of_rows = method in ("sft", "distill")  # the others have a loss of their own
-    command = f"eval --adapter-path {directory} --split test" if of_rows else f"{method} --resume --test --adapter-path {directory}"
+    has_eval = method in ("sft", "distill")  # `eval` does not have the loss of the others
+    command = (
+        f"eval --adapter-path {directory} --split test" if has_eval else f"{method} --resume --test --adapter-path {directory}"
+    )
     return f"to test it, `mlxlora {command}`; to train, "
 
 
@@ -99,54 +101,64 @@ def _check_writable(directory: Path) -> None:
         raise InputError(f"--adapter-path {directory}: cannot write to {existing} ({error.strerror})") from None
 
 
-def introduce(run: Run) -> None:
-    """What will be trained on: counts, what was cut, the first example with its scored part marked."""
-    if run.output.show_config:
-        run.tell("note", yaml.safe_dump(dict(run.config), sort_keys=False).rstrip())
+def introduce(run: Run, reporter: Reporter) -> None:
+    """Reports what the run trains on: row counts, cut and dropped rows, the first example with its trained tokens marked."""
+    config, data = run.options.config, run.source.data
+    if run.options.output.show_config:
+        reporter.note(yaml.safe_dump(dict(config), sort_keys=False).rstrip())
     for name in ("reward_file", "objective"):
-        if file := run.config.get(name):
-            run.tell("note", f"runs your Python code: {file} (--{name.replace('_', '-')})")
+        if file := config.get(name):
+            reporter.note(f"runs your Python code: {file} (--{name.replace('_', '-')})")
     for name, split in run.splits.items():
-        _count(run, name, split)
+        _report_counts(name, split.counts, data.max_seq_length, reporter)
     if not run.splits["valid"].items:
-        run.tell("note", "no validation split: --valid-fraction 0.1 would make one")
-    if run.tokenizer.has_chat_template and not run.source.data.use_chat_template and _plain(run):
-        run.tell(
-            "note",
-            "rows are plain text; the model has a chat template: --use-chat-template would wrap prompts and completions in it",
-        )
+        reporter.note("no validation split: --valid-fraction 0.1 would make one")
     first = run.source.examples(run.splits["train"].items[0])[0]
-    for reporter in run.reporters:
-        if isinstance(reporter, Terminal):
-            reporter.example(first.tokens.tolist(), first.loss_mask.tolist(), run.tokenizer.decode)
+    text = run.tokenizer.decode(first.tokens.tolist())
+    if run.tokenizer.has_chat_template and not data.use_chat_template and not is_rendered(text, run.tokenizer):
+        reporter.note(
+            "rows are plain text; the model has a chat template: --use-chat-template would wrap prompts and completions in it"
+        )
+    reporter.example(first.tokens.tolist(), first.loss_mask.tolist(), run.tokenizer.decode)
 
 
-def _count(run: Run, name: str, split: Split) -> None:
-    counts: Counts = split.counts
+def _report_counts(name: str, counts: Counts, max_seq_length: int, reporter: Reporter) -> None:
     if not counts.rows:
         return
-    run.tell("note", f"{name}: {counts.rows} rows")
-    limit = f"--max-seq-length {run.source.data.max_seq_length}"
+    reporter.note(f"{name}: {counts.rows} rows")
+    limit = f"--max-seq-length {max_seq_length}"
     if counts.truncated:
-        run.tell("note", f"{name}: {counts.truncated} rows were cut to {limit}", warning=True)
+        reporter.note(f"{name}: {counts.truncated} rows were cut to {limit}", warning=True)
     if counts.dropped:
-        run.tell("note", f"{name}: {counts.dropped} rows dropped: too long for {limit}", warning=True)
+        reporter.note(f"{name}: {counts.dropped} rows dropped: too long for {limit}", warning=True)
 
 
-def _plain(run: Run) -> bool:
-    """Whether the first row, which stands for all, was not rendered by the template."""
-    first = run.source.examples(run.splits["train"].items[0])[0]
-    return "<|" not in run.tokenizer.decode(first.tokens.tolist()[:8])
+def is_rendered(text: str, tokenizer: Any) -> bool:
+    """Whether a text has the marks that the chat template of a tokenizer puts around a message of the user.
+
+    The marks are the end of the line before the message and the beginning of the line after it. A template that renders no such
+    message has no marks that are known, so every text counts as rendered.
+    """
+    try:
+        rendered = tokenizer.apply_chat_template([{"role": "user", "content": _MESSAGE}], tokenize=False)
+    except Exception:  # templates are programs that raise what they like
+        return True
+    before, _, after = rendered.partition(_MESSAGE)
+    before = before.removeprefix(getattr(tokenizer, "bos_token", None) or "")
+    marks = [line.strip() for line in (*before.splitlines()[-1:], *after.splitlines()[:1])]
+    return any(mark and mark in text for mark in marks)
 
 
-_WHOLE = ("adafactor", "muon")
+_MESSAGE = "a message of the user"
+
+_WHOLE_MATRICES = ("adafactor", "muon")
 
 
 def check_options(training: Training, adapter: AdapterOptions, *, online: bool, with_teacher: bool) -> None:
-    """Checks that what --fully-shard is asked to train can be trained in slices.
+    """Checks that --fully-shard can train with these options.
 
     Raises:
-        InputError: it cannot.
+        InputError: an option excludes slices of parameters.
     """
     if not training.fully_shard:
         return
@@ -154,11 +166,12 @@ def check_options(training: Training, adapter: AdapterOptions, *, online: bool, 
         f"--train-type {adapter.train_type}: adapters are small; use --train-type full, or leave --fully-shard out": (
             adapter.train_type != "full"
         ),
-        f"--optimizer {training.optimizer} looks at whole matrices; use adam, adamw, lion or sgd": training.optimizer in _WHOLE,
-        "--qat rounds whole matrices; leave one of the two out": adapter.qat is not None,
+        f"--optimizer {training.optimizer} looks at whole matrices; use adam, adamw, lion or sgd": training.optimizer
+        in _WHOLE_MATRICES,
+        "--qat rounds whole matrices; leave one of the two flags out": adapter.qat is not None,
         "--resume-adapter-file: make a model with `mlxlora fuse` and name it with --model": bool(adapter.resume_adapter_file),
-        "a rank samples at its own pace, with a whole model; use sft, dpo, cpo, orpo or kto, or leave the flag out": online,
-        "a teacher is whole on every rank; use sft on its answers, or leave the flag out": with_teacher,
+        "ranks sample at their own pace, each with a whole model; use sft, dpo, cpo, orpo or kto, or leave the flag out": online,
+        "every rank would hold a whole teacher; use sft on its answers, or leave the flag out": with_teacher,
     }
     for problem in (text for text, holds in refused.items() if holds):
         raise InputError(f"--fully-shard: {problem}")

@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from ..batch import Batch
 from ..distributed.ranks import ALONE, Ranks
+from ..models.distribution import COLUMNS
 from ..models.logprobs import Scorer, scorer
 from ..models.modes import compute_cast, computing
 from ..objectives.objective import Metrics, Objective
@@ -22,22 +23,21 @@ from .trainable import Trained
 
 @define
 class Step:
-    """`step(*batches) -> metrics` updates the model once; several batches are one large batch in pieces.
+    """`step(*batches) -> metrics` updates the model once; several batches are the micro-batches of one large batch.
 
-    Every mean is taken over the pooled count of its term, so the update does not depend on how the rows are split. `idle` is
-    any batch, for a rank that has fewer of them than others whose slices of parameters it has to help gathering. A
-    step whose loss, gradient or new weights are not finite is skipped: it changes neither weights nor optimiser, whose count
-    of steps stays too.
+    Every mean is taken over the pooled count of its term, so the update does not depend on how the rows are divided. `idle` is
+    any batch: a rank with fewer batches than others computes it to help them gather their slices of parameters. A step whose
+    loss, gradient or new weights are not finite is skipped: weights and optimizer, with its step count, stay as they were.
 
     Attributes:
         whole: forward, backward and update of one batch.
-        backward: forward and backward of a piece.
+        backward: forward and backward of one of several batches.
         update: applies a gradient, in place.
-        objective: what is minimised.
+        objective: what to minimize.
         state: arrays that a step changes.
-        trained: the trainable parameters, as the optimiser sees them.
+        trained: the trainable parameters, as the optimizer sees them.
         compilations: shapes traced so far.
-        ranks: the processes that take this step together, each with its share of the batches; it may be none.
+        ranks: the processes that take this step together, each with its share of the batches; a share may be empty.
     """
 
     whole: Callable[[Batch], Metrics]
@@ -56,7 +56,7 @@ class Step:
         return metrics
 
     def begin(self, *batches: Batch, idle: Batch | None = None) -> Metrics:
-        """The same, not waited for: the model already has the new weights, which are yet to be computed, as are the metrics."""
+        """Dispatches the step without waiting; the metrics and the new weights in the model are lazy."""
         self.trained.pull()
         metrics = self.whole(batches[0]) if len(batches) == 1 and self.ranks.size == 1 else self._batches_of_steps(batches, idle)
         with self.ranks.computing():
@@ -66,24 +66,24 @@ class Step:
         return metrics
 
     def ended(self, metrics: Metrics, *, whole: bool = True) -> dict[str, float]:
-        """Metrics of `begin` as numbers; `whole` waits for weights and optimiser too, and for any step that was begun since."""
+        """The metrics of `begin` as numbers; `whole` also waits for weights and optimizer, and for any step begun since."""
         with self.ranks.computing():
             mx.eval(metrics, *([self.state] if whole else []))
         return {name: float(np.array(value)) for name, value in metrics.items()}
 
     def measured(self, *batches: Batch, idle: Batch | None = None) -> dict[str, float]:
-        """The step, with metrics as numbers."""
+        """The whole step, with metrics as numbers."""
         return self.ended(self.begin(*batches, idle=idle))
 
     def _batches_of_steps(self, batches: Sequence[Batch], idle: Batch | None) -> Metrics:
-        with self.ranks.chance():
+        with self.ranks.own_rng():
             counts = self.ranks.summed(reduce(_add, map(self.objective.counts, batches)) if batches else self._zeros())
             total = None
             for batch, over in self._passes(batches, counts, idle):
                 part = self.backward(batch, over)
                 total = part if total is None else _add(total, part)
                 with self.ranks.computing():
-                    mx.eval(total)  # one piece's activations at a time
+                    mx.eval(total)  # holds the activations of one micro-batch at a time
             gradient, metrics = total or self._nothing()
             if self.ranks.sharded:  # the gradient of a slice is a sum already
                 return self.update(gradient, self.ranks.summed(metrics))
@@ -91,12 +91,12 @@ class Step:
         return self.update(*total)
 
     def _passes(self, batches: Sequence[Batch], counts: Metrics, idle: Batch | None) -> list[tuple[Batch, Metrics]]:
-        """Each batch with its counts; where ranks gather slices, all pass through the model equally often, some of them idly."""
+        """Each batch with its counts; ranks that gather slices pass through the model equally often, so some passes are idle."""
         passes = [(batch, counts) for batch in batches]
         if not self.ranks.sharded or idle is None:
             return passes
         missing = max(self.ranks.listed([len(passes)])) - len(passes)
-        nothing = tree_map(lambda count: mx.full(count.shape, mx.inf), counts)  # every mean over it is 0, and its gradient
+        nothing = tree_map(lambda count: mx.full(count.shape, mx.inf), counts)  # makes every mean and its gradient 0
         return passes + [(idle, nothing)] * missing
 
     def _zeros(self) -> Metrics:
@@ -119,18 +119,18 @@ def make_step(
     """Compiles `objective` into a step that trains the trainable parameters of `model`.
 
     Args:
-        model: an mlx-lm model, frozen but for what is trained.
+        model: an mlx-lm model; all other parameters are frozen.
         optimizer: updates the trainable parameters.
-        objective: what is minimised.
-        score: log-probabilities of a batch; made from the model and what the objective needs by default.
-        max_grad_norm: clip the global norm of the gradient to this; 0 = off.
-        ranks: who takes the steps together.
+        objective: what to minimize.
+        score: log-probabilities of a batch; None: a scorer of the model with what the objective needs.
+        max_grad_norm: clips the global norm of the gradient to this; 0 = off.
+        ranks: the processes that take the steps together.
 
     Returns:
-        A step; its metrics are the mean of every term, `loss`, `grad_norm` (before clipping), `learning_rate` and `skipped` (1 for
-        a step that changed nothing, else 0).
+        A step. Its metrics are the mean of every term, `loss`, `grad_norm` (before clipping), `learning_rate` and `skipped` (1 for
+        a skipped step, else 0).
     """
-    score = score or scorer(model, entropy=entropy_of(objective))
+    score = score or scorer(model, columns=columns_of(objective))
     trained = Trained(model, optimizer)
     state = [model.state, optimizer.state, mx.random.state, trained.master_weights]
     compiled = partial(mx.compile, inputs=state, outputs=state)
@@ -164,9 +164,9 @@ def make_step(
     return step
 
 
-def entropy_of(objective: Objective) -> bool | None:
-    """What a scorer has to know about entropies: None = not needed, False = watched, True = optimised."""
-    return "entropy" in objective.optimizes if "entropy" in objective.needs else None
+def columns_of(objective: Objective) -> dict[str, bool]:
+    """The columns that a scorer has to compute for an objective; True: it optimizes one, so the column needs a gradient."""
+    return {name: name in objective.optimizes for name in COLUMNS if name in objective.needs}
 
 
 def _clipped(grads: Any, max_grad_norm: float, ranks: Ranks) -> tuple[Any, mx.array]:
@@ -179,13 +179,13 @@ def _clipped(grads: Any, max_grad_norm: float, ranks: Ranks) -> tuple[Any, mx.ar
 
 
 def _broken(now: Any, before: Any) -> mx.array:
-    """How many arrays have a number that is not finite, and was before."""
+    """How many arrays have a number that was finite and no longer is."""
     intact = tree_map(lambda a, b: (mx.isfinite(a) | ~mx.isfinite(b)).all(), now, before)
     return (~mx.stack([leaf for _, leaf in tree_flatten(intact)])).sum()  # type: ignore[arg-type]
 
 
 def _sum_of_squares(g: mx.array, block: int = 512) -> mx.array:
-    """In float32 and in blocks: a CPU adds one number after the other, and a vector of all adapters is long."""
+    """In float32 and in blocks, because a CPU adds numbers one after the other, which loses precision in long vectors."""
     squares = mx.square(g.astype(mx.float32).reshape(-1))
     whole = squares.size // block * block
     return squares[:whole].reshape(-1, block).sum(axis=-1).sum() + squares[whole:].sum()

@@ -1,7 +1,7 @@
-"""What is trained, as the optimiser sees it: one vector where it works element by element, else the parameters themselves.
+"""The trainable parameters as the optimizer sees them: one vector for elementwise optimizers, else the parameters themselves.
 
-A model has hundreds of adapters. As one vector they are cast, clipped, updated and guarded by a handful of kernels instead
-of thousands of small ones; the model's own parameters are views of it.
+A model has hundreds of adapters. As one vector they are cast, clipped, updated and checked by a few kernels instead of thousands
+of small ones; the parameters in the model are views of the vector.
 """
 
 from collections import defaultdict
@@ -15,28 +15,27 @@ from attrs import define, field, frozen
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..distributed.sharded_files import Sliced
-from ..distributed.sharding import is_sharded, length, nbytes, shape_of
+from ..distributed.sharding import is_sharded, nbytes, ranks_of, shape_of, slice_length
 from .optimizers import LORAPLUS_GROUP, in_loraplus_group, put_state
 
-Tree = Any
+_Tree = Any  # of arrays
 
 ELEMENTWISE = (optim.SGD, optim.Adam, optim.AdamW, optim.Adamax, optim.Lion, optim.RMSprop, optim.Adagrad, optim.AdaDelta)
 _NAME = "trained"
-# Bytes from which on the copy of the gradient that a vector needs costs more memory than its kernels cost time.
-_LARGEST = 1 << 30
+_LARGEST = 1 << 30  # bytes of a vector, which needs a copy of the gradient: beyond, it costs too much memory
 
 
 @frozen
 class Vector:
-    """Parameters as one vector, or as one for each learning rate.
+    """Parameters as one vector, or as one vector for each learning rate.
 
     Attributes:
-        places: vector and shape of each parameter, by path.
+        places: the vector and the shape of each parameter, by path.
     """
 
     places: dict[str, tuple[str, tuple[int, ...]]]
 
-    def pack(self, tree: Tree) -> Tree:
+    def pack(self, tree: _Tree) -> _Tree:
         """Arrays to {"trained": [n]}."""
         flat, parts = dict(tree_flatten(tree)), defaultdict(list)
         for name, (key, _) in self.places.items():
@@ -44,15 +43,15 @@ class Vector:
         return {key: mx.concatenate(arrays) for key, arrays in parts.items()}
 
     def names(self, key: str) -> list[str]:
-        """The parameters in an array of `pack`."""
+        """The paths of the parameters in one array of `pack`."""
         return [name for name, (vector, _) in self.places.items() if vector == key]
 
-    def unpack(self, packed: Tree) -> Tree:
+    def unpack(self, packed: _Tree) -> _Tree:
         """The inverse."""
         return tree_unflatten(list(zip(self.places, self.views(packed), strict=True)))
 
-    def views(self, packed: Tree) -> list[mx.array]:
-        """The parameters in their order, not copied."""
+    def views(self, packed: _Tree) -> list[mx.array]:
+        """The parameters in order, without a copy."""
         found, starts = [], dict.fromkeys(packed, 0)
         for key, shape in self.places.values():
             strides = [prod(shape[axis + 1 :]) for axis in range(len(shape))]
@@ -65,7 +64,7 @@ class Vector:
 class Separate:
     """Parameters as they are."""
 
-    def pack(self, tree: Tree) -> Tree:
+    def pack(self, tree: _Tree) -> _Tree:
         """The tree itself."""
         return tree
 
@@ -73,17 +72,17 @@ class Separate:
         """The parameter itself."""
         return [key]
 
-    def unpack(self, packed: Tree) -> Tree:
+    def unpack(self, packed: _Tree) -> _Tree:
         """The tree itself."""
         return packed
 
-    def views(self, packed: Tree) -> list[mx.array]:
+    def views(self, packed: _Tree) -> list[mx.array]:
         """Its arrays."""
         return _leaves(packed)
 
 
 def layout(optimizer: optim.Optimizer, model: nn.Module) -> Vector | Separate:
-    """A vector for optimisers that treat every number alike, if all trainable parameters have one dtype and are not large."""
+    """A vector for elementwise optimizers, if all trainable parameters have one dtype and are not large."""
     flat: list[tuple[str, mx.array]] = tree_flatten(model.trainable_parameters())  # type: ignore[assignment]
     small = nbytes(model, trainable=True) <= _LARGEST
     several = isinstance(optimizer, optim.MultiOptimizer)
@@ -95,17 +94,17 @@ def layout(optimizer: optim.Optimizer, model: nn.Module) -> Vector | Separate:
 
 @define(eq=False)
 class Trained:
-    """The trainable parameters of a model as its optimiser sees them.
+    """The trainable parameters of a model as its optimizer sees them.
 
     Attributes:
-        model: its trainable parameters are views of the masters.
-        optimizer: updates the masters.
-        masters: containers that stay the same objects, because a compiled step holds them.
+        model: its trainable parameters are views of the master weights.
+        optimizer: updates the master weights.
+        master_weights: containers that stay the same objects, because a compiled step holds them.
     """
 
     model: nn.Module
     optimizer: optim.Optimizer
-    master_weights: Tree = field(init=False)
+    master_weights: _Tree = field(init=False)
     _layout: Vector | Separate = field(init=False)
     _places: list[tuple[Any, Any]] = field(init=False)
     _shown: list[mx.array] = field(init=False)
@@ -118,28 +117,28 @@ class Trained:
         self._shown = _leaves(parameters)
         self.optimizer.init(self.master_weights)
 
-    def pack(self, tree: Tree) -> Tree:
-        """Arrays in the layout of the masters."""
+    def pack(self, tree: _Tree) -> _Tree:
+        """Arrays in the layout of the master weights."""
         return self._layout.pack(tree)
 
-    def unpack(self, packed: Tree) -> Tree:
+    def unpack(self, packed: _Tree) -> _Tree:
         """Arrays in the layout of the model."""
         return self._layout.unpack(packed)
 
     def push(self) -> None:
-        """Puts the masters into the model."""
+        """Puts the master weights into the model."""
         self._shown = self._layout.views(self.master_weights)
         for (container, key), array in zip(self._places, self._shown, strict=True):
             container[key] = array
 
     def pull(self) -> None:
-        """Takes parameters that were put into the model since then, such as loaded weights, as the masters."""
+        """Takes parameters that were put into the model since `push`, such as loaded weights, as master weights."""
         if any(container[key] is not array for (container, key), array in zip(self._places, self._shown, strict=True)):
             put_state(self.master_weights, self.pack(self.model.trainable_parameters()))
 
 
 def stored_state(model: nn.Module, optimizer: optim.Optimizer) -> dict[str, Any]:
-    """The optimiser's arrays as a file has them: those of parameters that are slices as `Sliced`, which has the whole shape."""
+    """The optimizer's arrays as a file has them; those of sliced parameters as `Sliced`, which has the whole shape."""
     flat: dict[str, mx.array] = dict(tree_flatten(optimizer.state))  # type: ignore[arg-type]
     if not is_sharded(model):
         return flat
@@ -156,13 +155,13 @@ def stored_state(model: nn.Module, optimizer: optim.Optimizer) -> dict[str, Any]
 
 
 def _state(model: nn.Module, optimizer: optim.Optimizer, path: str, dtype: mx.Dtype, shapes: tuple[tuple[int, ...], ...]) -> Sliced:
-    ranks, packed = model._shards.ranks, isinstance(layout(optimizer, model), Vector)  # type: ignore[union-attr]
+    ranks, packed = ranks_of(model), isinstance(layout(optimizer, model), Vector)
     container, last = _place(optimizer.state, path)  # type: ignore[arg-type]
 
     def own() -> list[mx.array]:
         flat, found, start = container[last].reshape(-1), [], 0
         for shape in shapes:
-            found.append(flat[start : start + length(shape, ranks)])
+            found.append(flat[start : start + slice_length(shape, ranks)])
             start += found[-1].size
         return found
 
@@ -170,15 +169,15 @@ def _state(model: nn.Module, optimizer: optim.Optimizer, path: str, dtype: mx.Dt
         container[last] = mx.concatenate([own.reshape(-1) for own in found]) if packed else found[0]
 
     shape = (sum(map(prod, shapes)),) if packed else shapes[0]
-    return Sliced(f"optimiser {path}", shape, dtype, shapes, ranks, own, put)
+    return Sliced(f"optimizer {path}", shape, dtype, shapes, ranks, own, put)
 
 
-def _leaves(tree: Tree) -> list[mx.array]:
+def _leaves(tree: _Tree) -> list[mx.array]:
     return [array for _, array in tree_flatten(tree)]  # type: ignore[misc]
 
 
 def _place(model: Any, name: str) -> tuple[Any, Any]:
-    """The container of a parameter, and its key there: a walk over the model at every step would take milliseconds."""
+    """The container of a parameter and its key there; found once, because walking the model at every step takes milliseconds."""
     *path, last = name.split(".")
     container: Any = model
     for part in path:

@@ -23,7 +23,7 @@ from mlxlora.data.tokenize import Example
 from mlxlora.models import attention
 from mlxlora.models.grad_checkpoint import checkpointed
 from mlxlora.models.logprobs import scorer
-from mlxlora.models.row_layouts import mask_axes, obstacle, packed_layout
+from mlxlora.models.row_layouts import layout_obstacle, mask_axes, packed_layout
 from mlxlora.objectives.supervised import sft
 from mlxlora.training.micro_batch import divided
 from mlxlora.training.step import make_step
@@ -53,7 +53,7 @@ def both(seed: int = 0) -> tuple[MicroBatch, Any]:
 def test_packing_is_exact_for(name: str, choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(attention.CHUNK, "cpu", 20)
     model, (packed, plain) = adapted(MODELS[name]()), both()
-    assert obstacle(scorer(model).forward, model, packed_layout) is None
+    assert layout_obstacle(scorer(model).forward, model, packed_layout) is None
     before = loss_and_gradient(model, sft(), plain)
     with attention.using(choice):
         after = loss_and_gradient(model, sft(), packed.batch)
@@ -161,7 +161,7 @@ def recurrent() -> nn.Module:
 @pytest.mark.parametrize(("make", "reason"), [(learned, "its values differ"), (recurrent, "more than keys and values")])
 def test_models_that_cannot_pack_are_found(make: Callable[[], nn.Module], reason: str) -> None:
     model = make()
-    assert reason in str(obstacle(model, model, packed_layout))
+    assert reason in str(layout_obstacle(model, model, packed_layout))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -172,7 +172,7 @@ def test_a_mask_that_ignores_segments_is_found(name: str, monkeypatch: pytest.Mo
     for module in ("attention", "sharing"):
         monkeypatch.setattr(f"mlxlora.{module}.visible", lambda q, k, window=None, segments=None: visible(q, k, window))
     monkeypatch.setattr("mlxlora.models.row_layouts.causal", lambda *a, segments, **k: attention.causal(*a, **k))
-    assert "differ" in str(obstacle(model, model, packed_layout))
+    assert "differ" in str(layout_obstacle(model, model, packed_layout))
 
 
 # --- a run ----------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def test_a_packed_run_resumes(command: tuple[Any, ...], tmp_path: Path, mlxlora:
 def test_a_model_that_cannot_trains_on_plain_rows(
     command: tuple[Any, ...], tmp_path: Path, mlxlora: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlxlora.training.run.obstacle", lambda *_: "its values differ by 1.0e+00")
+    monkeypatch.setattr("mlxlora.training.prepared.layout_obstacle", lambda *_: "its values differ by 1.0e+00")
     outcome = mlxlora(*command, "--packing", "--iters", 2, "--adapter-path", tmp_path / "told")
     assert outcome.code == 0, outcome.err
     assert "--packing: rows stay plain" in " ".join((outcome.out + outcome.err).split())

@@ -22,11 +22,11 @@ from mlxlora.data.tokenize import Example, Pair
 from mlxlora.models import attention
 from mlxlora.models.grad_checkpoint import checkpointed
 from mlxlora.models.logprobs import scorer
-from mlxlora.models.row_layouts import PAYS_FROM, ContinuedCache, obstacle, pays
+from mlxlora.models.row_layouts import SHARING_PAYS_FROM, ContinuedCache, layout_obstacle, pays
 from mlxlora.objectives.grpo import grpo
 from mlxlora.objectives.objective import Objective
 from mlxlora.objectives.preference import dpo, orpo
-from mlxlora.training.step import entropy_of, make_step
+from mlxlora.training.step import columns_of, make_step
 from tests.laws.test_objectives import OBJECTIVES
 from tests.support.tiny import LLAMA, VOCABULARY, dense, distance, experts, loss_and_gradient, quantized, shaken, softcapped, tied
 
@@ -105,7 +105,7 @@ def with_squares(items: Sequence[Pair], *, share: bool) -> Any:
 
 def assert_same(model: nn.Module, objective: Objective, shared: Any, plain: Any, tolerance: float = 1e-5) -> None:
     """Every metric and the gradient."""
-    score = scorer(model, entropy=entropy_of(objective))
+    score = scorer(model, columns=columns_of(objective))
     (metrics, gradient), (expected, wanted) = (loss_and_gradient(model, objective, b, score) for b in (shared, plain))
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value, rel=tolerance, abs=tolerance), name
@@ -123,7 +123,7 @@ def test_sharing_changes_no_objective(objective: Objective) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_sharing_is_exact_for(name: str) -> None:
     model = adapted(ARCHITECTURES[name]())
-    assert obstacle(scorer(model).forward, model) is None
+    assert layout_obstacle(scorer(model).forward, model) is None
     shared, plain = (with_squares(pairs(), share=share) for share in (True, False))
     assert_same(model, dpo(), shared, plain, 5e-5 if name == "quantised" else 1e-5)
 
@@ -134,7 +134,7 @@ def test_sharing_is_exact_with_recomputed_blocks(name: str) -> None:
     model = adapted(ARCHITECTURES[name]())
     before = loss_and_gradient(model, dpo(), plain)
     checkpointed(model)
-    assert obstacle(scorer(model).forward, model) is None
+    assert layout_obstacle(scorer(model).forward, model) is None
     after = loss_and_gradient(model, dpo(), with_squares(pairs(), share=True))
     assert after[0] == pytest.approx(before[0], rel=1e-5)
     assert distance(after[1], before[1]) < 1e-5
@@ -259,18 +259,18 @@ def test_a_window_reaches_back_into_the_prompt() -> None:
 @pytest.mark.parametrize("make", [_of(mamba2, **MAMBA)], ids=["mamba2"])
 def test_models_that_cannot_share_are_found(make: Callable[[], nn.Module]) -> None:
     model = make()
-    assert obstacle(model, model)
+    assert layout_obstacle(model, model)
     assert model.training
 
 
 def test_a_wrong_position_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(dense())
     monkeypatch.setattr(ContinuedCache, "offset", property(lambda _: 0, lambda *_: None), raising=False)
-    assert obstacle(model, model)
+    assert layout_obstacle(model, model)
 
 
 def test_it_pays_by_the_share_of_tokens_saved() -> None:
-    for device, ratio in PAYS_FROM.items():
+    for device, ratio in SHARING_PAYS_FROM.items():
         assert pays(int(1000 * ratio) + 1, 1000, device)
         assert not pays(int(1000 * ratio) - 10, 1000, device)
     assert not pays(100, 100)
@@ -307,7 +307,7 @@ def test_command_line(prompt: str, flags: tuple[str, ...], said: str, tmp_path: 
 
 
 def test_the_fallback_is_told(tmp_path: Path, model_folder: Path, mlxlora: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlxlora.training.run.obstacle", lambda *_: "its values differ by 1.0e+00")
+    monkeypatch.setattr("mlxlora.training.prepared.layout_obstacle", lambda *_: "its values differ by 1.0e+00")
     data = rows(tmp_path / "data", "a long question " * 4)
     outcome = mlxlora("cpo", "--model", model_folder, "--data", data, *SHORT, "--adapter-path", tmp_path / "run")
     assert outcome.code == 0, outcome.err

@@ -6,7 +6,7 @@ from mlxlora import methods as recipes
 from mlxlora import starter
 from mlxlora.data.batching import Order
 from mlxlora.errors import InputError
-from mlxlora.training.dry_run import chosen
+from mlxlora.training.dry_run import representative_batches
 
 METHODS = ("sft", "dpo", "orpo", "cpo", "kto", "grpo", "online-dpo")
 SAMPLED = ("grpo", "online-dpo")
@@ -85,6 +85,6 @@ def test_mistakes_are_told(tried):
 
 def test_the_longest_rows_and_a_batch_of_the_mean_size():
     rows = Order(tuple([10] * 30 + [500] * 2), 4)
-    longest, typical = chosen(rows)
+    longest, typical = representative_batches(rows)
     assert {30, 31} <= set(longest) and len(longest) == 4
     assert not {30, 31} & set(typical)

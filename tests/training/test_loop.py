@@ -15,7 +15,7 @@ from mlxlora.data.batching import MicroBatch, collate
 from mlxlora.errors import RunError
 from mlxlora.objectives.objective import term, token_mean
 from mlxlora.training.checkpoint import Progress
-from mlxlora.training.loop import Every, train
+from mlxlora.training.loop import Every, LoopOptions, train
 from mlxlora.training.step import Step, make_step
 from tests.support.tiny import dense, example, same, shaken, snapshot
 
@@ -72,7 +72,7 @@ class Seen:
 def run(batches: Sequence[Batch], *, ahead: bool, **options: Any) -> tuple[Seen, Progress]:
     seen, progress = Seen(fresh()), Progress()
     try:
-        train(seen.step, micros(batches), progress, TOTAL, seen.hooks(), ahead=ahead, **options)
+        train(seen.step, micros(batches), progress, TOTAL, seen.hooks(), LoopOptions(ahead=ahead, **options))
     finally:
         seen.look(progress, ())
     return seen, progress
@@ -96,7 +96,14 @@ def test_the_next_step_is_begun_before_the_one_before_is_told() -> None:
 
 def test_plain_hooks_look() -> None:
     seen = Seen(fresh())
-    train(seen.step, micros([GOOD] * 4), Progress(), 4, [lambda progress, _: seen.steps.append(progress.step)], ahead=True)
+    train(
+        seen.step,
+        micros([GOOD] * 4),
+        Progress(),
+        4,
+        [lambda progress, _: seen.steps.append(progress.step)],
+        LoopOptions(ahead=True),
+    )
     assert seen.begun == [0, 1, 2, 3]
 
 
@@ -117,7 +124,9 @@ def test_a_run_that_skips_too_often_stops_with_the_weights_of_before() -> None:
     for ahead in (True, False):
         seen, progress = Seen(fresh()), Progress()
         with pytest.raises(RunError, match=r"step 4: .*the 3th in a row; the weights are those of step 1"):
-            train(seen.step, micros([GOOD, *[BAD] * 3, GOOD, GOOD]), progress, TOTAL, seen.hooks(), ahead=ahead, skips=3)
+            train(
+                seen.step, micros([GOOD, *[BAD] * 3, GOOD, GOOD]), progress, TOTAL, seen.hooks(), LoopOptions(ahead=ahead, skips=3)
+            )
         assert progress.step == 4
         found.append(snapshot(seen.step.trained.model.trainable_parameters()))
     assert same(*found)
@@ -132,7 +141,7 @@ def test_ctrl_c_leaves_the_state_after_a_whole_step() -> None:
     for ahead in (True, False):
         seen, progress = Seen(fresh()), Progress()
         with pytest.raises(KeyboardInterrupt):
-            train(seen.step, interrupted(5), progress, TOTAL, seen.hooks(), ahead=ahead)
+            train(seen.step, interrupted(5), progress, TOTAL, seen.hooks(), LoopOptions(ahead=ahead))
         assert progress.step == 5 and seen.steps == [1, 2, 3, 4, 5]
         found.append(snapshot(seen.step.trained.model.trainable_parameters()))
     assert same(*found)
@@ -151,5 +160,5 @@ def test_an_error_of_a_step_tells_of_its_own_rows() -> None:
     seen.step.whole = full
     rows, length = WIDE.tokens.shape
     with pytest.raises(RunError, match=rf"out of memory with {rows} rows of {length} tokens"):
-        train(seen.step, micros([GOOD, GOOD, WIDE]), progress, TOTAL, seen.hooks(), ahead=True)
+        train(seen.step, micros([GOOD, GOOD, WIDE]), progress, TOTAL, seen.hooks(), LoopOptions(ahead=True))
     assert progress.step == 2 and seen.steps == [1, 2]

@@ -326,7 +326,7 @@ def test_published_rows(name: str, shared: Any, chat_folder: Path) -> None:
 
 def items(path: Path, folder: Path, **options: Any) -> Any:
     source = sources.pairs(PairData(data=str(path), **options))
-    return sources.tokenize(source, sources.read(source.data, 0), load(str(folder))[1])["train"].items
+    return sources.tokenize(source, sources.load_rows(source.data, 0), load(str(folder))[1])["train"].items
 
 
 @pytest.mark.parametrize("method", ["dpo", "cpo", "orpo"])
@@ -403,8 +403,8 @@ def test_one_model_and_one_forward_for_both_sides(
 
 @pytest.mark.parametrize("method", ["cpo", "orpo"])
 def test_no_reference_is_ever_scored(method: str, train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlxlora.training.run.with_reference", None)
-    monkeypatch.setattr("mlxlora.training.run.referenced", None)
+    monkeypatch.setattr("mlxlora.training.prepared.with_reference", None)
+    monkeypatch.setattr("mlxlora.training.prepared.referenced", None)
     train(method)
     assert not (tmp_path / "cache").exists()
 

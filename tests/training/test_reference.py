@@ -20,7 +20,7 @@ from mlxlora.data.batching import MicroBatch, collate
 from mlxlora.data.tokenize import Example
 from mlxlora.models.logprobs import scorer
 from mlxlora.training import reference
-from mlxlora.training.reference import cache_file, log_probabilities, referenced, with_reference
+from mlxlora.training.reference import reference_cache_file, log_probabilities, referenced, with_reference
 from tests.support.tiny import dense, example, shaken
 
 
@@ -167,21 +167,21 @@ def test_the_key_is_the_models_files(model_folder: Path, tmp_path: Path, monkeyp
     monkeypatch.setenv("MLXLORA_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "model"
     shutil.copytree(model_folder, folder)
-    seen = {cache_file(str(folder), ""), cache_file(str(model_folder), ""), cache_file("org/name", ""), cache_file("org/other", "")}
+    seen = {reference_cache_file(str(folder), ""), reference_cache_file(str(model_folder), ""), reference_cache_file("org/name", ""), reference_cache_file("org/other", "")}
     assert len(seen) == 4 and {path.parent for path in seen} == {tmp_path / "cache" / "reference"}
-    before = cache_file(str(folder), "")
-    assert before == cache_file(f"{folder}/", "") == cache_file(str(folder / ".." / "model"), "")
+    before = reference_cache_file(str(folder), "")
+    assert before == reference_cache_file(f"{folder}/", "") == reference_cache_file(str(folder / ".." / "model"), "")
     for name in ("model.safetensors", "config.json"):
         stat = (folder / name).stat()
         os.utime(folder / name, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-        assert cache_file(str(folder), "") not in seen
-        seen.add(cache_file(str(folder), ""))
+        assert reference_cache_file(str(folder), "") not in seen
+        seen.add(reference_cache_file(str(folder), ""))
 
 
 def test_the_default_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("MLXLORA_CACHE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_file("org/name", "").parent == tmp_path / ".cache" / "mlxlora" / "reference"
+    assert reference_cache_file("org/name", "").parent == tmp_path / ".cache" / "mlxlora" / "reference"
 
 
 # --- from the command line ---------------------------------------------------------------------------

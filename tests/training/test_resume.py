@@ -21,7 +21,7 @@ from mlxlora.data import sources
 from mlxlora.errors import InputError
 from mlxlora.objectives.supervised import sft
 from mlxlora.training.checkpoint import save_checkpoint
-from mlxlora.training.loop import Abandoned, Interruptible
+from mlxlora.training.interrupt import Abandoned, Interruptible
 from tests.support.tiny import text_rows
 
 TIMED = re.compile(r"seconds.*|.*_per_second|peak_memory_gb")
@@ -80,7 +80,7 @@ def test_ctrl_c_before_the_first_step(
         yield
 
     with monkeypatch.context() as patch:
-        patch.setattr("mlxlora.training.run._pieces", interrupted)
+        patch.setattr("mlxlora.training.run.batches_of_steps", interrupted)
         assert mlxlora(*command, "--adapter-path", tmp_path / "stopped").code == 130
     assert mlxlora(*command, "--adapter-path", tmp_path / "stopped", "--resume").code == 0
     same_run(tmp_path / "stopped", tmp_path / "whole")
@@ -147,7 +147,7 @@ def test_no_checkpoint_is_good(command: tuple[Any, ...], finished: Path, mlxlora
 def test_the_adapters_are_there_before_the_last_checkpoint(
     command: tuple[Any, ...], tmp_path: Path, mlxlora: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that is killed between the two has nothing left to train; before the first one, nothing to go on from but adapters."""
+    """A run that is killed between the two has nothing left to train; before the first one, nothing to resume from but adapters."""
     command, done = (*command, *SHORT, "--adapter-path", tmp_path), []
 
     def killed(folder: Path, *arguments: Any, **options: Any) -> Path:
@@ -155,7 +155,7 @@ def test_the_adapters_are_there_before_the_last_checkpoint(
         done.append(own.exists() and own.read_bytes() == (path / own.name).read_bytes())
         return path
 
-    monkeypatch.setattr("mlxlora.training.run.save_checkpoint", killed)
+    monkeypatch.setattr("mlxlora.training.saving.save_checkpoint", killed)
     assert mlxlora(*command).code == 0 and done == [False, True]
     assert (tmp_path / "adapters.safetensors").exists()
 
@@ -177,9 +177,9 @@ def test_another_method(method: str, finished: Path, mlxlora: Any) -> None:
     """Said before anything that would fail because its options are those of another method."""
     before = listing(finished)
     outcome = mlxlora(method, "--adapter-path", finished, "--resume", "--iters", 9, "--data", finished)
-    told = f"--resume: {finished} is a run of sft; go on with `mlxlora sft --resume --adapter-path {finished}`"
+    told = f"--resume: {finished} is a run of sft; continue it with `mlxlora sft --resume --adapter-path {finished}`"
     assert (outcome.code, outcome.err) == (2, f"mlxlora: error: {told}\n") and listing(finished) == before
-    with pytest.raises(InputError, match="is a run of sft; go on with `mlxlora sft --resume"):
+    with pytest.raises(InputError, match="is a run of sft; continue it with `mlxlora sft --resume"):
         recipes.orpo(model="no", data="nothing", adapter_path=str(finished), resume=True)
 
 
@@ -193,7 +193,7 @@ def test_a_run_of_a_python_script(model_folder: Path, rows: Path, tmp_path: Path
 
     assert train()["steps"] == train(resume=True)["steps"] == 1
     refused = mlxlora("sft", "--resume", "--adapter-path", tmp_path)
-    assert refused.code == 2 and "is a run of a Python script; go on with that" in refused.err
+    assert refused.code == 2 and "is a run of a Python script; run that" in refused.err
 
 
 def test_a_run_that_does_not_say_what_it_is(command: tuple[Any, ...], finished: Path, mlxlora: Any) -> None:
@@ -232,7 +232,7 @@ def test_adapters_without_a_checkpoint_stay(command: tuple[Any, ...], finished: 
     shutil.rmtree(finished / "checkpoints")
     before = {path.name: path.read_bytes() for path in finished.iterdir()}
     outcome = mlxlora(*command, *SHORT, "--adapter-path", finished, "--resume")
-    assert outcome.code == 2 and outcome.err.count("\n") == 1 and "but no checkpoint to go on from" in outcome.err
+    assert outcome.code == 2 and outcome.err.count("\n") == 1 and "but no checkpoint to resume from" in outcome.err
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
 

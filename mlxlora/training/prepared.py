@@ -1,0 +1,242 @@
+"""From the inputs of a run to a model that is ready for its first step: reference, adapters, scorer, batches, optimizer."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import islice
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from attrs import evolve, frozen
+
+from ..adapters.prepare import load_weights, prepare
+from ..data.batching import Make, read_positions, spread
+from ..data.packing import packed
+from ..data.shape_buckets import capped
+from ..data.sources import Context, Source, Split
+from ..data.tokenize import Example
+from ..distributed.ranks import Ranks
+from ..distributed.sharding import shard
+from ..errors import InputError
+from ..models.grad_checkpoint import checkpointed
+from ..models.logprobs import Scorer, scorer
+from ..models.modes import freeze
+from ..models.neftune import noisy
+from ..models.row_layouts import layout_obstacle, packed_layout, pays, use_windows
+from ..reporting.reporter import Reporter
+from ..utils.device import limit_memory
+from .evaluate import Evaluate, make_evaluate, mean_measures
+from .inputs import Run, RunOptions
+from .micro_batch import BatchDivider, cost_of_position
+from .optimizers import make_optimizer
+from .rank_sync import check_ranks
+from .reference import referenced, with_reference
+from .schedule import Schedule
+from .step import Step, columns_of, make_step
+
+
+@frozen(eq=False)
+class Prepared:
+    """A run that is ready for its first step.
+
+    Attributes:
+        schedule: which rows make which batch; its rows have the reference's log-probabilities if the objective needs them.
+        score: log-probabilities of a batch.
+        divider: divides batches that do not fit into memory.
+        optimizer: on its learning-rate schedule.
+        train: makes training batches.
+        valid: makes batches of validation and test.
+        ranks: the processes that train together, each with slices of the parameters if they are sharded.
+    """
+
+    schedule: Schedule
+    score: Scorer
+    divider: BatchDivider
+    optimizer: optim.Optimizer
+    train: Make
+    valid: Make
+    ranks: Ranks
+
+
+def prepare_run(run: Run, reporter: Reporter, only: Mapping[str, Sequence[int]] | None = None) -> Prepared:
+    """Makes the model of a run trainable, and everything else that its first step needs.
+
+    Args:
+        run: its inputs.
+        reporter: gets notes.
+        only: rows of each split that get a reference; None: all that the run uses.
+
+    Raises:
+        InputError: options that do not fit the data or the model.
+    """
+    training, ranks = run.options.training, run.ranks
+    schedule = Schedule(run.source, run.splits, training)
+    _check_splits(schedule, run.options)
+    check_ranks(
+        ranks, run.objective, (e for split in run.splits.values() for item in split.items for e in run.source.examples(item))
+    )
+    if training.fully_shard:
+        ranks = shard(run.model, ranks)
+    limit, saved = limit_memory(training.memory_limit), _saved_by_sharing(schedule, ranks)
+    if "ref_logps" in run.objective.needs and not run.source.online:
+        schedule = _with_reference(run, schedule, ranks, reporter, only or {}, shared=saved is not None)
+    _make_trainable(run, ranks)
+    with ranks.computing():
+        score = _scorer(run)
+        share = _shares(run, score, saved, reporter)
+        if run.source.packing:
+            schedule = _packed(schedule, run.model, score, reporter)
+        cost = cost_of_position(run.model, recomputed=_recomputes(training.grad_checkpoint, ranks))
+    if score.split is None:
+        reporter.note("this model cannot be split into backbone and head: the logits of all tokens are computed", warning=True)
+    rows = 0 if training.micro_batch == "auto" else int(training.micro_batch)
+    train, valid = (_maker(run, schedule, share, ranks, validation=validation) for validation in (False, True))
+    return Prepared(schedule, score, BatchDivider(limit, cost, rows), make_optimizer(training, schedule.steps), train, valid, ranks)
+
+
+def compiled(run: Run, prepared: Prepared) -> tuple[Step, Evaluate]:
+    """The step and the validation of a run; from here on the optimizer has a state."""
+    score, ranks, clip = prepared.score, prepared.ranks, run.options.training.max_grad_norm
+    step = make_step(run.model, prepared.optimizer, run.objective, score=score, max_grad_norm=clip, ranks=ranks)
+    measures = partial(mean_measures, ranks=ranks)
+    return step, measures if run.source.online else make_evaluate(run.model, run.objective, score, ranks)
+
+
+def plain_maker(source: Source, context: Context) -> Make:
+    """How the items of a batch become this rank's micro-batch."""
+    make, live = source.make(context), source.online or source.live
+    return capped(make if live else spread(make, context.ranks))
+
+
+# --- model ------------------------------------------------------------------------------------
+
+
+def _make_trainable(run: Run, ranks: Ranks) -> None:
+    options = run.options
+    mx.random.seed(options.training.seed)
+    prepare(run.model, options.adapter)
+    if options.adapter.resume_adapter_file:
+        load_weights(run.model, options.adapter.resume_adapter_file)
+    if _recomputes(options.training.grad_checkpoint, ranks):
+        checkpointed(run.model)
+    if run.noise:
+        noisy(run.model, run.noise)
+    run.model.train()
+
+
+def _recomputes(asked: bool, ranks: Ranks) -> bool:
+    """Whether blocks are computed again in the backward pass; sharded ranks must not keep the slices that a block gathered."""
+    return asked or ranks.sharded
+
+
+def _scorer(run: Run) -> Scorer:
+    score = scorer(run.model, temperature=run.source.temperature, columns=columns_of(run.objective))
+    score = run.extend(score, run.tokenizer) if run.extend else score
+    use_windows(score.forward, run.model)
+    return score
+
+
+# --- batches ----------------------------------------------------------------------------------
+
+
+def _maker(run: Run, schedule: Schedule, share: bool, ranks: Ranks, *, validation: bool) -> Make:
+    """Batches that are sampled during the run get the reference's log-probabilities with each batch."""
+    source, seed = schedule.source, schedule.training.seed
+    make = plain_maker(source, Context(run.model, run.tokenizer, seed, validation, schedule.items("train"), share, ranks))
+    if validation or not source.online or "ref_logps" not in run.objective.needs:
+        return make
+    if run.reference.load is None and run.options.adapter.train_type == "full":
+        raise InputError("the objective needs a reference, which full training changes as it goes; use --train-type lora or dora")
+    return referenced(make, run.reference.load(run.tokenizer) if run.reference.load else run.model, source.temperature)
+
+
+def _saved_by_sharing(schedule: Schedule, ranks: Ranks) -> float | None:
+    """The share of the work that is left if prompts are computed once; None: not wanted, or the rows say that it does not pay."""
+    source = schedule.source
+    if source.share is False or ranks.sharded:  # ranks with and without a common prompt would gather unequally often
+        return None
+    plain, shared = read_positions(map(source.expected, schedule.items("train")))
+    wanted = plain != shared and bool(source.share or pays(plain, shared))
+    return shared / plain if wanted else None
+
+
+def _shares(run: Run, score: Scorer, left: float | None, reporter: Reporter) -> bool:
+    """Whether to compute each prompt once: if that leaves `left` of the work, and the model then computes the same."""
+    if left is None:
+        return False
+    if problem := layout_obstacle(score.forward, run.model):
+        text = f"each prompt is computed once per completion: this model cannot share it ({problem})"
+        reporter.note(text, warning=bool(run.source.share))
+        return False
+    reporter.note(f"each prompt is computed once for all of its completions: {left:.0%} of the work")
+    return True
+
+
+def _packed(schedule: Schedule, model: nn.Module, score: Scorer, reporter: Reporter) -> Schedule:
+    """The schedule with several examples to a row, if the model then computes the same as for plain rows."""
+    if problem := layout_obstacle(score.forward, model, packed_layout):
+        reporter.note(f"--packing: rows stay plain, for this model cannot tell packed examples apart ({problem})", warning=True)
+        return schedule
+    examples = schedule.items("train")
+    schedule = Schedule(*packed(schedule.source, schedule.splits, schedule.training.seed), schedule.training)
+    reporter.note(f"--packing: {len(examples)} examples in {len(schedule.items('train'))} rows")
+    schedule.check()
+    return schedule
+
+
+def _check_splits(schedule: Schedule, options: RunOptions) -> None:
+    schedule.check()
+    output = options.output
+    for flag, wanted in (("--keep-best", output.keep_best), ("--patience", output.patience)):
+        if wanted and not (schedule.items("valid") and output.val_batches):
+            raise InputError(f"{flag} needs validation: add valid.jsonl or --valid-fraction, and --val-batches other than 0")
+    if output.test and not schedule.items("test"):
+        raise InputError("--test needs a test split: add test.jsonl to the data folder")
+
+
+# --- reference --------------------------------------------------------------------------------
+
+
+def _with_reference(
+    run: Run, schedule: Schedule, ranks: Ranks, reporter: Reporter, only: Mapping[str, Sequence[int]], *, shared: bool
+) -> Schedule:
+    """The schedule with rows that have the reference's log-probabilities.
+
+    The reference is the model before it is touched, so it needs no memory of its own.
+    """
+    model = run.reference.load(run.tokenizer) if run.reference.load else run.model
+    freeze(model).eval()  # frozen: what looks for gradients finds none
+    with ranks.computing():
+        score = scorer(model)
+    together = 1
+    if shared and not layout_obstacle(score.forward, model):
+        together = len(run.source.examples(schedule.items("train")[0]))
+    score_rows = partial(
+        with_reference,
+        score=score,
+        batch_size=2 * schedule.training.batch_size,
+        together=together,
+        cache=None if ranks.sharded else run.reference.cache,  # rank 0 alone checks a cache
+        note=reporter.note,
+        ranks=ranks,
+    )
+    rows = only or _rows_used(schedule, run.options)
+    splits = {name: _scored(run.source, split, rows.get(name, ()), score_rows) for name, split in schedule.splits.items()}
+    return evolve(schedule, splits=splits)
+
+
+def _rows_used(schedule: Schedule, options: RunOptions) -> dict[str, list[int]]:
+    """The rows of each split that the run uses."""
+    train = -1 if schedule.source.packing else schedule.batches  # a batch of packed rows has more examples
+    limits = {"train": train, "valid": options.output.val_batches, "test": -1 if options.output.test else 0}
+    return {name: schedule.rows_used(name, limit) for name, limit in limits.items()}
+
+
+def _scored(source: Source, split: Split, used: Sequence[int], score_rows: Callable[[Sequence[Example]], list[Example]]) -> Split:
+    if not used:
+        return split
+    examples = [source.examples(split.items[row]) for row in used]
+    scored, items = iter(score_rows([e for group in examples for e in group])), list(split.items)
+    for row, group in zip(used, examples, strict=True):
+        items[row] = source.rebuild(items[row], tuple(islice(scored, len(group))))
+    return evolve(split, items=items)
