@@ -17,7 +17,7 @@ import orjson
 
 from ..utils.files import cache_folder
 from ..utils.safetensors import Arrays, read_checked, write_arrays
-from . import chat_template, formats, messages, rows, tokenize
+from . import tokenize
 from .rows import Row
 from .tokenize import Counts, Example, Pair
 
@@ -95,10 +95,10 @@ def _prepare_identity(prepare: Callable[..., Any]) -> bytes | None:
 
 
 def _code_identity() -> bytes:
-    """The code that tokenizes: the text of our modules, and the versions of packages."""
-    ours = [Path(module.__file__ or "").read_bytes() for module in (chat_template, formats, messages, rows, tokenize)]
+    """The code that tokenizes: the text of all modules of this folder, and the versions of packages."""
+    ours = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
     others = [f"{name} {version(name)}".encode() for name in ("transformers", "tokenizers", "mlx-lm", "jinja2")]
-    return b"\n".join([*ours, *others, Path(__file__).read_bytes()])
+    return b"\n".join([*ours, *others])
 
 
 # --- the file: all sequences in flat arrays, with a digest --------------------------------------

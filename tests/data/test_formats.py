@@ -253,6 +253,17 @@ def test_prompt_rows_keep_columns() -> None:
         ),
         (
             supervised_record,
+            {"messages": [USER, {"role": "assistant", "content": None}]},
+            "message 2 of 'messages' is an empty answer",
+        ),
+        (supervised_record, {"messages": [{"role": "tool", "content": {"a": 1}}]}, "got dict {'a': 1}; write it as JSON text"),
+        (
+            supervised_record,
+            {"messages": [USER, {**ASSISTANT, "function_call": "x"}]},
+            "'function_call' in 'messages' must be a list",
+        ),
+        (
+            supervised_record,
             {"messages": [USER, {**ASSISTANT, "weight": 0.5}]},
             "'weight' of message 2 of 'messages' must be 0 or 1",
         ),
