@@ -45,14 +45,14 @@ def described(value: Any) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
-def listed(names: Iterable[str], shown: int = 12) -> str:
+def listed(names: Iterable[str], shown: int = 12, separator: str = ", ") -> str:
     """Names that came with data, for a message: on one line, each brief, those past `shown` as a number.
 
     >>> listed(["prompt", "a\\nb"]), listed(map(str, range(99)), shown=2)
     ('prompt, a b', '0, 1 and 97 more')
     """
     every = list(names)
-    return ", ".join(map(plain, every[:shown])) + (f" and {len(every) - shown} more" if len(every) > shown else "")
+    return separator.join(map(plain, every[:shown])) + (f" and {len(every) - shown} more" if len(every) > shown else "")
 
 
 def plain(value: Any) -> str:
@@ -84,10 +84,10 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     return name if text == name else f"{name}: {text}"
 
 
-Entry = TypeVar("Entry")
+_Entry = TypeVar("_Entry")
 
 
-def choose(table: Mapping[str, Entry], name: str, option: str) -> Entry:
+def choose(table: Mapping[str, _Entry], name: str, option: str) -> _Entry:
     """The entry of a table of names.
 
     >>> choose({"token": 1, "sequence": 2}, "tokens", "importance-level")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from ..errors import InputError
+from .numerics import row_sums
 
 Divergence = Callable[[mx.array, mx.array], mx.array]
 """(log p [n, V] of the teacher, log q [n, V] of the policy) -> [n], nats."""
@@ -18,7 +19,7 @@ def forward_kl(teacher: mx.array, policy: mx.array) -> mx.array:
     >>> round(forward_kl(half, sure).item(), 4), round(forward_kl(sure, half).item(), 4)
     (0.1438, 0.1308)
     """
-    return (mx.exp(teacher) * (teacher - policy)).sum(axis=-1)
+    return row_sums(mx.exp(teacher) * (teacher - policy))
 
 
 def reverse_kl(teacher: mx.array, policy: mx.array) -> mx.array:

@@ -22,7 +22,7 @@ def reference_point(logps: mx.array, batch: Batch) -> mx.array:
 def kto(*, loss_type: str = "kto", beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> Objective:
     """λ_D·(1 - σ(β(l - z))) of desirable, λ_U·(1 - σ(β(z - l))) of undesirable completions, l = log π/π_ref.
 
-    Kahneman-Tversky optimisation (Ethayarajh et al., 2024, https://arxiv.org/abs/2402.01306), the mean over
+    Kahneman-Tversky optimization (Ethayarajh et al., 2024, https://arxiv.org/abs/2402.01306), the mean over
     completions; z is `batch.reference_point`. `apo_zero_unpaired` has z = 0.
 
     Args:

@@ -70,13 +70,14 @@ class Objective:
     def __call__(self, logps: mx.array, batch: Batch, counts: Metrics | None = None) -> tuple[mx.array, Metrics]:
         """The scalar loss and the mean of every term, over `counts` (this batch's if None)."""
         counts = self.counts(batch) if counts is None else counts
-        loss, metrics = mx.array(0.0), {}
+        loss, means = mx.array(0.0), {}
         for coefficient, t in self.terms:
-            mean = weighted_sum(t.values(logps, batch), t.weights(batch)[0]) / mx.maximum(counts[t.name], 1)
-            metrics[t.name] = mx.stop_gradient(mean)
+            means[t.name] = weighted_sum(t.values(logps, batch), t.weights(batch)[0]) / mx.maximum(counts[t.name], 1)
             if coefficient:
-                loss = loss + coefficient * mean
-        return loss, {"loss": mx.stop_gradient(loss), **metrics}
+                loss = loss + coefficient * means[t.name]
+        # slices of one array, because mx.compile raises IndexError for two equal outputs, such as those of equal terms (mlx 0.32.4)
+        constants = mx.stop_gradient(mx.stack([loss, *means.values()]))
+        return loss, dict(zip(["loss", *means], constants, strict=True))
 
 
 NOTHING = Objective(())

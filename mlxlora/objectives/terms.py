@@ -12,6 +12,7 @@ from .quantity import Quantity, reads
 from .scores import Score, sum_logps
 
 PairWeight = Callable[[Batch], mx.array]
+_ROUNDING = 1e-6  # relative, of summed log-probabilities in float32
 
 
 def nll(*, of: Selection = completions, per: Reduction = token_mean, name: str = "nll") -> Objective:
@@ -61,7 +62,7 @@ def preference_score(batch: Batch) -> mx.array:
 
 
 def rewards(score: Score, *, beta: float) -> Objective:
-    """Watches the implicit rewards β·score: means of the chosen, the rejected, the margin, and how often it is positive.
+    """Watches the implicit rewards β·score: the chosen, the rejected, their margin, and how often the chosen is higher.
 
     Metrics `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `rewards/accuracies`, each a mean over pairs.
     """
@@ -69,8 +70,24 @@ def rewards(score: Score, *, beta: float) -> Objective:
         watch_pairs("rewards/chosen", score, lambda c, r: beta * c)
         + watch_pairs("rewards/rejected", score, lambda c, r: beta * r)
         + watch_pairs("rewards/margins", score, lambda c, r: beta * (c - r))
-        + watch_pairs("rewards/accuracies", score, lambda c, r: c > r)
+        + watch("rewards/accuracies", accuracy(score), per_pair)
     )
+
+
+def accuracy(score: Score) -> Quantity:
+    """[P]: 1 where the chosen score is higher, ½ where both are equal up to rounding, 0 where the rejected is higher.
+
+    The policy starts as the reference, so that the log-ratios of DPO are rounding errors then. Scores are equal if a change
+    of the log-probabilities by a millionth could swap them.
+    """
+
+    @reads(*score.needs)
+    def values(logps: mx.array, batch: Batch) -> mx.array:
+        scores = score(logps, batch)
+        (c, r), (of_c, of_r) = halves(scores), halves(mx.abs(score(2 * logps, batch) - scores))
+        return mx.where(mx.abs(c - r) <= _ROUNDING * (of_c + of_r), 0.5, c > r)
+
+    return values
 
 
 def pair_logps(score: Score) -> Objective:

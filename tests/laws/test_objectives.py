@@ -123,6 +123,15 @@ def test_every_objective_compiles(objective: Objective) -> None:
     assert (loss.shape, grad.shape) == ((), logps.shape)
 
 
+def test_equal_terms_compile() -> None:
+    """A bonus on the entropy that is also watched; any two terms that compute the same."""
+    logps, batch = build(rows(1), filler=3)
+    for objective in (OBJECTIVES["grpo:entropy"], nll(name="a") + nll(name="b"), grpo(loss_type="dapo", beta=0.1)):
+        compiled = mx.compile(lambda logps, batch, objective=objective: objective(logps, batch)[1])(logps, batch)
+        eager = objective(logps, batch)[1]
+        near([compiled[k].item() for k in eager], [v.item() for v in eager.values()])
+
+
 @pytest.mark.parametrize("name", ["sft:dft", "dpo:mpo", "gspo"])
 def test_compiled_is_eager(name: str) -> None:
     objective = OBJECTIVES[name]
@@ -160,7 +169,7 @@ def test_gradients_are_linear(objective: Objective) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in OF_THE_WHOLE_BATCH])
-def test_pieces_make_one_batch(name: str) -> None:
+def test_micro_batches_make_one_batch(name: str) -> None:
     objective, whole = OBJECTIVES[name], rows(4, pairs=4)
     logps, batch = build(whole)
     loss, metrics = objective(logps, batch)
@@ -256,7 +265,11 @@ def test_dpo_at_its_reference_is_log_two(name: str) -> None:
     logps, batch = build(rows(7))
     loss, metrics = dpo(loss_type=name)(logps, batch._replace(ref_logps=logps))
     assert loss.item() == pytest.approx(np.log(2), rel=1e-6)
-    assert metrics["rewards/accuracies"].item() == metrics["rewards/margins"].item() == 0
+    assert metrics["rewards/margins"].item() == 0
+    assert metrics["rewards/accuracies"].item() == 0.5  # ties
+    noise = 1 + 2e-7 * mx.array(np.random.default_rng(0).normal(size=logps.shape), mx.float32)
+    _, metrics = dpo(loss_type=name)(logps * noise, batch._replace(ref_logps=logps))
+    assert metrics["rewards/margins"].item() != 0 and metrics["rewards/accuracies"].item() == 0.5
 
 
 @pytest.mark.parametrize("level", IMPORTANCE_LEVELS)

@@ -48,9 +48,9 @@ class Case:
     """An objective and the kind of rows it is for.
 
     Attributes:
-        objective: what is minimised.
+        objective: what is minimized.
         pairs: rows come in pairs, all chosen before all rejected.
-        score_prompt: prompts are scored too.
+        score_prompt: prompts are trained on too.
     """
 
     objective: Objective
@@ -74,6 +74,7 @@ OBJECTIVES = {
     "orpo": Case(orpo(nll_on_prompt=True), pairs=True, score_prompt=True),
     "dpo": Case(dpo(), pairs=True),
     "grpo": Case(grpo(beta=0.1)),
+    "grpo with an entropy bonus": Case(grpo(beta=0.1, entropy_coef=0.05)),
 }
 every_objective = pytest.mark.parametrize("case", OBJECTIVES.values(), ids=OBJECTIVES.keys())
 
@@ -115,8 +116,8 @@ def test_compiled_is_eager(case: Case) -> None:
 
 @pytest.mark.usefixtures("eager")
 @every_objective
-@pytest.mark.parametrize("pieces", [[[0], [1, 2, 3]], [[3], [1], [0], [2]]], ids=len)
-def test_pieces_are_one_batch(case: Case, micros: list[list[int]]) -> None:
+@pytest.mark.parametrize("micros", [[[0], [1, 2, 3]], [[3], [1], [0], [2]]], ids=len)
+def test_micro_batches_are_one_batch(case: Case, micros: list[list[int]]) -> None:
     def trained(*batches: Batch) -> tuple[dict[str, float], dict[str, mx.array]]:
         model = adapted()
         start = tree_map(lambda p: mx.array(p), model.trainable_parameters())
@@ -153,7 +154,7 @@ def padded(batch: Batch, columns: int, filler: int) -> Batch:
 
     return batch._replace(
         tokens=mx.concatenate([batch.tokens, junk], axis=1),
-        location=longer(at, 1),
+        positions=longer(at, 1),
         targets=longer(batch.targets, 5),
         sequence=longer(batch.sequence, batch.sequences),
         prompt=longer(batch.prompt, False),
@@ -261,7 +262,7 @@ def weighted() -> Objective:
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e38])
-@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("micros", [1, 2])
 def test_a_step_that_is_not_finite_changes_nothing(poison: float, micros: int) -> None:
     def batches(value: float) -> list[Batch]:
         good = OBJECTIVES["sft"].batch(range(2))

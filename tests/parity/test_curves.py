@@ -82,7 +82,7 @@ def test_first_batch_is_trls(case: Case) -> None:
     run = curves()[case.name]
     data = DataOptions(data=str(PARITY / run["data"]), **_options(case.flags))
     source = sources.rows(data)
-    items = sources.tokenize(source, sources.read(data, 0), load_tokenizer(PARITY / "tiny_llama"))["train"].items
+    items = sources.tokenize(source, sources.load_rows(data, 0), load_tokenizer(PARITY / "tiny_llama"))["train"].items
     assert len(items) == run["rows_after_preparation"]
     recorded = [row for batch in run["first_step_batches"] for row in zip(*_columns(batch), strict=True)]
     for item, (ids, labels, attention) in zip(items, recorded, strict=False):

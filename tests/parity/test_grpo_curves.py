@@ -18,7 +18,7 @@ from mlxlora.models.logprobs import scorer
 from mlxlora.objectives.advantages import group_relative
 from mlxlora.objectives.grpo import grpo
 from mlxlora.objectives.objective import Objective
-from mlxlora.training.step import entropy_of
+from mlxlora.training.step import columns_of
 from tests.support.paths import SHARED
 
 PATH = SHARED / "parity" / "curves.json"
@@ -42,7 +42,7 @@ def test_loss_and_gradient_are_trls(case: dict[str, Any]) -> None:
 
 
 def test_log_probabilities_and_entropies_are_trls() -> None:
-    logps, batch = scorer(model(), entropy=False)(plain())
+    logps, batch = scorer(model(), columns={"entropy": False})(plain())
     count = sum(map(len, GIVEN["completion_token_ids"]))
     np.testing.assert_allclose(np.array(logps)[:count], flat("policy_per_token_logps"), rtol=RTOL, atol=1e-4)
     np.testing.assert_allclose(np.array(batch.entropy)[:count], flat("policy_entropies"), rtol=RTOL)
@@ -56,7 +56,7 @@ def test_advantages_are_trls() -> None:
 def measured(case: dict[str, Any]) -> tuple[float, dict[str, float], dict[str, float]]:
     """Loss, metrics, and the norm of the gradient of every parameter."""
     objective, batch, policy = objective_of(case), batch_of(case), model()
-    score = scorer(policy, temperature=case["config"].get("temperature", 1.0), entropy=entropy_of(objective))
+    score = scorer(policy, temperature=case["config"].get("temperature", 1.0), columns=columns_of(objective))
 
     def loss(parameters: Any) -> tuple[mx.array, dict[str, mx.array]]:
         policy.update(parameters)

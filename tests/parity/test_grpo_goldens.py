@@ -84,7 +84,7 @@ def test_grpo_of_each_token(case: dict[str, Any]) -> None:
     close(ours[loss_mask], theirs[loss_mask], operands=1.0)
 
 
-def test_accumulated_pieces_make_the_same_gradient_without_a_scale() -> None:
+def test_accumulated_micro_batches_make_the_same_gradient_without_a_scale() -> None:
     """One micro-batch of TRL's `_ga2` is half of a step; ours, given the step's counts, needs no normaliser."""
     (case,) = (c for c in GOLDENS["grpo"] if c["name"] == "grpo_ga2")
     logps, batch, loss_mask = rollouts(case)
