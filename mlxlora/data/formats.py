@@ -147,6 +147,13 @@ def labeled_record(row: Row, keys: Mapping[str, str] = KEYS) -> LabeledRecord:
     return LabeledRecord(record, row.fields["label"])
 
 
+def unpaired_record(row: Row, keys: Mapping[str, str] = KEYS) -> PairRecord | CompletionRecord:
+    """The record of a row of KTO, without its label: a labeled completion, or a pair, which counts as one row of each label."""
+    if {"chosen", "rejected"} <= row.fields.keys():
+        return preference_record(row, keys)
+    return labeled_record(row, keys).completion
+
+
 def prompt_record(row: Row, keys: Mapping[str, str] = KEYS) -> PromptRecord:
     """The record of a prompt to sample from: prompt (or question, as in GSM8K), and every other field as a column.
 
