@@ -12,34 +12,34 @@ from mlxlora.config.fields import group, option
 from mlxlora.config.options import ModelOptions
 from mlxlora.errors import InputError
 
+from .flags import flags
 from .generate import BASE, Answering
-from .options import flags
 
 
 @group("Comparison")
 class CompareOptions(Answering):
     """What adapters are asked."""
 
-    adapter_path: tuple[str, ...] = option((), "Folder of adapters; may be given several times.")
-    prompt: str | None = option(None, "What to answer.")
-    data: str | None = option(None, "Rows whose prompts to answer, of their test split if there is one.")
-    num: int = option(5, "How many of these rows.", v.ge(1))
-    json: bool = option(False, "Print JSON, one object a prompt.")
+    adapter_path: tuple[str, ...] = option((), "Folder of adapters; repeat the flag for several.")
+    prompt: str | None = option(None, "The prompt to answer.")
+    data: str | None = option(None, "Rows with prompts to answer; of a folder, the test split if there is one.")
+    num: int = option(5, "Number of rows.", v.ge(1))
+    json: bool = option(False, "Print JSON, one object per prompt.")
 
 
 @flags(texts={"model": BASE})
 def compare(model: ModelOptions, comparison: CompareOptions) -> None:
-    """Answers of a model and of its adapters to the same prompts, side by side."""
+    """Compare the answers of a model and of its adapters to the same prompts."""
     if (comparison.prompt is None) == (comparison.data is None):
-        raise InputError("name either --prompt or --data")
+        raise InputError("use either --prompt or --data")
     if not comparison.adapter_path:
-        raise InputError("--adapter-path is missing: one or more folders of adapters")
+        raise InputError("--adapter-path is missing: name one or more folders of adapters")
     from mlxlora.adapters import compare as library
     from mlxlora.adapters.prepare import base_of, load
 
     network, tokenizer = load(base_of(model, comparison.adapter_path[0]))
-    how = {name: getattr(comparison, name) for name in ("max_tokens", "temperature", "top_p", "seed")}
-    found = library.compare(network, tokenizer, comparison.adapter_path, _questions(comparison, tokenizer), **how)
+    how = library.Generation(comparison.max_tokens, comparison.temperature, comparison.top_p, comparison.seed)
+    found = library.compare(network, tokenizer, comparison.adapter_path, _questions(comparison, tokenizer), how)
     if comparison.json:
         for row in found:
             typer.echo(json.dumps(asdict(row), ensure_ascii=False))

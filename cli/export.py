@@ -6,9 +6,9 @@ from mlxlora.config.fields import group, option
 from mlxlora.config.options import BaseOptions
 from mlxlora.errors import InputError
 
+from .flags import flags
 from .fuse import HubOptions, ready, upload
 from .generate import BASE
-from .options import flags
 
 
 @group("Export")
@@ -16,9 +16,9 @@ class ExportOptions:
     """What is exported, and where to."""
 
     adapter_path: str = option("adapters", "Folder of adapters.")
-    peft: str | None = option(None, "Folder to write, as the peft library reads it.")
-    base_model: str | None = option(None, "How transformers is to find the base, ORG/NAME; default: as in --model.")
-    overwrite: bool = option(False, "Replace such a folder.")
+    peft: str | None = option(None, "Folder of peft adapters to write.")
+    base_model: str | None = option(None, "Name of the base for transformers, ORG/NAME; default: that of --model.")
+    overwrite: bool = option(False, "Replace a folder in --peft.")
 
 
 @flags(texts={"model": BASE})
@@ -28,7 +28,7 @@ def export(model: BaseOptions, exporting: ExportOptions, hub: HubOptions) -> Non
     from mlxlora.adapters.prepare import base_of
 
     if exporting.peft is None:
-        raise InputError("--peft is missing: the folder to write")
+        raise InputError("--peft is missing: name the folder to write")
     ready(hub)
     modules = to_peft(
         base_of(model, exporting.adapter_path),

@@ -7,8 +7,8 @@ import typer
 from mlxlora.config.fields import group, option
 from mlxlora.config.options import BaseOptions
 
+from .flags import flags
 from .generate import BASE
-from .options import flags
 
 
 @group("Fusing")
@@ -17,9 +17,9 @@ class FuseOptions:
 
     adapter_path: str = option("adapters", "Folder of adapters.")
     save_path: str = option("fused", "Model folder to write.")
-    dequantize: bool = option(False, "Write full-precision weights; default: a quantised model is quantised again as it was.")
+    dequantize: bool = option(False, "Write full-precision weights; default: quantize a quantized model again.")
     quantize: Literal["2", "3", "4", "5", "6", "8", "mxfp4", "mxfp8", "nvfp4"] | None = option(
-        None, "Quantise the result to this many bits, or to a format."
+        None, "Quantize the result to this many bits, or to a format."
     )
     gguf: str | None = option(None, "Also write this GGUF file (llama, mistral, mixtral; float16).")
     overwrite: bool = option(False, "Replace a model folder in --save-path.")
@@ -35,7 +35,7 @@ class HubOptions:
 
 @flags(texts={"model": BASE})
 def fuse(model: BaseOptions, fusing: FuseOptions, hub: HubOptions) -> None:
-    """Add adapters to the weights of their model: a model folder that needs no adapter files."""
+    """Add adapters to the weights of their model; writes a model folder."""
     from mlxlora.adapters.fuse import fuse as run
     from mlxlora.adapters.fuse import warning
     from mlxlora.adapters.prepare import base_of
@@ -50,10 +50,10 @@ def fuse(model: BaseOptions, fusing: FuseOptions, hub: HubOptions) -> None:
         gguf=fusing.gguf,
         overwrite=fusing.overwrite,
     )
-    if told := warning(rounding):
-        typer.echo(f"warning: {told}", err=True)
+    if problem := warning(rounding):
+        typer.echo(f"warning: {problem}", err=True)
     elif rounding:
-        typer.echo(f"quantising kept {min(rounding.kept, 1):.0%} of the adapters' update")
+        typer.echo(f"quantization keeps {min(rounding.kept, 1):.0%} of the adapters' update")
     typer.echo(f"fused  {fusing.save_path}")
     if fusing.gguf:
         typer.echo(f"gguf   {fusing.gguf}")
@@ -61,7 +61,7 @@ def fuse(model: BaseOptions, fusing: FuseOptions, hub: HubOptions) -> None:
 
 
 def ready(hub: HubOptions) -> None:
-    """Fails early where the upload would."""
+    """Fails before the work if the upload would fail."""
     if hub.push_to_hub:
         from mlxlora.adapters.hub import connect
 
@@ -69,7 +69,7 @@ def ready(hub: HubOptions) -> None:
 
 
 def upload(folder: str, hub: HubOptions) -> None:
-    """Uploads a folder, if that was asked for."""
+    """Uploads a folder if --push-to-hub names a repository."""
     if hub.push_to_hub:
         from mlxlora.adapters.hub import push
 

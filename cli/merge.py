@@ -11,11 +11,11 @@ from mlxlora.utils.blas import load_fast_blas
 def merge(
     adapters: Annotated[list[str], typer.Argument(metavar="DIR...", help="Folders of LoRA adapters of one model.")],
     save_path: Annotated[str, typer.Option("--save-path", help="Folder of adapters to write.")] = "merged",
-    weights: Annotated[str | None, typer.Option("--weights", help="Weight of each, such as 0.5,0.5; default: 1.")] = None,
-    model: Annotated[str | None, typer.Option("--model", help="The model of all of them, where they name it differently.")] = None,
+    weights: Annotated[str | None, typer.Option("--weights", help="A weight for each, such as 0.5,0.5; default: 1.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Their common model, if they name it differently.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder of adapters in --save-path.")] = False,
 ) -> None:
-    """Add up adapters: one folder whose update is the exact weighted sum of theirs, its rank the sum of their ranks."""
+    """Merge adapters into the exact weighted sum of their updates; its rank is the sum of their ranks."""
     load_fast_blas()
     from mlxlora.adapters import merge as merging
 

@@ -7,10 +7,15 @@ import typer
 
 def push(
     folder: Annotated[str, typer.Argument(help="Adapters, adapters exported for peft, or a fused model.")],
-    repository: Annotated[str, typer.Argument(help="ORG/NAME; made if there is none.")],
+    repository: Annotated[str, typer.Argument(help="ORG/NAME; created if it does not exist.")],
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public; default: private.")] = False,
 ) -> None:
-    """Upload a finished folder to the Hugging Face hub, with its card, without checkpoints and samples."""
-    from mlxlora.adapters.hub import push as run
+    """Upload a finished folder and its card to the Hugging Face hub, without checkpoints and samples."""
+    from pathlib import Path
 
-    typer.echo(run(folder, repository, public=public))
+    from mlxlora.adapters.hub import push as run
+    from mlxlora.methods import method_info
+    from mlxlora.reporting.history import SETTINGS, read_settings
+
+    method = method_info(read_settings(Path(folder) / SETTINGS))
+    typer.echo(run(folder, repository, public=public, method=method))

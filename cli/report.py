@@ -8,15 +8,16 @@ import typer
 
 from mlxlora.utils.blas import load_fast_blas
 
-_WIDE = 1000  # columns, where nobody looks: one line a metric
+_WIDE = 1000  # columns if the output is not a terminal: one line per metric
 
 
 def report(
     directories: Annotated[list[str], typer.Argument(metavar="DIR...", help="The --adapter-path of each run.")],
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Also write a page with the curves to this file.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Also write a page with curves to this file.")] = None,
 ) -> None:
-    """Compare runs: what they reached, and where their options differ."""
+    """Compare runs: their results, and the options in which they differ."""
     load_fast_blas()
+    from mlxlora.methods import method_info
     from mlxlora.reporting.card import portable
     from mlxlora.reporting.history import past_run
     from mlxlora.reporting.html import comparison_page, differences, reached, run_page, write
@@ -25,7 +26,8 @@ def report(
     _print("metric", directories, reached(records))
     _print("option", directories, portable(differences(records)))
     if output is not None:
-        write(Path(output), comparison_page(records) if len(records) > 1 else run_page(records[0]))
+        one = records[0] if len(records) == 1 else None
+        write(Path(output), run_page(one, method_info(one.config)) if one else comparison_page(records))
         typer.echo(f"written: {output}")
 
 

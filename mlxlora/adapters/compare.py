@@ -1,29 +1,49 @@
-"""What a model and its adapters make of the same prompts, side by side."""
+"""Generates answers from a model and from its adapters to the same prompts."""
 
-from attrs import frozen
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
-from mlx_lm import generate
-from mlx_lm.sample_utils import make_sampler
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
-from .prepare import attached
-from ..models.modes import evaluating
+from attrs import frozen
+from mlx_lm import generate
+from mlx_lm.sample_utils import make_sampler
+
 from ..data.prompts import Question
+from ..models.modes import evaluating
+from .prepare import attached
 
 BASE = "base"
 
 
 @frozen
 class Comparison:
-    """Answers to one prompt by the name of who gave them: `base`, then the adapters."""
+    """Answers to one prompt by name: `base`, then the folder of each adapter."""
 
     prompt: str
     expected: str
     answers: Mapping[str, str]
+
+
+@frozen
+class Generation:
+    """How to generate answers.
+
+    Attributes:
+        max_tokens: of an answer.
+        temperature: of sampling; 0 = always the most likely token.
+        top_p: sample from the most likely tokens that together have this probability.
+        seed: of sampling, the same for every answer.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+GREEDY = Generation()
 
 
 def compare(
@@ -31,30 +51,24 @@ def compare(
     tokenizer: Any,
     adapter_paths: Sequence[str | Path],
     questions: Sequence[Question],
+    generation: Generation = GREEDY,
     *,
-    max_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
     note: Callable[[str], None] = lambda text: None,
 ) -> list[Comparison]:
-    """Generates from the base and from each adapter; the model is loaded once, adapters are put on it and taken off.
+    """Answers the questions with the base and with each adapter, which it puts on the model and removes again.
 
     Args:
         model: the base.
         tokenizer: its tokenizer.
         adapter_paths: folders of adapters.
         questions: the prompts.
-        max_tokens: of an answer.
-        temperature: of sampling; 0 = always the likeliest token.
-        top_p: sample among the likeliest tokens that together have this probability.
-        seed: of sampling, the same for every answer.
-        note: is told who answers.
+        generation: how to generate.
+        note: receives the name of each model before it answers.
 
     Raises:
         InputError: adapters that do not fit the model.
     """
-    sampler = make_sampler(temperature, top_p)
+    sampler = make_sampler(generation.temperature, generation.top_p)
 
     def answers(name: str) -> list[str]:
         note(name)
@@ -62,8 +76,8 @@ def compare(
             return [_answer(question) for question in questions]
 
     def _answer(question: Question) -> str:
-        mx.random.seed(seed)
-        return generate(model, tokenizer, question.tokens, max_tokens=max_tokens, sampler=sampler).strip()
+        mx.random.seed(generation.seed)
+        return generate(model, tokenizer, question.tokens, max_tokens=generation.max_tokens, sampler=sampler).strip()
 
     columns = {BASE: answers(BASE)}
     for path in adapter_paths:

@@ -1,50 +1,42 @@
-"""What is trained: low-rank adapters on an mlx-lm model or its own weights, in the files that mlx-lm reads."""
+"""Reads and writes trained weights, adapters or whole weights, in the files that mlx-lm reads."""
 
-from collections.abc import Iterator
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from mlx.utils import tree_flatten
-from mlx_lm.tuner.dora import DoRAEmbedding
-from mlx_lm.tuner.dora import DoRALinear
-from mlx_lm.tuner.lora import LoRAEmbedding
-from mlx_lm.tuner.lora import LoRALinear
-from mlx_lm.tuner.lora import LoRASwitchLinear
 from pathlib import Path
-from typing import Any
-from typing import TypeGuard
+from typing import Any, TypeGuard
+
 import mlx.core as mx
 import mlx.nn as nn
 import orjson
-import zlib
-from .pissa import PiSSALinear
-from .lora import LeanLoRALinear, adapted
-from .inject import layers_to_train, lora_parameters, with_paths
+from mlx.utils import tree_flatten
+
 from ..config.options import AdapterOptions
-from ..utils.files import atomic_file
 from ..distributed.sharded_files import Sliced, stored, write_stored
-from .rank_scale import uniform
-from ..utils.safetensors import check_header, checksum
-from ..errors import InputError, quoted
+from ..errors import InputError, listed, quoted, reason
+from ..utils.files import atomic_file
 from ..utils.launch import warn
+from ..utils.safetensors import check_header, checksum
+from .inject import layers_to_train, lora_parameters, with_paths
+from .lora import adapters_of
+from .rank_scale import uniform
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
-_CHECKSUM, _CONFIGURED = "crc32", "config_crc32"  # in the header of a safetensors file: of its arrays, and of what is beside it
-_BUILT_FROM = ("fine_tune_type", "num_layers", "lora_parameters", "quantize")  # of the configuration: names of models are changed
-_BASE = {  # where each kind of adapter keeps the module that it adapts
-    **dict.fromkeys((LoRALinear, LeanLoRALinear, PiSSALinear, DoRALinear, LoRASwitchLinear), "linear"),
-    **dict.fromkeys((LoRAEmbedding, DoRAEmbedding), "embedding"),
-}
-
-
-# --- files ----------------------------------------------------------------------------------
+_CHECKSUM, _CONFIG_CHECKSUM = "crc32", "config_crc32"  # in the header of a safetensors file: of its arrays, of CONFIG beside it
+_BUILT_FROM = ("fine_tune_type", "num_layers", "lora_parameters", "quantize")  # without the model's name, which people change
 
 
 def save(model: nn.Module, directory: str | Path, options: AdapterOptions, name: str = "", quantize: str | None = None) -> None:
-    """Writes adapters.safetensors and adapter_config.json as mlx-lm writes them, each through a temporary name.
+    """Writes adapters.safetensors and adapter_config.json in mlx-lm's format, each through a temporary name.
 
-    Adapters of several ranks or multipliers, or that started from components of the weights, become updates of one rank and
-    one multiplier on the weights as they are. The `name` of the model is kept there too, as mlx-lm keeps it, and how it was
-    quantised as it was loaded.
+    Adapters with several ranks or scales, and PiSSA adapters, become updates of one rank and one scale on the unchanged weights.
+
+    Args:
+        model: with trained parameters.
+        directory: the folder to write to.
+        options: of the adapters.
+        name: of the model, a folder or hub name, which mlx-lm stores, too.
+        quantize: how the model was quantized as it was loaded.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -60,18 +52,18 @@ def save(model: nn.Module, directory: str | Path, options: AdapterOptions, name:
     with atomic_file(directory / CONFIG) as path:
         path.write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
     with atomic_file(directory / WEIGHTS) as path:
-        save_arrays(path, arrays, configured(config), checked=True)
+        save_arrays(path, arrays, config_checksum(config), checked=True)
 
 
 def own_arrays(model: nn.Module) -> dict[str, mx.array]:
-    """What is trained and what it started from, as they are; with these a run goes on exactly."""
-    started = {path: m.own_arrays() for path, m in adapted(model).items() if hasattr(m, "own_arrays")}
+    """The trained arrays and those that PiSSA started from, unconverted: from these a run resumes exactly."""
+    started = {path: m.own_arrays() for path, m in adapters_of(model).items() if hasattr(m, "own_arrays")}
     beside = {f"{path}.{name}": array for path, arrays in started.items() for name, array in arrays.items()}
     return {**dict(tree_flatten(model.trainable_parameters())), **beside}  # type: ignore[dict-item]
 
 
 def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None, *, checked: bool = False) -> None:
-    """A safetensors file at exactly `path` (MLX would append the suffix); `checked`: with a checksum."""
+    """Writes a safetensors file to exactly `path` (MLX would append a suffix); `checked`: with a checksum."""
     if any(isinstance(array, Sliced) for array in arrays.values()):
         write_stored(path, arrays, metadata, checked=_CHECKSUM if checked else "")
         return
@@ -80,17 +72,17 @@ def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str
         mx.save_safetensors(file, arrays, described)  # type: ignore[arg-type]
 
 
-def configured(config: Mapping[str, Any]) -> dict[str, str]:
-    """For the header of a file of adapters: a checksum of what they are built from, however the configuration is laid out."""
+def config_checksum(config: Mapping[str, Any]) -> dict[str, str]:
+    """An entry for the header of an adapter file: the checksum of the configuration's values that adapters are built from."""
     try:
         text = orjson.dumps({name: config.get(name) for name in _BUILT_FROM}, option=orjson.OPT_SORT_KEYS)
-    except TypeError:  # deeper than any of ours
+    except TypeError:  # nested too deep to be ours
         text = b""
-    return {_CONFIGURED: f"{zlib.crc32(text):08x}"}
+    return {_CONFIG_CHECKSUM: f"{zlib.crc32(text):08x}"}
 
 
 def put_arrays(model: nn.Module, arrays: dict[str, mx.array]) -> None:
-    """Puts what a file has into the model, one after the other where parameters are slices; `arrays` is empty then."""
+    """Loads arrays into the model; sliced parameters one after the other, which empties `arrays` of them."""
     for name, place in stored(model, own_arrays(model)).items():
         if isinstance(place, Sliced):
             place.take(arrays.pop(name))
@@ -98,10 +90,10 @@ def put_arrays(model: nn.Module, arrays: dict[str, mx.array]) -> None:
 
 
 def check_settings(config: dict[str, Any], path: Path) -> None:
-    """Checks the types of what adapters are built from.
+    """Checks the types and ranges of the values that adapters are built from.
 
     Raises:
-        InputError: the configuration at `path` has something of another type, or lacks it.
+        InputError: the configuration at `path` lacks a value or has a wrong one.
     """
     rules: list[tuple[str, Any, bool, str]] = [
         (name, value, value is None or isinstance(value, str), "text")
@@ -127,7 +119,7 @@ def check_settings(config: dict[str, Any], path: Path) -> None:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a value of JSON is a number within what MLX computes with.
+    """Whether a JSON value is a number that MLX can compute with.
 
     >>> is_number(1), is_number(True), is_number(10**400), is_number("1")
     (True, False, False, False)
@@ -135,11 +127,11 @@ def is_number(value: Any) -> TypeGuard[float]:
     return type(value) in (int, float) and abs(value) < 1e30
 
 
-def read_config(directory: str | Path) -> dict[str, Any]:
+def read_adapter_config(directory: str | Path) -> dict[str, Any]:
     """The adapter_config.json of an adapter directory.
 
     Raises:
-        InputError: there is none, or it is no JSON object.
+        InputError: there is none, or it is not a JSON object.
     """
     path = Path(directory) / CONFIG
     try:
@@ -152,52 +144,55 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 
 
 def sound_arrays(file: str | Path, config: Mapping[str, Any] | None = None) -> dict[str, mx.array]:
-    """The arrays of a safetensors file, all of them finite; with a warning if `config`, of the file beside it, is another now.
+    """The arrays of a safetensors file, checked to be finite.
+
+    Args:
+        file: an adapter folder or a file.
+        config: the configuration beside it; warns if it has changed since the file was written.
 
     Raises:
-        InputError: it is missing or damaged, or holds NaN or infinity.
+        InputError: the file is missing or damaged, or has NaN or infinity.
     """
     arrays, metadata = _read(file)
     finite = [mx.isfinite(array).all() for array in arrays.values()]
     mx.eval(finite)
     if broken := [name for name, fine in zip(arrays, finite, strict=True) if not fine.item()]:
-        raise InputError(f"{file} holds numbers that are not finite: {_some(sorted(broken), 3)}; take an earlier checkpoint")
-    if config is not None and _CONFIGURED in metadata and not configured(config).items() <= metadata.items():
-        warn(f"{_file(file)}: {CONFIG} is not the one that was written with it; if you did not change it, take another copy")
+        raise InputError(f"{file} has NaN or infinity in {listed(sorted(broken), shown=3)}; use an earlier checkpoint")
+    if config is not None and _CONFIG_CHECKSUM in metadata and not config_checksum(config).items() <= metadata.items():
+        warn(f"{_file(file)}: {CONFIG} has changed since it was written; if that was not you, use another copy")
     return arrays
 
 
 def read_arrays(file: str | Path, *, lazy: bool = False) -> dict[str, mx.array]:
-    """The arrays of a safetensors file; if `lazy`, each is read when it is used, and no checksum is looked at.
+    """The arrays of a safetensors file; if `lazy`, each is read when it is used, and the checksum is not verified.
 
     Raises:
-        InputError: it is missing or damaged; where the file has a checksum, one bit is enough.
+        InputError: the file is missing or damaged; a checksum detects a single wrong bit.
     """
     return _load(file)[0] if lazy else _read(file)[0]
 
 
 def check_arrays(file: str | Path) -> None:
-    """Reads a safetensors file and forgets it, so that never more than one array is in memory.
+    """Verifies a safetensors file, with one array at a time in memory.
 
     Raises:
-        InputError: it is missing or damaged.
+        InputError: the file is missing or damaged.
     """
     arrays, metadata = _load(file)
     _check(file, metadata, ((name, arrays.pop(name)) for name in sorted(arrays)))
 
 
-Found = tuple[dict[str, mx.array], dict[str, str]]
+_Content = tuple[dict[str, mx.array], dict[str, str]]  # arrays and metadata
 
 
-def _read(file: str | Path) -> Found:
-    """Arrays and metadata."""
+def _read(file: str | Path) -> _Content:
     arrays, metadata = _load(file)
     _check(file, metadata, ((name, arrays[name]) for name in sorted(arrays)))
     return arrays, metadata
 
 
-def _load(file: str | Path) -> Found:
-    """Both by their path: of a file that Python opened, a thread of MLX could hold on to until the interpreter is gone."""
+def _load(file: str | Path) -> _Content:
+    """Loads by path: MLX's threads may keep a file object that Python opened, even as the interpreter ends."""
     path = _file(file)
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a safetensors file such as adapters/{WEIGHTS}")
@@ -215,7 +210,7 @@ def _check(file: str | Path, metadata: Mapping[str, str], arrays: Iterator[tuple
             return
         found = checksum(arrays)
     if known != found:
-        raise InputError(f"{path}: damaged: its checksum does not match; take another copy, or one of the run's checkpoints")
+        raise InputError(f"{path}: damaged: its checksum does not match; use another copy, or one of the run's checkpoints")
 
 
 def _file(file: str | Path) -> Path:
@@ -227,19 +222,13 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({' '.join(str(error).split())})") from None
+        raise InputError(f"{path}: not a readable safetensors file ({reason(error)})") from None
 
 
 def mismatches(arrays: dict[str, mx.array], wanted: dict[str, mx.array]) -> str:
-    """What is missing, superfluous or of another shape, in one line; empty if nothing is."""
+    """What is missing, superfluous or has another shape, on one line; empty if the arrays match."""
     both = [(n, list(a.shape), list(wanted[n].shape)) for n, a in sorted(arrays.items()) if n in wanted]
     found = [f"{n} has shape {ours}, not {theirs}" for n, ours, theirs in both if ours != theirs]
     found += [f"{n} is not trainable in the model" for n in arrays if n not in wanted]
     found += [f"{n} is missing" for n in wanted if n not in arrays]
-    return _some(found)
-
-
-def _some(problems: list[str], shown: int = 3) -> str:
-    """Problems in one line, those past `shown` as a number."""
-    more = f" and {len(problems) - shown} more" if len(problems) > shown else ""
-    return "; ".join(problems[:shown]) + more
+    return listed(found, shown=3, separator="; ")

@@ -1,4 +1,4 @@
-"""Finished folders on the Hugging Face hub: what others can use, nothing of how and where it was made on this machine."""
+"""Uploads finished folders to the Hugging Face hub, without checkpoints, samples and paths of this machine."""
 
 import shutil
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ import orjson
 import yaml
 
 from ..errors import InputError, RunError
-from ..reporting.card import CARD, portable, write_card
+from ..reporting.card import CARD, CUSTOM, MethodInfo, card, portable, write_card
 from ..reporting.history import METRICS, SETTINGS, read_record, read_settings
 from .files import CONFIG, WEIGHTS
 from .peft import PEFT_WEIGHTS
@@ -22,18 +22,18 @@ _KINDS = {
     PEFT_WEIGHTS: (PEFT_WEIGHTS, CONFIG, CARD),
     "config.json": ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py", CARD),
 }
-"""What is uploaded, by the file that tells what a folder is: adapters, adapters of peft, a model."""
+"""The files to upload, by the file that identifies a folder: adapters, adapters for peft, a model."""
 
 
 def connect(repo: str, api: Any = None) -> Any:
-    """The hub's client, once it is known who is logged in; before anything expensive happens.
+    """The hub's client, after a check that someone is logged in, before anything expensive happens.
 
     Args:
         repo: ORG/NAME.
-        api: a `huggingface_hub.HfApi`, or what behaves like one.
+        api: a `huggingface_hub.HfApi` or a replacement.
 
     Raises:
-        InputError: the name is none, or nobody is logged in.
+        InputError: the name is not valid, or nobody is logged in.
         RunError: the hub does not answer.
     """
     from huggingface_hub import HfApi
@@ -46,30 +46,31 @@ def connect(repo: str, api: Any = None) -> Any:
     return api
 
 
-def push(folder: str | Path, repo: str, *, public: bool = False, api: Any = None) -> str:
+def push(folder: str | Path, repo: str, *, public: bool = False, method: MethodInfo = CUSTOM, api: Any = None) -> str:
     """Uploads a finished folder: adapters, adapters exported for peft, or a fused model.
 
-    Checkpoints, samples and whatever else lies there stay here; absolute paths in the configuration are shortened to their
-    last part. A run's folder without a card gets one.
+    Does not upload checkpoints, samples and other files; keeps only the last part of absolute paths in the configuration. Adds
+    a card to the folder of a run that has none.
 
     Args:
         folder: what to upload.
-        repo: ORG/NAME; made if there is none.
-        public: for everyone to see; only for a repository that is made now.
-        api: a `huggingface_hub.HfApi`, or what behaves like one.
+        repo: ORG/NAME; created if it does not exist.
+        public: whether a new repository is public.
+        method: of the run, for the card of a folder that has none.
+        api: a `huggingface_hub.HfApi` or a replacement.
 
     Returns:
-        Its address.
+        The address of the repository.
 
     Raises:
-        InputError: nothing to upload, no such place, nobody logged in, or no right to write there.
+        InputError: nothing to upload, no such repository, nobody logged in, or no write access.
         RunError: the hub does not answer.
     """
     folder = Path(folder)
     patterns = _patterns(folder)
     api = connect(repo, api)
     with TemporaryDirectory() as temporary, _explained(repo):
-        stage(folder, Path(temporary), patterns)
+        stage(folder, Path(temporary), patterns, method)
         address = api.create_repo(repo_id=repo, private=not public, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=temporary, commit_message="Upload with mlxlora")
     return str(address)
@@ -82,13 +83,13 @@ def _patterns(folder: Path) -> tuple[str, ...]:
     return found
 
 
-def stage(folder: Path, target: Path, patterns: tuple[str, ...]) -> None:
-    """Fills `target` with what may be uploaded: texts without this machine's paths, links to everything else."""
+def stage(folder: Path, target: Path, patterns: tuple[str, ...], method: MethodInfo = CUSTOM) -> None:
+    """Fills `target` with the files to upload: texts without paths of this machine, links to weights."""
     for file in sorted(folder.iterdir()):
         if file.is_file() and any(fnmatch(file.name, pattern) for pattern in patterns):
             _stage_file(file, target / file.name)
     if SETTINGS in patterns and not (target / CARD).exists():
-        write_card(target, read_record(target))
+        write_card(target, card(read_record(target), method))
 
 
 def _stage_file(file: Path, target: Path) -> None:
@@ -104,7 +105,7 @@ def _stage_file(file: Path, target: Path) -> None:
 
 @contextmanager
 def _explained(repo: str) -> Iterator[None]:
-    """The hub's errors in one line, with the remedy."""
+    """Turns the hub's errors into one line with the remedy."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
     from huggingface_hub.errors import HTTPError as ConnectionFailed  # pyright: ignore[reportPrivateImportUsage]
 
@@ -117,12 +118,12 @@ def _explained(repo: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         if status == 401:
-            raise InputError(f"--push-to-hub {repo}: the token is not accepted; run `hf auth login`, or set HF_TOKEN") from None
+            raise InputError(f"--push-to-hub {repo}: the hub rejects the token; run `hf auth login`, or set HF_TOKEN") from None
         if status == 403:
-            raise InputError(f"--push-to-hub {repo}: you may not write there; use a name and a token with write access") from None
+            raise InputError(f"--push-to-hub {repo}: no write access; use a name and a token that have it") from None
         raise RunError(f"--push-to-hub {repo}: {_line(error)}") from None
     except (OSError, ConnectionFailed) as error:  # no network, offline mode
-        raise RunError(f"--push-to-hub {repo}: the hub cannot be reached ({_line(error)})") from None
+        raise RunError(f"--push-to-hub {repo}: cannot reach the hub ({_line(error)})") from None
 
 
 def _line(error: Exception) -> str:

@@ -1,27 +1,28 @@
-"""Which modules get adapters, and of what size: mlx-lm's choice of modules and its layers, with a rank and a start of each."""
+"""Puts adapters on a model: chooses modules and layers as mlx-lm does, and gives each its rank, scale and start."""
 
+from typing import Any
+
+import mlx.nn as nn
 from attrs import evolve
 from mlx.utils import tree_unflatten
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear
-from mlx_lm.models.switch_layers import SwitchLinear
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from typing import Any
-import mlx.nn as nn
+
 from ..config.options import AdapterOptions
-from ..errors import InputError
-from .lora import LeanLoRALinear, adapted, base_of_adapter, lean, rank_of, unusual
-from .rank_scale import Size, size_of, unmatched
-from .pissa import iterations_of, pissa
+from ..errors import InputError, listed
 from ..models.quantize import weight_of
+from .lora import LeanLoRALinear, adapters_of, base_of_adapter, lean, rank_of, unusual
+from .pissa import iterations_of, pissa
+from .rank_scale import Size, size_of, unmatched
 
 ALL_LINEAR = "all-linear"
-DEFAULT_LAYERS = 16  # as mlx-lm
+DEFAULT_LAYERS = 16  # as in mlx-lm
 _EXPERTS, _EMBEDDINGS = (SwitchLinear, QuantizedSwitchLinear), (nn.Embedding, nn.QuantizedEmbedding)
-_ADAPTABLE = (nn.Linear, nn.QuantizedLinear, *_EXPERTS, *_EMBEDDINGS)  # in mlx-lm
+_ADAPTABLE = (nn.Linear, nn.QuantizedLinear, *_EXPERTS, *_EMBEDDINGS)  # by mlx-lm
 
 
 def layers_to_train(model: nn.Module, options: AdapterOptions) -> int:
-    """How many blocks, from the last, `options` ask for.
+    """The number of blocks to train, counted from the last.
 
     Raises:
         InputError: more than the model has.
@@ -35,10 +36,10 @@ def layers_to_train(model: nn.Module, options: AdapterOptions) -> int:
 
 
 def convert(model: nn.Module, layers: int, options: AdapterOptions) -> None:
-    """Puts the adapters that `options` name on modules of the last `layers` blocks, and on those that they name elsewhere.
+    """Puts adapters on the modules that `options` name: in the last `layers` blocks, and outside of blocks.
 
     Raises:
-        InputError: modules that do not exist or cannot be adapted so; the message names them.
+        InputError: modules that do not exist or cannot have such adapters; the message names them.
     """
     options = with_paths(model, options)
     _check(model, options)
@@ -59,56 +60,56 @@ def _check(model: nn.Module, options: AdapterOptions) -> None:
     known = {name for name, _ in model.named_modules()} | {n for b in model.layers for n, _ in b.named_modules()}  # type: ignore[union-attr]
     missing = [key for key in options.lora_keys or () if key not in known]
     if "lm_head" in missing:
-        raise InputError("--lora-keys: the head of this model is its embedding; name embed_tokens in place of lm_head")
+        raise InputError("--lora-keys: the output layer of this model is its embedding; use embed_tokens instead of lm_head")
     if missing:
-        raise InputError(f"--lora-keys: the model has no module {', '.join(missing)}; a block has {', '.join(_linear(model))}")
+        raise InputError(f"--lora-keys: the model has no module {listed(missing)}; a block has {', '.join(_linear(model))}")
     if options.init_lora_weights != "default" and (options.train_type == "dora" or options.dropout):
-        raise InputError(f"--init-lora-weights {options.init_lora_weights} goes with --train-type lora and --dropout 0")
+        raise InputError(f"--init-lora-weights {options.init_lora_weights} needs --train-type lora and --dropout 0")
     if options.init_lora_weights != "default" and options.resume_adapter_file:
-        raise InputError("--resume-adapter-file says where adapters start; leave --init-lora-weights out")
+        raise InputError("--resume-adapter-file sets the initial adapters; omit --init-lora-weights")
 
 
 def _check_dora(model: nn.Module, layers: int, options: AdapterOptions) -> None:
-    """mlx-lm has no DoRA for some modules, or miscounts their sizes, also when it loads adapters."""
+    """Refuses modules for which mlx-lm has no DoRA, or computes wrong sizes when it adds or loads it."""
     targets = _targets(model, layers, options)
     lacking = {name: why for name, m in targets.items() if (why := _without_dora(m))}
     if lacking:
         rest = [name for name in targets if name not in lacking]
         remedy = f"name the others, --lora-keys {','.join(rest)}, or use" if rest else "use"
-        told = "; ".join(f"{', '.join(n for n in lacking if lacking[n] == why)} ({why})" for why in dict.fromkeys(lacking.values()))
-        raise InputError(f"--train-type dora: mlx-lm has none for {told}; {remedy} --train-type lora")
+        refused = [f"{', '.join(n for n in lacking if lacking[n] == why)} ({why})" for why in dict.fromkeys(lacking.values())]
+        raise InputError(f"--train-type dora: mlx-lm has none for {'; '.join(refused)}; {remedy} --train-type lora")
 
 
 def _without_dora(module: Any) -> str:
     if isinstance(module, _EXPERTS):
         return "experts"
     if isinstance(module, nn.QuantizedEmbedding):
-        return "quantised embedding"
+        return "quantized embedding"
     if isinstance(module, nn.QuantizedLinear) and 32 % module.bits:
         return f"{module.bits} bits; 4 and 8 are fine"
     return "" if isinstance(module, _ADAPTABLE) else type(module).__name__
 
 
 def _targets(model: nn.Module, layers: int, options: AdapterOptions) -> dict[str, nn.Module]:
-    """The modules that mlx-lm will adapt, by key."""
+    """The modules that mlx-lm is going to adapt, by key."""
     keys = options.lora_keys or linear_keys(model)
     blocks = [(name, m) for block in model.layers[-layers:] for name, m in block.named_modules()]  # type: ignore[union-attr]
     return {name: m for name, m in [*blocks, *model.named_modules()] if name in keys}
 
 
 def _check_own(model: nn.Module, options: AdapterOptions) -> None:
-    """Adapters that a model brings itself have the rank of all and start without an update."""
+    """Refuses options that adapters of the model's own kind do not support: they have the common rank and start at zero."""
     plain, own = AdapterOptions(), unusual(model)
     for name in ("rank_pattern", "alpha_pattern", "init_lora_weights"):
         if own and getattr(options, name) != getattr(plain, name):
-            raise InputError(f"--{name.replace('_', '-')} is not for {own[0]}, an adapter of the model's own kind; leave it out")
+            raise InputError(f"--{name.replace('_', '-')} does not support {own[0]}, an adapter of the model's own kind; omit it")
 
 
 def _resize(model: nn.Module, options: AdapterOptions) -> None:
-    """Gives modules that a pattern names their own rank and multiplier."""
-    modules = adapted(model)
+    """Gives modules that a pattern names their own rank and scale."""
+    modules = adapters_of(model)
     if wrong := unmatched(options, list(modules)):
-        raise InputError(f"--rank-pattern, --alpha-pattern: {', '.join(wrong)} names none of the adapted modules")
+        raise InputError(f"--rank-pattern, --alpha-pattern: {listed(wrong)} matches none of the adapted modules")
     wanted = {path: size_of(path, options) for path in modules}
     changed = [(path, m) for path, m in modules.items() if wanted[path] != Size(rank_of(m), m.scale)]
     for path, module in changed:
@@ -119,17 +120,17 @@ def _resize(model: nn.Module, options: AdapterOptions) -> None:
 
 
 def _start_from_components(model: nn.Module, how: str) -> None:
-    for path, module in adapted(model).items():
+    for path, module in adapters_of(model).items():
         if type(module) is not LeanLoRALinear:
-            raise InputError(f"--init-lora-weights {how}: {path} is no linear layer; name others with --lora-keys")
+            raise InputError(f"--init-lora-weights {how}: {path} is not a linear layer; name other modules with --lora-keys")
         weight = weight_of(module.linear)
         if rank_of(module) > min(weight.shape):
             raise InputError(f"--init-lora-weights {how}: {path} has {min(weight.shape)} components; use a rank up to that")
-        pissa(module, weight, iterations_of(how))
+        model.update_modules(tree_unflatten([(path, pissa(module, weight, iterations_of(how)))]))
 
 
 def with_paths(model: nn.Module, options: AdapterOptions) -> AdapterOptions:
-    """Options whose keys are paths: a last name alone, such as gate_proj, stands for every module of that name."""
+    """Options with paths as keys: a last name, such as gate_proj, stands for every module of that name."""
     blocks = [(name, m) for block in model.layers for name, m in _modules(block)]  # type: ignore[union-attr]
     inside = {id(m) for _, m in blocks}
     outside = [name for name, m in _modules(model) if id(m) not in inside and _is_adaptable(m)]
@@ -146,7 +147,7 @@ def with_paths(model: nn.Module, options: AdapterOptions) -> AdapterOptions:
 
 
 def linear_keys(model: nn.Module) -> set[str]:
-    """The modules of a block that mlx-lm adapts if it is not told which."""
+    """The modules of blocks that mlx-lm adapts by default."""
     return {name for layer in model.layers for name, m in _modules(layer) if _is_adaptable(m)}  # type: ignore[union-attr]
 
 
@@ -155,7 +156,7 @@ def _is_adaptable(module: nn.Module) -> bool:
 
 
 def _modules(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Modules by path, an adapter in place of what it adapts."""
+    """Modules by path, with an adapter in place of its base."""
     named = module.named_modules()
     hidden = tuple(f"{name}." for name, m in named if "lora_a" in m)
     return [(name, m) for name, m in named if not (hidden and name.startswith(hidden))]
@@ -167,7 +168,7 @@ def _linear(model: nn.Module) -> list[str]:
 
 
 def lora_parameters(options: AdapterOptions, size: Size | None = None) -> dict[str, Any]:
-    """mlx-lm's `lora_parameters`, of updates of this size; None: as the options say for modules that no pattern names."""
+    """mlx-lm's `lora_parameters` for updates of one size; default: the size of modules that no pattern matches."""
     size = size or size_of("", evolve(options, rank_pattern=None, alpha_pattern=None))
     parameters: dict[str, Any] = {"rank": size.rank, "dropout": options.dropout, "scale": size.scale}
     return {**parameters, "keys": list(options.lora_keys)} if options.lora_keys else parameters

@@ -1,33 +1,31 @@
-"""Several adapters as one: the exact sum of their updates.
+"""Merges adapters into one: the exact weighted sum of their updates.
 
-Σ wᵢ ΔWᵢ = Σ wᵢ sᵢ·Aᵢ Bᵢ = S·[A₁ A₂ …] [w₁s₁/S·B₁; w₂s₂/S·B₂; …], whose rank is the sum of the ranks. (Means of A and of B
-would add up to other products; peft calls this `cat`.)
+Σ wᵢ ΔWᵢ = Σ wᵢ sᵢ·Aᵢ Bᵢ = S·[A₁ A₂ …] [w₁s₁/S·B₁; w₂s₂/S·B₂; …], whose rank is the sum of the ranks. (peft calls this `cat`.
+The product of averaged A and averaged B is not the average of the updates.)
 """
 
-from attrs import frozen
-from collections.abc import Mapping
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-import math
-import mlx.core as mx
-import orjson
-from ..utils.folders import check_vacant
-from ..errors import InputError
-from .files import CONFIG, WEIGHTS, check_settings, configured, read_config, save_arrays, sound_arrays
-from .lora import concatenated, rank_of
-from ..utils.files import atomic_directory
-from .rank_scale import IN_BLOCK, resized
 
-Both = dict[str, mx.array]
+import orjson
+from attrs import frozen
+
+from ..errors import InputError
+from ..utils.files import atomic_directory
+from ..utils.folders import check_vacant
+from .files import CONFIG, WEIGHTS, check_settings, config_checksum, read_adapter_config, save_arrays, sound_arrays
+from .lora import NamedArrays, concatenated, rank_of
+from .rank_scale import IN_BLOCK, resized
 
 
 @frozen
 class Part:
-    """One of the adapters: its folder, its updates by module, its configuration and its weight in the sum."""
+    """One of the adapters: folder, updates by module, configuration, and weight in the sum."""
 
     folder: str
-    updates: Mapping[str, Both]
+    updates: Mapping[str, NamedArrays]
     config: Mapping[str, Any]
     weight: float
 
@@ -49,21 +47,21 @@ def merge(
 
     Args:
         folders: of the adapters.
-        save_path: the folder to write; it appears whole or not at all.
-        weights: of each; default: all 1, their plain sum.
-        model: what all of them were trained on, where they name it differently.
+        save_path: the folder to write, whole or not at all.
+        weights: one per adapter; default: all 1, the plain sum.
+        model: the common base, if the adapters name it differently.
         overwrite: replace an adapter folder.
 
     Returns:
         The rank of the sum.
 
     Raises:
-        InputError: fewer than two adapters, other weights than these, or adapters that cannot be added.
+        InputError: fewer than two adapters, another number of weights, or adapters that cannot be added.
     """
     target = check_vacant(save_path, "--save-path", overwrite=overwrite, marker=CONFIG, apart_from=folders)
     weights = [1.0] * len(folders) if weights is None else weights
     if len(folders) < 2 or len(weights) != len(folders):
-        raise InputError(f"merge takes two adapters or more and one weight each, got {len(folders)} and {len(weights)} weights")
+        raise InputError(f"merge takes two or more adapters and a weight for each, got {len(folders)} and {len(weights)} weights")
     if not all(map(math.isfinite, weights)):
         raise InputError(f"--weights must be finite numbers, got {', '.join(map(str, weights))}")
     parts = [_part(str(folder), weight) for folder, weight in zip(folders, weights, strict=True)]
@@ -76,32 +74,32 @@ def merge(
     arrays = {f"{path}.{name}": array for path, both in sums.items() for name, array in resized(both, rank, 1.0).items()}
     with atomic_directory(target) as temporary:
         config = _config(parts, list(sums), rank, model)
-        save_arrays(temporary / WEIGHTS, arrays, configured(config), checked=True)
+        save_arrays(temporary / WEIGHTS, arrays, config_checksum(config), checked=True)
         (temporary / CONFIG).write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
     return rank
 
 
 def _part(folder: str, weight: float) -> Part:
-    config = read_config(folder)
+    config = read_adapter_config(folder)
     kind = config.get("fine_tune_type", "lora")
     if kind != "lora":
-        reason = "DoRA's magnitudes do not add up" if kind == "dora" else "these are whole weights"
-        raise InputError(f"{folder}: merge adds LoRA adapters, and {reason}; fuse one into the model and train on that")
+        reason = "DoRA's magnitudes cannot be added" if kind == "dora" else "these are whole weights"
+        raise InputError(f"{folder}: merge adds LoRA adapters, but {reason}; fuse one into the model and train on that")
     check_settings(config, Path(folder) / CONFIG)
-    updates: dict[str, Both] = {}
+    updates: dict[str, NamedArrays] = {}
     for name, array in sound_arrays(folder, config).items():
         path, _, last = name.rpartition(".")
         updates.setdefault(path, {})[last] = array
     if wrong := [path for path, both in updates.items() if both.keys() != {"lora_a", "lora_b"}]:
-        raise InputError(f"{folder}: {wrong[0]} is no update of two matrices, lora_a and lora_b")
+        raise InputError(f"{folder}: {wrong[0]} is not a pair of matrices, lora_a and lora_b")
     return Part(folder, updates, config, weight)
 
 
 def _check_model(parts: Sequence[Part]) -> None:
     names = {part.config["model"]: part.folder for part in parts if part.config.get("model")}
     if len(names) > 1:
-        told = ", ".join(f"{folder} on {name}" for name, folder in names.items())
-        raise InputError(f"merge adds adapters of one model, but these were trained on several: {told}; --model NAME if it is one")
+        bases = ", ".join(f"{folder} on {name}" for name, folder in names.items())
+        raise InputError(f"merge adds adapters of one model, but they name several: {bases}; if it is one model, use --model NAME")
 
 
 def _check_shapes(parts: Sequence[Part]) -> None:
@@ -113,13 +111,13 @@ def _check_shapes(parts: Sequence[Part]) -> None:
                 raise InputError(f"{part.folder}: {path} is {theirs}, but {ours} in {first.folder}; merge adapters of one model")
 
 
-def _shape(both: Both) -> tuple[int, ...]:
-    """Of the weights that an update belongs to."""
+def _shape(both: NamedArrays) -> tuple[int, ...]:
+    """The shape of the weights that an update belongs to."""
     a, b = both["lora_a"], both["lora_b"]
     return (a.shape[0], b.shape[1], a.shape[2]) if a.ndim == 3 else (a.shape[0], b.shape[1])
 
 
-def _sum(path: str, parts: Sequence[Part], scale: float) -> Both:
+def _sum(path: str, parts: Sequence[Part], scale: float) -> NamedArrays:
     mine = [part for part in parts if path in part.updates]
     return concatenated(
         [resized(p.updates[path], rank_of(p.updates[path]), p.weight * p.parameters["scale"] / scale) for p in mine]
@@ -127,7 +125,7 @@ def _sum(path: str, parts: Sequence[Part], scale: float) -> Both:
 
 
 def _config(parts: Sequence[Part], paths: Sequence[str], rank: int, model: str | None) -> dict[str, Any]:
-    """mlx-lm's configuration of a sum; modules that it adapts beyond those that are there have no update."""
+    """mlx-lm's configuration of the sum; further modules that it adapts get no update."""
     keys = {match["path"] if (match := IN_BLOCK.fullmatch(path)) else path for path in paths}
     formats = {part.config.get("quantize") for part in parts}
     return {

@@ -1,9 +1,9 @@
-"""Adapters in the format of Hugging Face's peft library, there and back, bit for bit.
+"""Converts adapters to and from the format of Hugging Face's peft library, bit for bit; by hand, because peft needs torch.
 
     mlx-lm   y = W x + scale · (x A) B          A [in, r]   B [r, out]   adapters.safetensors
     peft     y = W x + alpha / r · B' A' x      A' [r, in]  B' [out, r]  adapter_model.safetensors
 
-So A' = Aᵀ, B' = Bᵀ and alpha = scale · r (rank-stabilised LoRA: alpha / √r). DoRA's magnitudes are the same in both.
+So A' = Aᵀ, B' = Bᵀ and alpha = scale · r (rank-stabilized LoRA: alpha / √r). DoRA's magnitudes are the same in both.
 """
 
 import math
@@ -25,12 +25,12 @@ from safetensors import safe_open
 from ..config.options import AdapterOptions, ModelOptions
 from ..errors import InputError, listed, quoted
 from ..models.loading import load_with_config, model_options
-from ..reporting.card import CARD, Head, front_matter, portable
+from ..reporting.card import CARD, CardHead, front_matter, portable
 from ..utils.files import atomic_directory
 from ..utils.folders import check_vacant
-from .files import CONFIG, is_number, mismatches, read_arrays, read_config, save, save_arrays, sound_arrays
+from .files import CONFIG, is_number, mismatches, read_adapter_config, read_arrays, save, save_arrays, sound_arrays
 from .inject import layers_to_train, linear_keys
-from .lora import rank_of
+from .lora import NamedArrays, rank_of
 from .prepare import attach, prepare
 from .rank_scale import IN_BLOCK, resized
 
@@ -41,9 +41,7 @@ _KEY = re.compile(
     rf"{re.escape(_PREFIX)}(?P<path>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(?:\.(?!weight$)\w+)?(?:\.weight)?"
 )
 _NAMES = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m"}
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that subtract something from the base
-
-Arrays = dict[str, mx.array]
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations that subtract something from the base
 
 
 # --- to peft ----------------------------------------------------------------------------------
@@ -62,19 +60,19 @@ def to_peft(
     Args:
         model: the base; its weights are not read.
         adapter_path: folder of the adapters.
-        output: the folder to write; it appears whole or not at all.
-        base_model: how transformers is to find the base, if not under the name in `model`.
-        overwrite: replace such a folder.
+        output: the folder to write, whole or not at all.
+        base_model: the name under which transformers finds the base; default: that in `model`.
+        overwrite: replace a folder of peft adapters.
 
     Returns:
         The number of modules.
 
     Raises:
-        InputError: an adapter that peft does not have, or a module that transformers calls otherwise; the message names it.
+        InputError: an adapter that peft does not support, or a module with another name in transformers; the message names it.
     """
     model = model_options(model)
     folder = check_vacant(output, "--peft", overwrite=overwrite, marker=PEFT_WEIGHTS, apart_from=(adapter_path,))
-    configuration = read_config(adapter_path)
+    configuration = read_adapter_config(adapter_path)
     network, *_ = load_with_config(evolve(model, quantize=None), lazy=True)
     names = _checkpoint_names(str(model.model))
     attach(network, adapter_path)
@@ -90,7 +88,7 @@ def to_peft(
 
 
 def _checkpoint_names(model: str) -> set[str]:
-    """Names of the weights of an original checkpoint; none of one that mlx-lm has converted, which may have renamed them."""
+    """Names of the weights of an original checkpoint; empty for one that mlx-lm converted, because it may have renamed them."""
     files = (Path(model) if Path(model).exists() else hf_repo_to_path(model)).glob("*.safetensors")
     names: set[str] = set()
     for file in files:
@@ -103,16 +101,16 @@ def _checkpoint_names(model: str) -> set[str]:
 
 def _check_exportable(adapters: Mapping[str, nn.Module], names: set[str], config: Mapping[str, Any]) -> None:
     if not adapters:
-        raise InputError(f"these are no LoRA or DoRA adapters (fine_tune_type {config.get('fine_tune_type')}); use `mlxlora fuse`")
+        raise InputError(f"these are not LoRA or DoRA adapters (fine_tune_type {config.get('fine_tune_type')}); use `mlxlora fuse`")
     for path, module in adapters.items():
         if not isinstance(module, LoRALinear | DoRALinear):
-            raise InputError(f"{path}: peft has no counterpart of mlx-lm's {type(module).__name__}; use `mlxlora fuse`")
+            raise InputError(f"{path}: peft has no equivalent of mlx-lm's {type(module).__name__}; use `mlxlora fuse`")
         if names and f"{path}.weight" not in names:
-            raise InputError(f"{path}: the checkpoint has no {path}.weight, so transformers names this module otherwise")
+            raise InputError(f"{path}: the checkpoint has no {path}.weight, so this module has another name in transformers")
 
 
-def peft_arrays(arrays: Mapping[str, mx.array]) -> Arrays:
-    """mlx-lm's adapter weights under peft's names and in its orientation.
+def peft_arrays(arrays: Mapping[str, mx.array]) -> NamedArrays:
+    """mlx-lm's adapter weights with peft's names and orientation.
 
     >>> [(name, array.shape) for name, array in peft_arrays({"layers.0.up_proj.lora_a": mx.zeros((64, 8))}).items()]
     [('base_model.model.layers.0.up_proj.lora_A.weight', (8, 64))]
@@ -147,7 +145,7 @@ def peft_config(config: Mapping[str, Any], paths: Iterable[str], base: str) -> d
 
 
 def alpha(scale: float, rank: int) -> float:
-    """scale · rank; of the numbers next to it, the one that divided by rank is `scale` again, if there is one.
+    """scale · rank, or the floating-point number next to it that gives exactly `scale` when divided by `rank`.
 
     >>> alpha(20.0, 8), alpha(0.07, 100) / 100
     (160, 0.07)
@@ -161,7 +159,7 @@ def _near(value: float) -> tuple[float, float, float]:
 
 
 def _targets(paths: list[str]) -> tuple[list[str], list[int] | None]:
-    """peft's target_modules and layers_to_transform: the same modules of some blocks, else every module by its whole path."""
+    """peft's target_modules and layers_to_transform: the same modules in several blocks, or every module by its full path."""
     found = [IN_BLOCK.fullmatch(path) for path in paths]
     inside = {(int(match["block"]), match["path"]) for match in found if match}
     blocks, names = sorted({block for block, _ in inside}), sorted({name for _, name in inside})
@@ -177,7 +175,7 @@ def _card(base: str, config: Mapping[str, Any]) -> str:
         "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
         f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{name}"), ".")'
     )
-    head = front_matter(name, Head(["mlxlora", kind.lower()], True, f"{kind} adapters for {name}", library="peft"))
+    head = front_matter(name, CardHead(["mlxlora", kind.lower()], True, f"{kind} adapters for {name}", library="peft"))
     return f"{head}\n\n# {kind} adapters for {name}\n\nTrained on MLX, in the format of peft.\n\n```python\n{code}\n```\n"
 
 
@@ -187,23 +185,23 @@ def _card(base: str, config: Mapping[str, Any]) -> str:
 def from_peft(folder: str | Path, model: str | ModelOptions, output: str | Path, *, overwrite: bool = False) -> int:
     """Writes adapters of the peft library as an adapter folder of mlx-lm, `mlxlora import` in Python.
 
-    Ranks and scales that differ between modules become one: smaller ranks are filled up with zeros and scales go into B.
+    Different ranks and scales become one: smaller ranks are padded with zeros, and scales are multiplied into B.
 
     Args:
-        folder: adapter_config.json and adapter_model.safetensors, LoRA, rank-stabilised LoRA or DoRA.
-        model: the base; by default the one that the folder names.
-        output: the folder to write; it appears whole or not at all.
-        overwrite: replace such a folder.
+        folder: with adapter_config.json and adapter_model.safetensors of LoRA, rank-stabilized LoRA or DoRA.
+        model: the base; default: the one that the folder names.
+        output: the folder to write, whole or not at all.
+        overwrite: replace an adapter folder.
 
     Returns:
         The number of modules.
 
     Raises:
-        InputError: adapters that mlx-lm does not have, or that do not fit the model; the message names them.
+        InputError: adapters that mlx-lm does not support or that do not fit the model; the message names them.
     """
     model = model_options(model)
     target = check_vacant(output, "--adapter-path", overwrite=overwrite, marker=CONFIG, apart_from=(folder,))
-    config = read_config(folder)
+    config = read_adapter_config(folder)
     _check_importable(config, folder)
     modules = _modules(sound_arrays(Path(folder) / PEFT_WEIGHTS), config, Path(folder) / PEFT_WEIGHTS)
     model = evolve(model, model=model.model or config.get("base_model_name_or_path"))
@@ -224,16 +222,16 @@ def _check_importable(config: Mapping[str, Any], folder: str | Path) -> None:
     if not isinstance(patterns, dict) or not all(map(is_number, (config.get("lora_alpha"), *patterns.values()))):
         raise InputError(f"{folder}: lora_alpha and every alpha_pattern in its {CONFIG} must be numbers")
     if hard := [pattern for pattern in patterns if not _is_easy(pattern)]:
-        raise InputError(f"{folder}: alpha_pattern {hard[0][:60]!r} is no expression that this import can match; name the modules")
+        raise InputError(f"{folder}: alpha_pattern {hard[0][:60]!r} is too complex or not a regular expression; name the modules")
     if not is_number(config.get("lora_dropout", 0.0)) or not 0 <= config.get("lora_dropout", 0.0) < 1:
         raise InputError(f"{folder}: lora_dropout in its {CONFIG} must be a number from 0 to below 1")
     initial = str(config.get("init_lora_weights")).lower()
     if initial.startswith(_CHANGES_BASE):
-        raise InputError(f"{folder}: init_lora_weights {initial[:60]} changed the base; let peft convert them to plain LoRA first")
+        raise InputError(f"{folder}: init_lora_weights {initial[:60]} changes the base; first convert to plain LoRA with peft")
 
 
 def _is_easy(pattern: str) -> bool:
-    """Whether a regular expression from elsewhere is one, and cannot take forever: few repetitions, none of a group."""
+    """Whether a pattern from a file is a regular expression and matches quickly: few repetitions, none of a group."""
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError):
@@ -243,28 +241,28 @@ def _is_easy(pattern: str) -> bool:
 
 @frozen
 class Module:
-    """One adapted module: its arrays under mlx-lm's names, and the factor of its update."""
+    """One adapted module: its arrays with mlx-lm's names, and its scale."""
 
-    arrays: Arrays
+    arrays: NamedArrays
     scale: float
 
     @property
     def rank(self) -> int:
-        """Of the update."""
+        """Rank of the update."""
         return rank_of(self.arrays)
 
-    def resized(self, rank: int, scale: float) -> Arrays:
-        """The same update with another rank, not smaller, and another factor; unchanged arrays where both are the same."""
+    def resized(self, rank: int, scale: float) -> NamedArrays:
+        """The same update with another scale and an equal or higher rank; leaves arrays that need no change as they are."""
         return resized(self.arrays, rank, self.scale / scale)
 
 
-def _modules(arrays: Arrays, config: Mapping[str, Any], file: Path) -> dict[str, Module]:
-    """The adapted modules by path, in the file's order."""
-    parts: dict[str, Arrays] = {}
+def _modules(arrays: NamedArrays, config: Mapping[str, Any], file: Path) -> dict[str, Module]:
+    """The adapted modules by path, in the order of the file."""
+    parts: dict[str, NamedArrays] = {}
     for key, array in arrays.items():
         match = _KEY.fullmatch(key)
         if match is None:
-            raise InputError(f"{file}: {listed([key])} is no weight of LoRA or DoRA on a linear module, all that mlx-lm has")
+            raise InputError(f"{file}: {listed([key])} is not LoRA or DoRA of a linear module, which is all that mlx-lm has")
         parts.setdefault(match["path"], {})[_NAMES[match["part"]]] = array.T if array.ndim == 2 else array
     for path, found in parts.items():
         if not {"lora_a", "lora_b"} <= found.keys() or any(found[part].ndim != 2 for part in ("lora_a", "lora_b")):
@@ -281,7 +279,7 @@ def _scale(path: str, rank: int, config: Mapping[str, Any]) -> float:
 
 
 def _options(network: nn.Module, modules: Mapping[str, Module], config: Mapping[str, Any]) -> AdapterOptions:
-    """The options under which mlx-lm adapts all of the modules; perhaps more, which then change nothing."""
+    """Options with which mlx-lm adapts all of the modules; it may adapt more, which then have no effect."""
     found = {path: IN_BLOCK.fullmatch(path) for path in modules}
     keys = {match["path"] if match else path for path, match in found.items()}
     blocks = [int(match["block"]) for match in found.values() if match]
@@ -298,10 +296,10 @@ def _options(network: nn.Module, modules: Mapping[str, Module], config: Mapping[
 
 
 def _fill(network: nn.Module, options: AdapterOptions, modules: Mapping[str, Module], folder: str | Path) -> None:
-    """Fresh adapters on the model, then the weights of those that are there."""
+    """Puts new adapters on the model and loads the weights of the modules that the folder has."""
     known = {name for name, _ in network.named_modules()}
     if missing := [path for path in modules if path not in known]:
-        raise InputError(f"{folder} does not fit the model: it has no module {', '.join(missing[:5])}")
+        raise InputError(f"{folder} does not fit the model: it has no module {listed(missing, shown=5)}")
     prepare(network, options)
     wanted = dict(tree_flatten(network.trainable_parameters()))
     arrays = {

@@ -1,32 +1,36 @@
-"""Makes a model trainable: adds adapters, turns them off, attaches saved ones."""
+"""Makes a model trainable: adds adapters, turns them off, loads saved ones."""
 
-from attrs import evolve
-from collections.abc import Iterator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from mlx.utils import tree_flatten
-from mlx.utils import tree_map
-from mlx.utils import tree_unflatten
-from mlx_lm.tuner.utils import load_adapters
 from pathlib import Path
 from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
-from .inject import convert, layers_to_train
+from attrs import evolve
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
+from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
+from mlx_lm.tuner.utils import load_adapters
+
 from ..config.options import AdapterOptions, BaseOptions, ModelOptions
-from ..models.modes import exact, freeze, round_weights
-from ..errors import InputError, quoted
-from .qat import rounded
-from .files import CONFIG, WEIGHTS, _BASE, _some, check_settings, is_number, mismatches, read_config, sound_arrays
-from .rank_scale import native
+from ..errors import InputError, listed, quoted
 from ..models.loading import load_with_config, model_options
+from ..models.modes import exact, freeze, round_weights
+from .files import CONFIG, WEIGHTS, check_settings, is_number, mismatches, read_adapter_config, sound_arrays
+from .inject import convert, layers_to_train
+from .lora import base_of_adapter
+from .qat import rounded
+from .rank_scale import native
+
+_ADAPTERS = (LoRALinear, DoRALinear, LoRASwitchLinear, LoRAEmbedding, DoRAEmbedding)
 
 
 def prepare(model: nn.Module, options: AdapterOptions) -> nn.Module:
-    """Freezes `model` and makes what `options` name trainable: adapters, or its own weights.
+    """Freezes the model and makes trainable what `options` name: adapters, or its own weights.
 
     Raises:
-        InputError: more layers than the model has, modules that do not exist, quantised weights to be trained in full.
+        InputError: more layers than the model has, modules that do not exist, or full training of quantized weights.
     """
     layers = layers_to_train(model, options)
     freeze(model)
@@ -44,7 +48,7 @@ def prepare(model: nn.Module, options: AdapterOptions) -> nn.Module:
 
 
 def _check_full(options: AdapterOptions) -> None:
-    """Whole weights have no ranks."""
+    """Refuses options of adapters for full training."""
     plain = AdapterOptions()
     for name in ("rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "adapter_dtype"):
         if getattr(options, name) != getattr(plain, name):
@@ -53,19 +57,18 @@ def _check_full(options: AdapterOptions) -> None:
 
 def _unfreeze(model: nn.Module, layers: int, *, everything: bool) -> None:
     if any(hasattr(m, "bits") and "scales" in m for m in model.modules()):
-        raise InputError("--train-type full cannot train quantised weights; use lora, or a model that is not quantised")
+        raise InputError("--train-type full cannot train quantized weights; use lora, or a model that is not quantized")
     model.unfreeze() if everything else [layer.unfreeze() for layer in model.layers[-layers:]]  # type: ignore[union-attr]
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """The model before its adapters, bit for bit: each adapted module is its own base while the context lasts, and nothing is
-    rounded (enter `evaluating` within).
+    """Removes the adapters while the context lasts: the model computes as before training, bit for bit, without QAT's rounding.
 
-    (Setting the scale to 0 would be exact for LoRA and wrong for DoRA.) A function compiled inside keeps the base, so
-    compile the scoring of a reference apart from that of the policy.
+    Enter `evaluating` within. (A scale of 0 would be exact for LoRA but wrong for DoRA.) A function compiled within keeps the
+    base, so compile the scorer of a reference apart from that of the policy.
     """
-    found = [(name, m, getattr(m, _BASE[type(m)])) for name, m in model.named_modules() if type(m) in _BASE]
+    found = [(name, m, base_of_adapter(m)) for name, m in model.named_modules() if isinstance(m, _ADAPTERS)]
     try:
         model.update_modules(tree_unflatten([(name, base) for name, _, base in found]))
         with exact(model):
@@ -75,29 +78,30 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def attach(model: nn.Module, directory: str | Path) -> nn.Module:
-    """The model with the adapters, or trained weights, of an adapter directory, for inference.
+    """Puts the adapters, or trained weights, of an adapter folder on the model, for inference.
 
     Raises:
-        InputError: there are none, they are damaged or not finite, or they do not fit; the first problems are in the message.
+        InputError: there are none, they are damaged or not finite, or they do not fit; the message has the first problems.
     """
     file = Path(directory) / WEIGHTS
     try:
         if file.is_file():
-            config = read_config(directory)
+            config = read_adapter_config(directory)
             check_settings(config, Path(directory) / CONFIG)
-            sound_arrays(directory, config)  # mlx-lm's reader would take what is damaged
+            sound_arrays(directory, config)  # mlx-lm does not detect damage
         load_adapters(model, str(directory))
     except InputError:
         raise
-    except Exception as error:  # mlx-lm builds modules and reads weights as two files say that came from anywhere
+    except Exception as error:  # mlx-lm raises many kinds for files of unknown origin
         head, *lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
-        raise InputError(f"--adapter-path {directory}: {head} {_some(sorted(lines))}".rstrip()) from None
+        details = listed(sorted(lines), shown=3, separator="; ")
+        raise InputError(f"--adapter-path {directory}: {head} {details}".rstrip()) from None
     return model.eval()
 
 
 @contextmanager
 def attached(model: nn.Module, directory: str | Path) -> Iterator[nn.Module]:
-    """The model with an adapter directory while the context lasts; after it, the modules and weights of before.
+    """Puts the adapters of a folder on the model while the context lasts, then restores its modules and weights.
 
     Raises:
         InputError: there are no adapters, or they do not fit.
@@ -112,13 +116,13 @@ def attached(model: nn.Module, directory: str | Path) -> Iterator[nn.Module]:
 
 
 def load_weights(model: nn.Module, file: str | Path) -> None:
-    """Loads trainable weights that an earlier run saved.
+    """Loads the trainable weights that an earlier run saved, from an adapter folder or a file.
 
     Raises:
-        InputError: the file is missing or damaged, does not fit (the message has the first mismatches), or holds NaN or infinity.
+        InputError: the file is missing or damaged, has NaN or infinity, or does not fit; the message has the first mismatches.
     """
     folder = Path(file) if Path(file).is_dir() else Path(file).parent
-    config = read_config(folder) if (folder / CONFIG).is_file() else None
+    config = read_adapter_config(folder) if (folder / CONFIG).is_file() else None
     arrays = native(model, sound_arrays(file, config), _scale_of(folder, config or {}))
     wanted = dict(tree_flatten(model.trainable_parameters()))
     if problems := mismatches(arrays, wanted):
@@ -127,7 +131,7 @@ def load_weights(model: nn.Module, file: str | Path) -> None:
 
 
 def _scale_of(folder: Path, config: Mapping[str, Any]) -> float | None:
-    """The multiplier of the adapters in a folder, if its configuration says."""
+    """The scale of the adapters in a folder, if its configuration says."""
     parameters = config.get("lora_parameters")
     scale = parameters.get("scale") if isinstance(parameters, dict) else None
     if scale is not None and not is_number(scale):
@@ -136,7 +140,7 @@ def _scale_of(folder: Path, config: Mapping[str, Any]) -> float | None:
 
 
 def load(options: str | ModelOptions, adapter_path: str | None = None) -> tuple[nn.Module, Any]:
-    """The model and tokenizer of a folder or hub name, through mlx-lm.
+    """Loads the model and tokenizer of a folder or hub name through mlx-lm, with adapters if `adapter_path` names any.
 
     Raises:
         InputError: there is no such model, it is damaged, or the adapters do not fit.
@@ -146,18 +150,18 @@ def load(options: str | ModelOptions, adapter_path: str | None = None) -> tuple[
 
 
 def base_of(options: BaseOptions, adapter_path: str | Path) -> ModelOptions:
-    """`options`; where they name no model, the one that the adapters were trained on, quantised as it was for them.
+    """The model that `options` name or, if none, the base of the adapters, quantized as it was for their training.
 
     Raises:
-        InputError: there are no adapters, or they do not say.
+        InputError: there are no adapters, or they do not name their base.
     """
     named = ModelOptions(
         model=options.model, trust_remote_code=options.trust_remote_code, quantize=getattr(options, "quantize", None)
     )
     if named.model:
         return named
-    config = read_config(adapter_path)
+    config = read_adapter_config(adapter_path)
     if not config.get("model"):
-        raise InputError(f"{adapter_path} does not say which model it was trained on; name it with --model")
+        raise InputError(f"{adapter_path} does not name the model it was trained on; add --model NAME")
     check_settings(config, Path(adapter_path) / CONFIG)
     return evolve(named, model=config["model"], quantize=named.quantize or config.get("quantize"))

@@ -1,34 +1,31 @@
 """Quantization-aware training: compute with rounded weights, train the exact ones."""
 
-from collections.abc import Callable
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from mlx_lm.tuner.dora import DoRAEmbedding
-from mlx_lm.tuner.dora import DoRALinear
 from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
-from ..models.quantize import QUANTIZATIONS
+from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
+
 from ..errors import InputError
-from .lora import adapted, base_of_adapter, unusual, update_of
-
-
-# --- in training ------------------------------------------------------------------------------
+from ..models.quantize import QUANTIZATIONS
+from .lora import adapters_of, base_of_adapter, unusual, update_of
 
 
 def rounded(model: nn.Module, name: str) -> Callable[[nn.Module], dict[str, mx.array]]:
-    """What gives the weights, by path, with which the model computes as it will once it is quantised.
+    """A function of the model that returns the rounded weights by path, with which it computes as it will when quantized.
 
-    W becomes Q(W); a gradient at Q(W) is taken as that at W, the straight-through estimator (Bengio et al., 2013,
-    https://arxiv.org/abs/1308.3432). Under an adapter W becomes Q(W + ΔW) - ΔW, so that with the update the model has
-    Q(W + ΔW), what fusing and quantising will make of it. What is rounded is what `mlx_lm.convert -q` quantises.
+    W becomes Q(W); the gradient at Q(W) counts as the gradient at W, the straight-through estimator (Bengio et al., 2013,
+    https://arxiv.org/abs/1308.3432). Under an adapter W becomes Q(W + ΔW) - ΔW, so that the model with the update has
+    Q(W + ΔW), the result of fusing and quantizing. It rounds the weights that `mlx_lm.convert -q` quantizes.
 
     Raises:
-        InputError: weights that are quantised already, or DoRA.
+        InputError: the weights are quantized already, or the adapters are DoRA or a kind of the model's own.
     """
     if any("scales" in module for module in model.modules()):
-        after = f"quantise afterwards, `mlxlora fuse --quantize {name}`"
-        raise InputError(f"--qat {name}: the model is quantised; leave --quantize out or give one that is not, and {after}")
+        after = f"quantize afterwards with `mlxlora fuse --quantize {name}`"
+        raise InputError(f"--qat {name}: the model is quantized; omit --quantize or use a model that is not, and {after}")
     if own := unusual(model):
         raise InputError(f"--qat {name}: {own[0]} is an adapter of the model's own kind; name others with --lora-keys")
     if any(isinstance(module, DoRALinear | DoRAEmbedding) for module in model.modules()):
@@ -41,8 +38,8 @@ def _rounded_weights(model: nn.Module, how: Mapping[str, Any]) -> dict[str, mx.a
 
 
 def _to_quantize(model: nn.Module, how: Mapping[str, Any]) -> list[tuple[str, nn.Module, dict[str, Any]]]:
-    """Path of the weights, module (an adapter in place of what it adapts) and format of all that `quantize_model` quantises."""
-    adapters, wanted = adapted(model), getattr(model, "quant_predicate", None)
+    """What `quantize_model` quantizes: path of the weights, module (an adapter in place of its base) and format."""
+    adapters, wanted = adapters_of(model), getattr(model, "quant_predicate", None)
     bases = {id(base_of_adapter(m)): (path, m) for path, m in adapters.items()}
     found = []
     for place, module in model.named_modules():

@@ -1,34 +1,36 @@
-"""Rank and multiplier of each adapter: as options ask for them, and as one rank and one multiplier, all that mlx-lm's files have.
+"""Rank and scale of each adapter, and their conversion to the one rank and one scale that mlx-lm's files have.
 
-An update ΔW = s·A B is the same with another multiplier S, s·A B = S·A (s/S·B), and with more ranks whose part of B is 0.
+An update ΔW = s·A B stays the same with another scale S, s·A B = S·A (s/S·B), and with more ranks whose rows of B are 0.
 """
 
-from attrs import frozen
-from mlx.utils import tree_flatten
 import math
+import re
+
 import mlx.core as mx
 import mlx.nn as nn
-import re
-from ..config.options import AdapterOptions
-from .lora import adapted, factors, rank_axes, rank_of
+from attrs import frozen
+from mlx.utils import tree_flatten
 
-Arrays = dict[str, mx.array]
+from ..config.options import AdapterOptions
+from .lora import NamedArrays, adapters_of, factors, rank_axes, rank_of
+
 IN_BLOCK = re.compile(r"(?:.*?\.)?(?P<block>\d+)\.(?P<path>.+)")
-"""Of a module's path: its block, and its path there, which is its key in mlx-lm's files."""
+"""Splits a module's path into the index of its block and its path there, which is its key in mlx-lm's files."""
 
 
 @frozen
 class Size:
-    """Rank r and multiplier s of an update."""
+    """Rank r and scale s of an update."""
 
     rank: int
     scale: float
 
 
 def size_of(path: str, options: AdapterOptions) -> Size:
-    """What `options` ask for in a module: s = α/r, or α/√r (Kalajdzievski, 2023, https://arxiv.org/abs/2312.03732).
+    """Rank and scale that `options` give a module: s = α/r, or α/√r (rsLoRA, Kalajdzievski, 2023,
+    https://arxiv.org/abs/2312.03732).
 
-    α = scale·rank of the options, whatever rank the module has, or the module's own: as in PEFT.
+    As in PEFT, α is the module's alpha pattern or, whatever its rank pattern, the options' scale·rank.
 
     >>> size_of("layers.0.q_proj", AdapterOptions(rank=8, scale=2.0, rslora=True, rank_pattern=("q_proj=16",)))
     Size(rank=16, scale=4.0)
@@ -42,21 +44,25 @@ def size_of(path: str, options: AdapterOptions) -> Size:
 
 
 def unmatched(options: AdapterOptions, paths: list[str]) -> list[str]:
-    """The patterns that name none of the modules."""
+    """The patterns that match none of the modules."""
     entries = [*(options.rank_pattern or ()), *(options.alpha_pattern or ())]
     return [entry for entry in entries if all(_of((entry,), path) is None for path in paths)]
 
 
 def _of(patterns: tuple[str, ...] | None, path: str) -> str | None:
-    """The number of the first pattern that is the module's path or an end of it."""
+    """The number of the first pattern that matches the module's path or an end of it."""
     split = (entry.rpartition("=") for entry in patterns or ())
     return next((number for name, _, number in split if re.fullmatch(rf"(.*\.)?({name})", path)), None)
 
 
-def uniform(model: nn.Module) -> tuple[Arrays, Size | None]:
-    """The trainable parameters as arrays of one size, those of the largest rank, and that size; None without such updates."""
-    arrays: Arrays = dict(tree_flatten(model.trainable_parameters()))  # type: ignore[arg-type]
-    updates = {path: (factors(m), float(m.scale)) for path, m in adapted(model).items()}
+def uniform(model: nn.Module) -> tuple[NamedArrays, Size | None]:
+    """Converts the trainable parameters to one size.
+
+    Returns:
+        The arrays, all of the largest rank and its scale; and this size, None if the model has no adapters.
+    """
+    arrays: NamedArrays = dict(tree_flatten(model.trainable_parameters()))  # type: ignore[arg-type]
+    updates = {path: (factors(m), float(m.scale)) for path, m in adapters_of(model).items()}
     sizes = [Size(rank_of(both), scale) for both, scale in updates.values()]
     if not sizes:
         return arrays, None
@@ -67,13 +73,13 @@ def uniform(model: nn.Module) -> tuple[Arrays, Size | None]:
 
 
 def is_uniform(model: nn.Module) -> bool:
-    """Whether `uniform` leaves the trainable parameters as they are."""
-    modules = adapted(model).values()
+    """Whether the trainable parameters have one size already."""
+    modules = adapters_of(model).values()
     return len({Size(rank_of(m), m.scale) for m in modules}) <= 1 and not any(hasattr(m, "as_lora") for m in modules)
 
 
-def resized(arrays: Arrays, rank: int, factor: float) -> Arrays:
-    """An update with more ranks, B times a factor; unchanged arrays where that changes nothing."""
+def resized(arrays: NamedArrays, rank: int, factor: float) -> NamedArrays:
+    """Raises the rank of an update and multiplies B by a factor; leaves arrays that need no change as they are."""
     changed, extra = dict(arrays), rank - rank_of(arrays)
     if factor != 1:
         changed["lora_b"] = changed["lora_b"] * factor
@@ -82,13 +88,18 @@ def resized(arrays: Arrays, rank: int, factor: float) -> Arrays:
     return changed
 
 
-def native(model: nn.Module, arrays: Arrays, scale: float | None) -> Arrays:
-    """The inverse of `uniform`: a file's arrays in the sizes of the model; `scale` is the file's, if it says.
+def native(model: nn.Module, arrays: NamedArrays, scale: float | None) -> NamedArrays:
+    """The inverse of `uniform`: converts the arrays of a file to the sizes of the model's adapters.
 
-    Ranks that a file has beyond the model's are left out where they add nothing to the update, or only what it starts from.
+    Args:
+        model: with adapters.
+        arrays: of the file.
+        scale: of the file; None if it does not say.
+
+    Ranks beyond the model's are dropped if they add nothing to the update, or only its start (PiSSA).
     """
     found = dict(arrays)
-    for path, module in adapted(model).items():
+    for path, module in adapters_of(model).items():
         names = {name: f"{path}.{name}" for name in ("lora_a", "lora_b")}
         if not arrays.keys() >= set(names.values()):
             continue
@@ -99,7 +110,7 @@ def native(model: nn.Module, arrays: Arrays, scale: float | None) -> Arrays:
     return found
 
 
-def _cut(both: Arrays, rank: int, *, may_add: bool) -> Arrays:
+def _cut(both: NamedArrays, rank: int, *, may_add: bool) -> NamedArrays:
     axes, rest = rank_axes(both), list(range(rank, rank_of(both)))
     if not rest or (not may_add and mx.take(both["lora_b"], mx.array(rest), axes["lora_b"]).any().item()):
         return both

@@ -1,10 +1,10 @@
-"""Several processes that train one model, and what they add up.
+"""Data-parallel training: several processes (ranks) train one model.
 
-Every rank holds the model and takes its share of each batch; counts, gradients and metrics are summed, so that all ranks
-make the update that one process would have made. Whatever `mx.distributed` has carries the sums: ring, MPI, NCCL or JACCL.
+Every rank holds the model and takes its share of each batch. Ranks sum counts, gradients and metrics, so that all make the
+update that one process would make. Works over any `mx.distributed` backend: ring, MPI, NCCL or JACCL.
 
-A rank that fails or is killed ends the others: their connections break, or whoever launched them stops them, or they have
-waited for too long. What they have then is the state after the last step that all of them finished.
+If a rank fails or is killed, the others end, too: their connections break, their launcher stops them, or they time out. They
+then have the state after the last step that all of them finished.
 """
 
 import os
@@ -23,29 +23,30 @@ from ..errors import InputError, LostError, RunError, SharedError
 from ..utils.device import out_of_memory
 from ..utils.launch import is_launched, launched_rank
 from ..utils.rng import random_key, restore_random_key
-from .watchdog import _LONGEST, PATIENCE, Watch
+from .watchdog import Watch, timeout
 
-Item = TypeVar("Item")
+_Item = TypeVar("_Item")
 Tree = Any
-_BUNCH = 32 * 1024**2  # bytes that are summed at once
+"""Arrays in nested lists and dictionaries, as `mlx.utils.tree_map` takes them."""
+_BUNCH = 32 * 1024**2  # bytes to sum at once
 
 
 @define(eq=False)
 class Ranks:
-    """The processes of a run, and which one this is. Alone, nothing is computed or copied.
+    """The processes of a run. With one process, no method computes or copies anything.
 
     Attributes:
-        rank: this process, from 0.
-        size: how many there are.
-        group: MLX's, None if alone.
-        watch: ends this process when the others are gone.
-        sharded: every rank has slices of the parameters only (see `sharding`), so it computes nothing without the others.
+        rank: the number of this process, from 0.
+        size: the number of processes.
+        group: MLX's group; None with one process.
+        watch: ends this process if the others are gone.
+        sharded: whether ranks hold slices of the parameters (see `sharding`), so that they can only compute together.
     """
 
     rank: int = 0
     size: int = 1
     group: mx.distributed.Group | None = None
-    watch: "Watch | None" = None
+    watch: Watch | None = None
     sharded: bool = False
 
     @property
@@ -54,14 +55,14 @@ class Ranks:
         return self.rank == 0
 
     def says(self, error: Exception) -> bool:
-        """Whether this rank prints a failure that all meet: the first does; where one is gone, perhaps the first, the second too.
+        """Whether this rank prints a failure that all ranks have: rank 0 does and, if a rank is lost, rank 1, too.
 
         >>> [Ranks(rank, 3).says(LostError()) for rank in range(3)], Ranks(1, 3).says(SharedError())
         ([True, True, False], False)
         """
         return self.leads or (self.rank == 1 and isinstance(error, LostError))
 
-    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+    def share(self, items: Sequence[_Item]) -> Sequence[_Item]:
         """This rank's items of a batch: every size-th.
 
         >>> Ranks(rank=1, size=2).share("abcde")
@@ -69,43 +70,43 @@ class Ranks:
         """
         return items[self.rank :: self.size]
 
-    # --- numbers and words ------------------------------------------------------------------
+    # --- numbers and JSON -------------------------------------------------------------------
 
     def totals(self, *numbers: float) -> list[float]:
-        """The sums over all ranks, in double precision: every rank gets the same ones."""
+        """Sums over all ranks in double precision, the same on every rank."""
         if self.size == 1:
             return list(numbers)
         halves = mx.array(np.array(numbers, np.float64).view(np.uint32))
         return np.array(self.stacked(halves)).view(np.float64).sum(axis=0).tolist()
 
     def gathered(self, rows: np.ndarray) -> list[np.ndarray]:
-        """[own rows, ...] to the rows of each rank; all ranks have the same dtype and the same further dimensions."""
+        """[own rows, ...] to a list of each rank's rows; all ranks have the same dtype and further dimensions."""
         if self.size == 1:
             return [rows]
         flat = np.ascontiguousarray(rows)
-        return [np.frombuffer(part, rows.dtype).reshape(-1, *rows.shape[1:]) for part in self._everyone(flat.tobytes())]
+        return [np.frombuffer(part, rows.dtype).reshape(-1, *rows.shape[1:]) for part in self._gathered_bytes(flat.tobytes())]
 
     def listed(self, items: Sequence[Any]) -> list[Any]:
-        """The items of all ranks, as JSON, those of rank 0 first."""
-        return [item for said in self._said(list(items)) for item in said]
+        """The items of all ranks in order of rank; items are JSON values."""
+        return [item for values in self._exchanged(list(items)) for item in values]
 
-    def told(self, value: Any) -> Any:
-        """What rank 0 says, as JSON; what the others say is not heard."""
-        return self._said(value if self.leads else None)[0]
+    def of_rank0(self, value: Any) -> Any:
+        """The JSON value of rank 0; ignores the values of other ranks."""
+        return self._exchanged(value if self.leads else None)[0]
 
     def interleaved(self, rows: np.ndarray) -> np.ndarray:
-        """The rows of all ranks, where each one has those of its `share`, in the order of the batch."""
+        """The rows of all ranks in the order of the batch; each rank has the rows of its `share`."""
         parts = self.gathered(rows)
         whole = np.empty((sum(map(len, parts)), *rows.shape[1:]), rows.dtype)
         for rank, part in enumerate(parts):
             whole[rank :: self.size] = part
         return whole
 
-    def _said(self, value: Any) -> list[Any]:
-        """What each rank says, as JSON."""
-        return [value] if self.size == 1 else [orjson.loads(said) for said in self._everyone(orjson.dumps(value))]
+    def _exchanged(self, value: Any) -> list[Any]:
+        """The JSON values of all ranks."""
+        return [value] if self.size == 1 else [orjson.loads(data) for data in self._gathered_bytes(orjson.dumps(value))]
 
-    def _everyone(self, data: bytes) -> list[bytes]:
+    def _gathered_bytes(self, data: bytes) -> list[bytes]:
         lengths = np.array(self.stacked(mx.array([len(data)], mx.int32)))[:, 0]
         padded = np.zeros(max(int(lengths.max()), 1), np.uint8)
         padded[: len(data)] = np.frombuffer(data, np.uint8)
@@ -119,7 +120,7 @@ class Ranks:
         return self._awaited(mx.distributed.all_gather(own[None], group=self.group))
 
     def summed(self, tree: Tree) -> Tree:
-        """The sum over all ranks of each array of a tree; rank by rank the arrays have the same shapes and dtypes."""
+        """The sum over all ranks of each array of a tree; all ranks have the same shapes and dtypes."""
         if self.size == 1:
             return tree
         named: dict[str, mx.array] = dict(sorted(tree_flatten(tree)))  # type: ignore[arg-type]
@@ -136,9 +137,9 @@ class Ranks:
         return tree if self.size == 1 else self.summed(tree if self.leads else tree_map(mx.zeros_like, tree))
 
     def pooled(self, number: mx.array, after: mx.array | None = None) -> mx.array:
-        """Within a graph, the sum over all ranks of what each found in its slices; the number itself if there are none.
+        """Within a graph, the sum over all ranks of a number computed from slices; the number itself if there are no slices.
 
-        `after` is computed before, so that all ranks ask for their sums in one order.
+        Computes `after` first, so that all ranks communicate in the same order.
         """
         if not self.sharded:
             return number
@@ -147,7 +148,7 @@ class Ranks:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Around an evaluation of what needs the slices of all ranks; no sums are allowed within.
+        """Encloses an evaluation that needs the slices of all ranks; do not communicate within.
 
         Raises:
             LostError: another rank is gone.
@@ -163,10 +164,10 @@ class Ranks:
             except RuntimeError as error:
                 if out_of_memory(error):
                     raise
-                raise LostError(f"another rank ended or cannot be reached ({error})") from error
+                raise LostError(f"another rank ended or is unreachable ({error})") from error
 
     def _awaited(self, array: mx.array) -> mx.array:
-        """One at a time: ranks that have different work to do could otherwise ask for sums in different orders."""
+        """Evaluates at once: ranks with different work could otherwise communicate in different orders."""
         with self._waiting():
             mx.eval(array)
         return array
@@ -175,10 +176,10 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What every rank prepares by itself: where one of them fails, all end, and rank 0 says why. No sums are allowed within.
+        """Encloses work that every rank does by itself: if one fails, all fail, and rank 0 says why. Do not communicate within.
 
         Raises:
-            InputError, RunError: of the first rank that failed, at rank 0; SharedError at the others.
+            InputError, RunError: the error of the first rank that failed, on rank 0; SharedError on the others.
         """
         failed: Exception | None = None
         try:
@@ -187,14 +188,14 @@ class Ranks:
             if self.size == 1:
                 raise
             failed = error
-        texts = self._said(failed and str(failed))
-        said = [f"rank {rank}: {text}" if rank else text for rank, text in enumerate(texts) if text]
-        if said:
-            raise (type(failed) if failed and self.leads else SharedError)(said[0]) from failed
+        texts = self._exchanged(failed and str(failed))
+        messages = [f"rank {rank}: {text}" if rank else text for rank, text in enumerate(texts) if text]
+        if messages:
+            raise (type(failed) if failed and self.leads else SharedError)(messages[0]) from failed
 
     @contextmanager
-    def chance(self) -> Iterator[None]:
-        """Random numbers of this rank's own; afterwards all ranks have one state again, whatever each of them drew."""
+    def own_rng(self) -> Iterator[None]:
+        """Gives each rank its own random numbers within; afterwards all ranks have the same random state again."""
         if self.size == 1:
             yield
             return
@@ -204,15 +205,15 @@ class Ranks:
         restore_random_key(after)
 
     def check_same(self, what: str, own: bytes) -> None:
-        """Checks that every rank has the same: other rows or weights on one machine would train without a word.
+        """Checks that every rank has the same data: a machine with other rows or weights would train silently.
 
         Raises:
             SharedError: a rank differs from rank 0.
         """
-        seen = self._everyone(own) if self.size > 1 else []
+        seen = self._gathered_bytes(own) if self.size > 1 else []
         if others := [rank for rank, theirs in enumerate(seen) if theirs != seen[0]]:
             ranks = ", ".join(map(str, others))
-            raise SharedError(f"rank {ranks} has other {what} than rank 0; give all machines the same files, packages and options")
+            raise SharedError(f"rank {ranks} has other {what} than rank 0; use the same files, packages and options everywhere")
 
 
 ALONE = Ranks()
@@ -221,30 +222,30 @@ ALONE = Ranks()
 
 @cache
 def current_ranks() -> Ranks:
-    """The ranks that this process was launched with, watched from now on; `ALONE` if nothing launched it.
+    """Connects to the ranks that this process was launched with and starts to watch them; `ALONE` without a launcher.
 
     Raises:
-        RunError: the others cannot be reached.
+        RunError: the other ranks are unreachable.
     """
     if not is_launched():
         return ALONE
     try:
         group = mx.distributed.init()
     except RuntimeError as error:
-        raise RunError(f"rank {launched_rank()} cannot reach the others ({error})") from error
+        raise RunError(f"rank {launched_rank()} cannot reach the other ranks ({error})") from error
     if group.size() == 1:
         if os.environ.get("MLX_RANK", "0") != "0":
             raise RunError(
-                "launched as one of several, but this MLX finds no others: is the backend of mlx.launch one that it has?"
+                "launched as one of several ranks, but this MLX finds no others; choose a --backend of mlx.launch that it supports"
             )
         return ALONE
-    watch = Watch(group.rank(), float(os.environ.get(PATIENCE) or _LONGEST))
+    watch = Watch(group.rank(), timeout())
     watch.start()
     return Ranks(group.rank(), group.size(), group, watch)
 
 
 def _bunches(arrays: Sequence[mx.array]) -> Iterator[list[mx.array]]:
-    """Arrays in order, neighbours of one dtype together up to a size."""
+    """Arrays in order; groups neighbors of one dtype up to a size."""
     bunch: list[mx.array] = []
     for array in arrays:
         if bunch and (array.dtype != bunch[0].dtype or sum(a.nbytes for a in bunch) + array.nbytes > _BUNCH):

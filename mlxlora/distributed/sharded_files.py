@@ -1,4 +1,4 @@
-"""Reads and writes parameters that ranks hold in slices."""
+"""Reads and writes files of parameters that ranks hold in slices, with one whole array in memory at a time."""
 
 import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -14,23 +14,21 @@ from attrs import field, frozen
 
 from ..utils.safetensors import bytes_of, counted
 from .ranks import Ranks
-from .sharding import Shape, cut, is_sharded, joined, shape_of
-
-# --- as files have them -------------------------------------------------------------------------
+from .sharding import Shape, cut, is_sharded, ranks_of, shape_of, unsliced
 
 
 @frozen(eq=False)
 class Sliced:
-    """An array of a file, made of one or several whole arrays in a row, of which every rank has slices.
+    """An array of a file, the concatenation of whole arrays of which every rank holds slices.
 
     Attributes:
-        key: what the ranks call it.
+        key: its name in messages between ranks.
         shape: of the array in the file.
-        dtype: its type.
+        dtype: of the array.
         shapes: of the whole arrays.
-        ranks: who have the slices.
-        own: this rank's slices as they are now.
-        put: puts other ones in their places.
+        ranks: the processes that hold the slices.
+        own: returns this rank's slices.
+        put: replaces this rank's slices.
     """
 
     key: str
@@ -42,22 +40,22 @@ class Sliced:
     put: Callable[[list[mx.array]], None] = field(repr=False)
 
     def parts(self) -> Iterator[mx.array]:
-        """The whole arrays one after the other; the other ranks have to be in `serve`, or to do the same."""
+        """The whole arrays one after the other; other ranks have to do the same or be in `on_rank0`."""
         if self.ranks.leads:
-            self.ranks.told(["give", self.key])
+            self.ranks.of_rank0(["give", self.key])
         pending = zip(self.own(), self.shapes, strict=True)
         try:
             for own, shape in pending:
-                yield joined(self.ranks.stacked(own.reshape(-1)), [shape])[0]
-        except GeneratorExit:  # whoever wanted them failed, which the others do not know
+                yield unsliced(self.ranks.stacked(own.reshape(-1)), [shape])[0]
+        except GeneratorExit:  # the reader failed, which the other ranks do not know
             for own, _ in pending:
                 self.ranks.stacked(own.reshape(-1))
             raise
 
     def take(self, array: mx.array | None = None) -> None:
-        """Puts rank 0's array in place, which the others do not have."""
+        """Replaces the slices by those of rank 0's array; other ranks give none."""
         if self.ranks.leads:
-            self.ranks.told(["take", self.key])
+            self.ranks.of_rank0(["take", self.key])
         flat, found, start = None if array is None else array.reshape(-1), [], 0
         for shape in self.shapes:
             end = start + prod(shape)
@@ -68,7 +66,7 @@ class Sliced:
 
 
 def stored(model: nn.Module, arrays: dict[str, mx.array]) -> dict[str, Any]:
-    """Parameters of the model as a file has them: those that are slices as `Sliced`, which has their whole shape."""
+    """Parameters of the model for a file: sliced ones become `Sliced` with the whole shape."""
     if not is_sharded(model):
         return arrays
     modules = dict(model.named_modules())
@@ -77,7 +75,7 @@ def stored(model: nn.Module, arrays: dict[str, mx.array]) -> dict[str, Any]:
 
 def _parameter(model: nn.Module, modules: dict[str, Any], path: str) -> Sliced:
     parent, _, name = path.rpartition(".")
-    module, ranks = modules[parent], model._shards.ranks  # type: ignore[union-attr]
+    module, ranks = modules[parent], ranks_of(model)
     shape = shape_of(module, name)
 
     def put(found: list[mx.array]) -> None:
@@ -87,13 +85,13 @@ def _parameter(model: nn.Module, modules: dict[str, Any], path: str) -> Sliced:
 
 
 def write_stored(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str] | None = None, *, checked: str = "") -> None:
-    """A safetensors file (https://huggingface.co/docs/safetensors), of which never more than one whole array is in memory.
+    """Writes a safetensors file (https://huggingface.co/docs/safetensors) with one whole array in memory at a time.
 
     Args:
         path: of the file.
-        arrays: arrays of MLX, and `Sliced` ones.
-        metadata: texts in its header.
-        checked: the name of a checksum there, if it is to have one.
+        arrays: MLX arrays and `Sliced` arrays.
+        metadata: texts for its header.
+        checked: key of a checksum in the header; empty: no checksum.
     """
     unknown, names = "0" * 8, sorted(arrays)
     header: dict[str, Any] = {"__metadata__": {"format": "mlx", **(metadata or {}), **({checked: unknown} if checked else {})}}
@@ -107,7 +105,7 @@ def write_stored(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, s
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             crc = counted(crc, name, arrays[name])
-            with closing(_parts(arrays[name])) as parts:  # now, not when it is forgotten: the other ranks wait
+            with closing(_parts(arrays[name])) as parts:  # closes at once, because the other ranks wait
                 for part in parts:
                     data = bytes_of(part)
                     file.write(data)

@@ -10,56 +10,33 @@ import attrs
 from attrs import frozen
 
 from .. import __version__
-from ..config.options import (
-    AdapterOptions,
-    CPOOptions,
-    DataOptions,
-    DistillOptions,
-    DPOOptions,
-    GRPOOptions,
-    KTOOptions,
-    ModelOptions,
-    OnlineDPOOptions,
-    ORPOOptions,
-    PairData,
-    PromptData,
-    RewardOptions,
-    SamplingOptions,
-    SFTOptions,
-    Training,
-)
+from ..config.options import AdapterOptions, DataOptions, ModelOptions, Output, PairData, PromptData, Training
 from ..utils.files import atomic_file
 from .history import Record, method_of, read_record
 from .reporter import Reporter, Values, numbers
 
 CARD = "README.md"
-METHODS = {
-    "sft": SFTOptions,
-    "distill": DistillOptions,
-    "gkd": DistillOptions,
-    "dpo": DPOOptions,
-    "orpo": ORPOOptions,
-    "cpo": CPOOptions,
-    "kto": KTOOptions,
-    "grpo": GRPOOptions,
-    "online-dpo": OnlineDPOOptions,
-}
-_TITLES = {
-    "sft": "supervised fine-tuning",
-    "distill": "knowledge distillation",
-    "gkd": "knowledge distillation on its own samples (GKD)",
-    "dpo": "direct preference optimization (DPO)",
-    "orpo": "odds-ratio preference optimization (ORPO)",
-    "cpo": "contrastive preference optimization (CPO)",
-    "kto": "Kahneman-Tversky optimization (KTO)",
-    "online-dpo": "direct preference optimization on its own samples (online DPO)",
-    "grpo": "group-relative policy optimization (GRPO)",
-}
-_OPTIONS = (ModelOptions, Training, AdapterOptions, DataOptions, PairData, PromptData, SamplingOptions, RewardOptions)
 _MARK = "<!-- Written by mlxlora after every run; remove this line to keep a text of your own. -->"
 _EVALUATED = ("loss", "perplexity", "accuracy", "reward", "rewards/accuracies")  # the others describe the run, not the model
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")
 _CACHED = re.compile(r".*/models--(.+?)--([^/]+)/snapshots/[^/]+/?")
+
+
+@frozen
+class MethodInfo:
+    """What reports say of the method of a run.
+
+    Attributes:
+        title: follows "trained by".
+        groups: its groups of options, which have the defaults.
+    """
+
+    title: str = "a custom objective"
+    groups: Sequence[type] = (ModelOptions, Training, AdapterOptions, DataOptions, PairData, PromptData)
+
+
+CUSTOM = MethodInfo()
+"""An objective given in Python."""
 
 
 class Card(Reporter):
@@ -68,47 +45,48 @@ class Card(Reporter):
     Args:
         directory: of the run.
         rows: how many each split has.
+        method: of the run.
     """
 
-    def __init__(self, directory: Path, rows: Mapping[str, int]) -> None:
-        self._directory, self._rows = directory, rows
+    def __init__(self, directory: Path, rows: Mapping[str, int], method: MethodInfo = CUSTOM) -> None:
+        self._directory, self._rows, self._method = directory, rows, method
 
     def finish(self, summary: Values) -> None:
         """Reads the files of the run, so that the card of a resumed run covers all of it."""
-        write_card(self._directory, read_record(self._directory), self._rows, stopped=summary.get("stopped", ""))
+        write_card(self._directory, card(read_record(self._directory), self._method, self._rows, summary.get("stopped", "")))
 
 
-def write_card(directory: Path, record: Record, rows: Mapping[str, int] | None = None, stopped: str = "") -> None:
-    """Writes the card of a run, see `card`; keeps a card without the line that mlxlora writes at its end."""
+def write_card(directory: Path, text: str) -> None:
+    """Writes a card; keeps one without the line that mlxlora writes at its end, because a person has changed it."""
     file = directory / CARD
     if file.exists() and _MARK not in file.read_text(encoding="utf-8", errors="replace"):
         return
     with atomic_file(file) as temporary:
-        temporary.write_text(card(record.config, record.metrics, rows or {}, stopped), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
-def card(config: Values, metrics: Sequence[Values], rows: Mapping[str, int] | None = None, stopped: str = "") -> str:
-    """The text of an adapter card.
+def card(record: Record, info: MethodInfo = CUSTOM, rows: Mapping[str, int] | None = None, stopped: str = "") -> str:
+    """The text of the card of a run; absolute paths in its options are shortened to their last part.
 
     Args:
-        config: all options of the run by name; absolute paths are shortened to their last part.
-        metrics: the records of metrics.jsonl.
+        record: the files of the run.
+        info: of its method.
         rows: how many rows each split has.
         stopped: where the run stopped early, "after step 3".
     """
-    config = portable(config)
+    config, metrics = portable(record.config), record.metrics
     name, method, kind = config.get("model"), method_of(config), config.get("train_type", "lora")
     what = "weights" if kind == "full" else f"{'DoRA' if kind == 'dora' else 'LoRA'} adapters"
     title = f"{what[0].upper()}{what[1:]} for {name or 'a model'}"
-    trained = f"trained with mlxlora {__version__} by {_TITLES.get(method, 'a custom objective')}"
-    head = Head(["mlxlora", kind, *([method] if method in METHODS else [])], kind != "full", title)
+    trained = f"trained with mlxlora {__version__} by {info.title}"
+    head = CardHead(["mlxlora", kind, *([method] if method else [])], kind != "full", title)
     parts = [
         front_matter(name, head, evaluated(config, metrics)),
         f"# {title}",
         f"{what[0].upper()}{what[1:]}, {trained} on {_data(config, rows or {})}.{_base(config)}"
         + (f" The run was stopped {stopped}." if stopped else ""),
         _usage(name),
-        _table("Options that differ from the defaults", ("option", "value"), _code(changed_options(config))),
+        _table("Options that differ from the defaults", ("option", "value"), _code(changed_options(config, info))),
         _table("Metrics", *_results(metrics)),
         _MARK,
     ]
@@ -120,7 +98,7 @@ def fused_card(base: str, config: Values) -> str:
     name, quantized = portable(base), config.get("quantization")
     how = f"quantized to {quantized.get('bits')} bits" if quantized else "not quantized"
     lines = (
-        front_matter(name, Head(["mlxlora"], adapter=False, title=f"{name}, fine-tuned")),
+        front_matter(name, CardHead(["mlxlora"], adapter=False, title=f"{name}, fine-tuned")),
         f"# {name}, fine-tuned",
         f"{name} with adapters fused into its weights by mlxlora {__version__}; {how}.",
         '```bash\nmlx_lm.generate --model . --prompt "Hello"\n```',
@@ -129,7 +107,7 @@ def fused_card(base: str, config: Values) -> str:
 
 
 @frozen
-class Head:
+class CardHead:
     """What the hub shows above a card.
 
     Attributes:
@@ -154,10 +132,10 @@ class Evaluated:
     metrics: Mapping[str, float]
 
 
-def front_matter(base: str | None, head: Head, results: Evaluated | None = None) -> str:
+def front_matter(base: str | None, head: CardHead, results: Evaluated | None = None) -> str:
     """The YAML that the hub reads (https://huggingface.co/docs/hub/model-cards); names the base only if it is on the hub.
 
-    >>> print(front_matter("org/base", Head(["lora"], adapter=True, title="LoRA adapters")))
+    >>> print(front_matter("org/base", CardHead(["lora"], adapter=True, title="LoRA adapters")))
     ---
     base_model: org/base
     library_name: mlx
@@ -251,15 +229,13 @@ def _code(values: Values) -> list[tuple[str, str]]:
     return [(f"`{name}`", f"`{value}`") for name, value in values.items()]
 
 
-def changed_options(config: Values) -> dict[str, Any]:
+def changed_options(config: Values, info: MethodInfo = CUSTOM) -> dict[str, Any]:
     """Options that differ from the defaults, in the order of their groups; without the model, the data and output files.
 
     >>> changed_options({"iters": 5, "batch_size": 4, "adapter_path": "mine"})
     {'iters': 5}
     """
-    method = method_of(config)
-    groups = (*_OPTIONS, *([METHODS[method]] if method in METHODS else []))
-    defaults = {field.name: field.default for group in groups for field in attrs.fields(group)}
+    defaults = {field.name: field.default for group in info.groups if group is not Output for field in attrs.fields(group)}
     defaults |= {name: config.get(name) for name in ("model", "data")}
     listed = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
     return {name: config[name] for name, value in listed.items() if name in config and config[name] != value}

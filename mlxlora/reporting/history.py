@@ -20,7 +20,7 @@ Points = list[tuple[float, float]]
 
 
 @frozen
-class Method:
+class StoredMethod:
     """The method that a run stores beside its options; None for an objective given in Python."""
 
     method: str | None

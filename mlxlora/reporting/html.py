@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from attrs import frozen
+from attrs import field, frozen
 
-from ..config.config_file import METHOD
 from ..data.formats import last_text
 from ..utils.device import device_name, package_version
 from ..utils.files import atomic_file
-from .card import changed_options, portable
-from .history import PAGE, SPLITS, Record, differing, method_of, outcome, read_record
+from .card import CUSTOM, MethodInfo, changed_options, portable
+from .history import METHOD, PAGE, SPLITS, Record, differing, method_of, outcome, read_record
 from .reporter import Reporter, Values
 from .svg import Line, chart
 
@@ -30,10 +29,15 @@ _SECTIONS: dict[str, Callable[[str], bool]] = {
 
 
 class Page(Reporter):
-    """Writes report.html into the folder of a run when it ends or is interrupted."""
+    """Writes report.html into the folder of a run when it ends or is interrupted.
 
-    def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
+    Args:
+        directory: of the run.
+        method: of the run.
+    """
+
+    def __init__(self, directory: str | Path, method: MethodInfo = CUSTOM) -> None:
+        self.directory, self._method = Path(directory), method
         self._answers: Sequence[Values] = ()
 
     def answers(self, rows: Sequence[Values]) -> None:
@@ -41,7 +45,8 @@ class Page(Reporter):
 
     def finish(self, summary: Values) -> None:
         """Reads the files of the run, so that the page of a resumed run shows all of it."""
-        write(self.directory / PAGE, run_page(read_record(self.directory), summary, self._answers, environment()))
+        parts = PageParts(summary, self._answers, environment())
+        write(self.directory / PAGE, run_page(read_record(self.directory), self._method, parts))
 
 
 def write(file: Path, text: str) -> None:
@@ -86,18 +91,33 @@ class Section:
         return bool(self.charts or (self.table and self.table.lines) or self.folded)
 
 
-def run_page(
-    record: Record, summary: Values | None = None, answers: Sequence[Values] = (), environment: Mapping[str, str] | None = None
-) -> str:
+@frozen
+class PageParts:
+    """What a page shows besides the files of the run, all of it optional.
+
+    Attributes:
+        summary: the results of the run, or why it stopped.
+        answers: prompts with the model's answers before and after training.
+        environment: versions and device.
+    """
+
+    summary: Values = field(factory=dict)
+    answers: Sequence[Values] = ()
+    environment: Mapping[str, str] = field(factory=dict)
+
+
+FILES_ALONE = PageParts()
+
+
+def run_page(record: Record, method: MethodInfo = CUSTOM, more: PageParts = FILES_ALONE) -> str:
     """The HTML of one run.
 
     Args:
         record: its files.
-        summary: its results, or why it stopped.
-        answers: prompts with the model's answers before and after training.
-        environment: versions and device.
+        method: of the run.
+        more: what the page shows besides.
     """
-    config, results = portable(record.config), portable({k: v for k, v in (summary or {}).items() if k != "report"})
+    config, results = portable(record.config), portable({k: v for k, v in more.summary.items() if k != "report"})
     return _html(
         title=f"{method_of(config).upper() or 'Training'}: {config.get('model') or 'a model'}",
         subtitle=f"{config.get('data') or 'data given in Python'} → {Path(record.name).name}",
@@ -105,10 +125,10 @@ def run_page(
         sections=[
             Section("Results", _pairs(results or outcome(record))),
             *_curves(record),
-            Section("Before and after", _answers(answers)),
+            Section("Before and after", _answers(more.answers)),
             Section("Completions, first and last", _completions(record.samples)),
-            _configuration(config),
-            Section("Environment", _pairs(environment or {})),
+            _configuration(config, method),
+            Section("Environment", _pairs(more.environment)),
         ],
     )
 
@@ -184,10 +204,10 @@ def _columns(names: Sequence[str], rows: Mapping[str, Sequence[Any]]) -> Table:
     return Table([(name, *values) for name, values in rows.items()], ("", *names))
 
 
-def _configuration(config: Values) -> Section:
+def _configuration(config: Values, method: MethodInfo) -> Section:
     if not config:
         return Section("Configuration")
-    return Section("Configuration", _pairs(changed_options(config)), folded=Section("All options", _pairs(config)))
+    return Section("Configuration", _pairs(changed_options(config, method)), folded=Section("All options", _pairs(config)))
 
 
 def _answers(rows: Sequence[Values]) -> Table:

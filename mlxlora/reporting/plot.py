@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ..utils.files import atomic_file
+from ..utils.integers import ceil_div
 from .history import PICTURE, SPLITS, Record, read_record
 from .reporter import Reporter, Values
 
@@ -26,7 +27,7 @@ def plot(record: Record, file: Path) -> None:
     curves = record.curves()
     if not curves:
         return
-    down = -(-len(curves) // _ACROSS)
+    down = ceil_div(len(curves), _ACROSS)
     figure = Figure(figsize=(4.6 * _ACROSS, 2.8 * down), layout="constrained")
     panels = figure.subplots(down, _ACROSS, squeeze=False).flat
     for (name, splits), panel in zip(curves.items(), panels, strict=False):

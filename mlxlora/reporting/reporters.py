@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ..config.options import Output
+from .card import CUSTOM, MethodInfo
 from .history import METRICS, SAMPLES
 from .html import Page
 from .plot import Plot
@@ -11,12 +12,12 @@ from .terminal import Terminal
 from .trackers import Tracker
 
 
-def reporters(output: Output) -> tuple[Reporter, ...]:
+def reporters(output: Output, method: MethodInfo = CUSTOM) -> tuple[Reporter, ...]:
     """The terminal and, unless it is a dry run, the files of the run and the trackers of --report-to."""
     directory, terminal = Path(output.adapter_path), Terminal(quiet=output.quiet)
     if output.dry_run:
         return (terminal,)
     trackers = [Tracker(name, directory, lambda text: terminal.note(text, warning=True)) for name in output.report_to or ()]
     files = (MetricsFile(directory / METRICS), SamplesFile(directory / SAMPLES))
-    pictures = (Page(directory), *([Plot(directory)] if output.plot else []))
+    pictures = (Page(directory, method), *([Plot(directory)] if output.plot else []))
     return (terminal, *files, *trackers, *pictures)

@@ -9,6 +9,7 @@ from html import escape
 
 from attrs import frozen
 
+from ..utils.integers import ceil_div
 from .history import compact
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 230, 52, 12, 42, 28
@@ -83,7 +84,7 @@ def thinned(points: Sequence[Point], most: int = MOST) -> list[Point]:
     >>> thinned([(1, 2.0), (2, 4.0), (3, 6.0), (4, 8.0)], 2)
     [(1.5, 3.0), (3.5, 7.0)]
     """
-    size = -(-len(points) // most) or 1
+    size = ceil_div(len(points), most) or 1
     if size == 1:
         return list(points)
     runs = [points[i : i + size] for i in range(0, len(points), size)]

@@ -7,16 +7,16 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx_lm import generate
-from tests.support.tiny import dense, experts, quantized, same, shaken, snapshot
 
 from mlxlora import starter
-from mlxlora.adapters.compare import compare
+from mlxlora.adapters.compare import Generation, compare
 from mlxlora.adapters.files import save
 from mlxlora.adapters.prepare import attached, load, prepare
 from mlxlora.config.options import AdapterOptions, ModelOptions
 from mlxlora.data.prompts import question, read_questions
 from mlxlora.data.rows import Row
 from mlxlora.errors import InputError
+from tests.support.tiny import dense, experts, quantized, same, shaken, snapshot
 
 TOKENS = mx.array([[5, 3, 9, 1, 7, 2]])
 KINDS = {
@@ -62,13 +62,13 @@ def test_the_answers_of_each(model_folder: Path, tmp_path: Path) -> None:
         adapters(load(ModelOptions(model=str(model_folder)))[0], tmp_path / kind, train_type=kind) for kind in ("lora", "dora")
     ]
     questions = [question(Row({"prompt": text}, "x", 1), tokenizer) for text in ("one", "two")]
-    found = compare(model, tokenizer, folders, questions, max_tokens=5)
+    found = compare(model, tokenizer, folders, questions, Generation(max_tokens=5))
     for row, asked in zip(found, questions, strict=True):
         assert row.prompt == asked.text and list(row.answers) == ["base", *map(str, folders)]
         for path, answer in zip((None, *folders), row.answers.values(), strict=True):
             alone, words = load(ModelOptions(model=str(model_folder)), str(path) if path else None)
             assert answer == generate(alone.eval(), words, asked.tokens, max_tokens=5).strip()
-    sampled = [compare(model, tokenizer, folders[:1], questions, max_tokens=5, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+    sampled = [compare(model, tokenizer, folders[:1], questions, Generation(5, 1.0, seed=seed)) for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
 
 
@@ -103,7 +103,7 @@ def test_mistakes(mlxlora: Any, model_folder: Path, tmp_path: Path) -> None:
         question(Row({"text": "words"}, "rows.jsonl", 3), tokenizer)
     with pytest.raises(InputError, match="this tokenizer has no chat template"):
         question(Row({"prompt": "words"}, "rows.jsonl", 3), tokenizer, use_chat_template=True)
-    assert "name either --prompt or --data" in mlxlora("compare", "--adapter-path", "x").err
+    assert "use either --prompt or --data" in mlxlora("compare", "--adapter-path", "x").err
     assert "--adapter-path is missing" in mlxlora("compare", "--prompt", "x").err
     assert "no adapters there" in mlxlora("compare", "--prompt", "x", "--adapter-path", tmp_path).err
 

@@ -9,14 +9,14 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm import load as load_with_mlx_lm
-from tests.support.tiny import LLAMA, byte_tokenizer, dense, experts, quantized, same, shaken, tied
 
 from mlxlora.adapters.files import save
-from mlxlora.adapters.fuse import Rounding, fuse, merged, warning
+from mlxlora.adapters.fuse import QuantizedUpdate, fuse, merged, warning
 from mlxlora.adapters.prepare import load, prepare
 from mlxlora.config.options import AdapterOptions, ModelOptions
 from mlxlora.errors import InputError
 from mlxlora.models.initialize import init_model
+from tests.support.tiny import LLAMA, byte_tokenizer, dense, experts, quantized, same, shaken, tied
 
 TOKENS = mx.array([[5, 3, 9, 1, 7, 2]])
 KINDS = {
@@ -62,9 +62,9 @@ def scaled(model: Any, factor: float) -> Any:
 
 @pytest.mark.parametrize(("bits", "small", "large"), [(4, 0.02, 0.3), (8, 0.0015, 0.03)])
 def test_small_updates_vanish_in_the_steps(bits: int, small: float, large: float) -> None:
-    """On quantised weights an update below half a step is rounded away; one of several steps stays whole."""
+    """On quantized weights, rounding removes an update below half a step and keeps one of several steps."""
 
-    def rounded(factor: float) -> Rounding:
+    def rounded(factor: float) -> QuantizedUpdate:
         mx.random.seed(0)
         base = dense()
         nn.quantize(base, group_size=32, bits=bits)
@@ -76,9 +76,11 @@ def test_small_updates_vanish_in_the_steps(bits: int, small: float, large: float
     lost, left = (rounded(wanted / size) for wanted in (small, large))
     assert abs(lost.size / small - 1) < 0.03 and lost.kept < 0.4 and lost.noise > 1
     assert (
-        warning(lost).startswith("update lost in rounding: ") and "% of it is left" in warning(lost) and "\n" not in warning(lost)
+        warning(lost).startswith("quantization rounds the update away: ")
+        and "% of it is left" in warning(lost)
+        and "\n" not in warning(lost)
     )
-    assert "it comes out 1.6 times as large; use --dequantize" in warning(Rounding(kept=1.6, noise=9.0, size=0.001))
+    assert "it becomes 1.6 times as large; use --dequantize" in warning(QuantizedUpdate(kept=1.6, noise=9.0, size=0.001))
     assert abs(left.kept - 1) < 0.1 and left.noise < 0.6 and warning(left) == ""
 
 
@@ -140,9 +142,9 @@ def test_quantized_bases(mlxlora: Any, base: Path, adapters: Path, tmp_path: Pat
         return mlxlora("fuse", "--model", model, "--adapter-path", adapters, "--save-path", tmp_path / name, *more)
 
     small = fused(base, "small", "--quantize", "4")
-    assert small.code == 0 and "quantising kept" in small.out and not small.err
+    assert small.code == 0 and "quantization keeps" in small.out and not small.err
     again = fused(tmp_path / "small", "again")
-    assert again.code == 0 and "update lost in rounding" in again.err and again.err.count("\n") == 1
+    assert again.code == 0 and "quantization rounds the update away" in again.err and again.err.count("\n") == 1
     assert again.err.strip().endswith("use --dequantize")
     dense = fused(tmp_path / "small", "dense", "--dequantize")
     assert dense.code == 0 and "quantising" not in dense.out + dense.err
@@ -153,14 +155,14 @@ def test_quantized_bases(mlxlora: Any, base: Path, adapters: Path, tmp_path: Pat
     other = fused(tmp_path / "small", "other", "--quantize", "mxfp4")
     assert other.code == 0 and load_with_mlx_lm(str(tmp_path / "other"))[0](TOKENS).shape == (1, 6, 288)
     assert json.loads((tmp_path / "other" / "config.json").read_text())["quantization"]["mode"] == "mxfp4"
-    assert "--gguf needs weights that are not quantised; use --dequantize" in fused(tmp_path / "small", "x", "--gguf", "x.gguf").err
+    assert "--gguf needs weights that are not quantized; use --dequantize" in fused(tmp_path / "small", "x", "--gguf", "x.gguf").err
 
 
 def test_mistakes(base: Path, adapters: Path, tmp_path: Path) -> None:
     def refused(*arguments: Any, **named: Any) -> str:
-        with pytest.raises(InputError) as in_loraplus_group:
+        with pytest.raises(InputError) as raised:
             fuse(ModelOptions(model=str(base)), *arguments, **named)
-        return str(in_loraplus_group.value)
+        return str(raised.value)
 
     assert "exclude each other" in refused(str(adapters), tmp_path / "x", dequantize=True, quantize="4")
     assert "--quantize must be one of 2, 3" in refused(str(adapters), tmp_path / "x", quantize="5.5")

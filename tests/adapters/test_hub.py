@@ -90,19 +90,19 @@ def http_error(status: int) -> HfHubHTTPError:
 ERRORS: dict[str, Any] = {
     "no token": (LocalTokenNotFoundError("Token is required"), InputError, "not logged in; run `hf auth login`"),
     "a bad token": (http_error(401), InputError, "run `hf auth login`"),
-    "another's name": (http_error(403), InputError, "you may not write there"),
+    "another's name": (http_error(403), InputError, "no write access"),
     "a broken hub": (http_error(500), RunError, "500 Client Error"),
-    "no network": (ConnectionError("no route"), RunError, "the hub cannot be reached (no route)"),
-    "no connection": (HTTPError("refused"), RunError, "the hub cannot be reached (refused)"),
+    "no network": (ConnectionError("no route"), RunError, "cannot reach the hub (no route)"),
+    "no connection": (HTTPError("refused"), RunError, "cannot reach the hub (refused)"),
 }
 
 
 @pytest.mark.parametrize(("error", "kind", "message"), ERRORS.values(), ids=ERRORS.keys())
 def test_errors(error: Exception, kind: type[Exception], message: str) -> None:
-    with pytest.raises(kind) as in_loraplus_group:
+    with pytest.raises(kind) as raised:
         connect("me/adapters", Hub(error))
-    assert str(in_loraplus_group.value).startswith("--push-to-hub me/adapters: ") and message in str(in_loraplus_group.value)
-    assert "\n" not in str(in_loraplus_group.value)
+    assert str(raised.value).startswith("--push-to-hub me/adapters: ") and message in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_nothing_to_upload(tmp_path: Path) -> None:

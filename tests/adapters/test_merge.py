@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm import load as load_with_mlx_lm
-from tests.support.tiny import dense, experts, shaken, tied
 
-from mlxlora.adapters.files import read_config, save
-from mlxlora.adapters.lora import adapted, update_of
+from mlxlora.adapters.files import read_adapter_config, save
+from mlxlora.adapters.lora import adapters_of, update_of
 from mlxlora.adapters.merge import merge
 from mlxlora.adapters.prepare import attach, prepare
 from mlxlora.config.options import AdapterOptions
 from mlxlora.errors import InputError
+from tests.support.tiny import dense, experts, shaken, tied
 
 ONE = {"rank": 4, "scale": 3.0}
 TWO = {"rank": 2, "scale": 0.7, "num_layers": 1, "lora_keys": ("q_proj", "down_proj")}
@@ -38,7 +38,7 @@ def folder(path: Path, make: Any, seed: int, name: str = "base", **changes: Any)
 
 
 def updates(model: Any) -> dict[str, mx.array]:
-    return {path: update_of(module) for path, module in adapted(model).items()}
+    return {path: update_of(module) for path, module in adapters_of(model).items()}
 
 
 @pytest.mark.parametrize(("make", "one", "two"), KINDS.values(), ids=KINDS.keys())
@@ -51,7 +51,7 @@ def test_the_sum(make: Any, one: dict, two: dict, tmp_path: Path) -> None:
         wanted = sum(w * part[path] for w, part in zip((0.25, -2.0), parts, strict=True) if path in part)
         assert mx.abs(update - wanted).max().item() < 1e-5, path
     assert found.keys() >= parts[0].keys() | parts[1].keys()
-    assert read_config(tmp_path / "sum")["merged"] == {"one": 0.25, "two": -2.0}
+    assert read_adapter_config(tmp_path / "sum")["merged"] == {"one": 0.25, "two": -2.0}
 
 
 @given(st.lists(st.floats(-2, 2), min_size=2, max_size=4))
@@ -88,18 +88,18 @@ def test_mistakes(tmp_path: Path) -> None:
     one = folder(tmp_path / "one", dense, 1, **ONE)
 
     def refused(*others: Path, **named: Any) -> str:
-        with pytest.raises(InputError, match=r"^[^\n]*$") as in_loraplus_group:
+        with pytest.raises(InputError, match=r"^[^\n]*$") as raised:
             merge([one, *others], tmp_path / "sum", **named)
-        return str(in_loraplus_group.value)
+        return str(raised.value)
 
-    assert "two adapters or more and one weight each, got 1 and 1 weights" in refused()
+    assert "two or more adapters and a weight for each, got 1 and 1 weights" in refused()
     assert "got 2 and 1 weights" in refused(one, weights=[1.0])
     assert "--weights must be finite numbers, got 1.0, nan" in refused(one, weights=[1.0, float("nan")])
-    assert "DoRA's magnitudes do not add up" in refused(folder(tmp_path / "dora", dense, 1, train_type="dora"))
+    assert "DoRA's magnitudes cannot be added" in refused(folder(tmp_path / "dora", dense, 1, train_type="dora"))
     assert "these are whole weights" in refused(folder(tmp_path / "full", dense, 1, train_type="full"))
     assert "no adapters there" in refused(tmp_path / "nothing")
     other = folder(tmp_path / "other", dense, 1, "other", **ONE)
-    assert f"these were trained on several: {one} on base, {other} on other; --model NAME if it is one" in refused(other)
+    assert f"they name several: {one} on base, {other} on other; if it is one model, use --model NAME" in refused(other)
     assert merge([one, other], tmp_path / "sum", model="base") == 8
     wide = folder(tmp_path / "wide", lambda: dense(intermediate_size=192), 1, **ONE)
     assert "merge adapters of one model" in refused(wide, overwrite=True)

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.utils import load_model
 from safetensors.numpy import load_file, save_file
-from tests.support.tiny import LLAMA, MOE, byte_tokenizer, shaken
 
 from mlxlora.adapters.files import save
 from mlxlora.adapters.fuse import fuse
@@ -21,6 +20,7 @@ from mlxlora.adapters.prepare import attach, load, prepare
 from mlxlora.config.options import AdapterOptions, ModelOptions
 from mlxlora.errors import InputError
 from mlxlora.models.initialize import init_model
+from tests.support.tiny import LLAMA, MOE, byte_tokenizer, shaken
 
 TOKENS = [[5, 3, 9, 1, 7, 2]]
 QWEN3 = LLAMA | {"model_type": "qwen3", "max_position_embeddings": 128, "rope_theta": 1e4, "tie_word_embeddings": True}
@@ -162,10 +162,10 @@ def test_we_read_pefts(more: dict[str, Any], bases: dict[str, Path], tmp_path: P
 
 def refused(call: Any, *arguments: Any, **named: Any) -> str:
     """The one line that a mistake is."""
-    with pytest.raises(InputError) as in_loraplus_group:
+    with pytest.raises(InputError) as raised:
         call(*arguments, **named)
-    assert "\n" not in str(in_loraplus_group.value)
-    return str(in_loraplus_group.value)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
 
 
 def test_quantized_bases(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -189,9 +189,9 @@ def test_what_peft_does_not_have(bases: dict[str, Path], tmp_path: Path) -> None
     def exported(base: Path, name: str, **changes: Any) -> str:
         return refused(to_peft, model_of(base), trained(base, tmp_path / name, **changes), tmp_path / "peft")
 
-    assert "mlp.switch_mlp.down_proj: peft has no counterpart of" in exported(moe_folder(tmp_path), "experts")
+    assert "mlp.switch_mlp.down_proj: peft has no equivalent of" in exported(moe_folder(tmp_path), "experts")
     assert "model.embed_tokens: peft has no" in exported(bases["qwen3"], "tied", lora_keys=("model.embed_tokens",))
-    assert "no LoRA or DoRA adapters (fine_tune_type full)" in exported(bases["llama"], "full", train_type="full")
+    assert "not LoRA or DoRA adapters (fine_tune_type full)" in exported(bases["llama"], "full", train_type="full")
     assert not (tmp_path / "peft").exists()
 
 
@@ -223,8 +223,8 @@ def changed(folder: Path, copy: Path, config: dict[str, Any], rename: Any = str)
 
 BROKEN: dict[str, Any] = {
     "another method": ({"peft_type": "IA3"}, str, "peft_type is 'IA3'; mlx-lm has LORA"),
-    "a changed base": ({"init_lora_weights": "pissa_niter_4"}, str, "init_lora_weights pissa_niter_4 changed the base"),
-    "an embedding": ({}, lambda k: k.replace("lora_A.weight", "lora_embedding_A"), "lora_embedding_A is no weight of LoRA or DoRA"),
+    "a changed base": ({"init_lora_weights": "pissa_niter_4"}, str, "init_lora_weights pissa_niter_4 changes the base"),
+    "an embedding": ({}, lambda k: k.replace("lora_A.weight", "lora_embedding_A"), "lora_embedding_A is not LoRA or DoRA"),
     "half a module": ({}, lambda k: k.replace("0.self_attn.q_proj.lora_B", "0.self_attn.wq.lora_B"), "needs two matrices"),
     "an unknown module": ({}, lambda k: k.replace("q_proj", "query"), "it has no module model.layers.1.self_attn.query"),
     "another shape": ({}, lambda k: k.replace("k_proj", "X").replace("q_proj", "k_proj").replace("X", "q_proj"), "has shape"),

@@ -9,12 +9,12 @@ import orjson
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import load_adapters
-from tests.support.tiny import dense, experts, quantized, same, shaken, snapshot, tied
 
-from mlxlora.adapters.files import mismatches, read_arrays, read_config, save
+from mlxlora.adapters.files import mismatches, read_adapter_config, read_arrays, save
 from mlxlora.adapters.prepare import load_weights, prepare
 from mlxlora.config.options import AdapterOptions
 from mlxlora.errors import InputError
+from tests.support.tiny import dense, experts, quantized, same, shaken, snapshot, tied
 
 TOKENS = mx.array([[5, 3, 9, 1, 7, 2]])
 KINDS = {
@@ -93,19 +93,19 @@ MISTAKES = {
     ),
     "a module that mlx-lm cannot adapt": (dense, {"lora_keys": ("mlp",)}, "name other modules with --lora-keys"),
     "dora on experts": (experts, {"train_type": "dora"}, "--train-type dora: "),
-    "quantised weights in full": (
+    "quantized weights in full": (
         lambda: quantized(dense),
         {"train_type": "full"},
-        "--train-type full cannot train quantised weights",
+        "--train-type full cannot train quantized weights",
     ),
 }
 
 
 @pytest.mark.parametrize(("make", "changes", "message"), MISTAKES.values(), ids=MISTAKES.keys())
 def test_mistakes_are_one_line(make: Any, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError) as in_loraplus_group:
+    with pytest.raises(InputError) as raised:
         prepare(make(), options(**changes))
-    assert message in str(in_loraplus_group.value) and "\n" not in str(in_loraplus_group.value)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_an_unknown_module_lists_those_there_are() -> None:
@@ -118,15 +118,15 @@ def test_a_last_name_stands_for_its_paths(tmp_path: Path) -> None:
     chosen = options(lora_keys=("q_proj", "mlp.up_proj"))
     model = prepare(dense(), chosen)
     save(model, tmp_path, chosen)
-    assert read_config(tmp_path)["lora_parameters"]["keys"] == ["self_attn.q_proj", "mlp.up_proj"]
+    assert read_adapter_config(tmp_path)["lora_parameters"]["keys"] == ["self_attn.q_proj", "mlp.up_proj"]
     assert all(".q_proj." in name or ".up_proj." in name for name, _ in tree_flatten(model.trainable_parameters()))
 
 
 def test_the_first_mismatches_are_in_one_message(tmp_path: Path) -> None:
     save(prepare(dense(), options(rank=2, lora_keys=("mlp.up_proj", "mlp.gate_proj"))), tmp_path, options())
-    with pytest.raises(InputError) as in_loraplus_group:
+    with pytest.raises(InputError) as raised:
         load_weights(prepare(dense(), options(lora_keys=("mlp.up_proj", "mlp.down_proj"))), tmp_path)
-    message = str(in_loraplus_group.value)
+    message = str(raised.value)
     assert "up_proj.lora_a has shape [64, 2], not [64, 4]" in message
     assert message.startswith(str(tmp_path)) and message.count("; ") == 2
     assert message.endswith(" and 9 more") and "\n" not in message

@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.utils import load_adapters
-from tests.support.tiny import dense, distance, example, experts, loss_and_gradient, quantized, same, shaken, snapshot, tied
 
-from mlxlora.adapters.files import own_arrays, read_config, save
-from mlxlora.adapters.lora import adapted, rank_of
+from mlxlora.adapters.files import own_arrays, read_adapter_config, save
+from mlxlora.adapters.lora import adapters_of, rank_of
 from mlxlora.adapters.pissa import components
 from mlxlora.adapters.prepare import disabled, load_weights, prepare
 from mlxlora.adapters.rank_scale import Size, native, size_of, uniform
@@ -28,6 +27,7 @@ from mlxlora.objectives.supervised import sft
 from mlxlora.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from mlxlora.training.optimizers import make_optimizer
 from mlxlora.training.step import make_step
+from tests.support.tiny import dense, distance, example, experts, loss_and_gradient, quantized, same, shaken, snapshot, tied
 
 TOKENS = mx.array([[5, 3, 9, 1, 7, 2]])
 PATTERNS = {"rank_pattern": ("q_proj=6", "layers.1.*v_proj=2"), "alpha_pattern": ("up_proj=7",)}
@@ -124,7 +124,9 @@ def test_the_head_in_chunks(make: Any, changes: dict[str, Any]) -> None:
 
 def test_sizes() -> None:
     """α = scale · rank; PEFT's `lora_alpha`, `rank_pattern`, `alpha_pattern`, `use_rslora`."""
-    sizes = {path.rpartition("layers.")[2]: Size(rank_of(m), m.scale) for path, m in adapted(trained(dense, **PATTERNS)).items()}
+    sizes = {
+        path.rpartition("layers.")[2]: Size(rank_of(m), m.scale) for path, m in adapters_of(trained(dense, **PATTERNS)).items()
+    }
     assert sizes["0.self_attn.q_proj"] == Size(6, 12.0 / 6) and sizes["0.self_attn.v_proj"] == Size(4, 3.0)
     assert sizes["1.self_attn.v_proj"] == Size(2, 6.0) and sizes["1.mlp.up_proj"] == Size(4, 7 / 4)
     stabilised = options(rslora=True, **PATTERNS)
@@ -135,7 +137,7 @@ def test_sizes() -> None:
 def test_one_multiplier_of_all_is_written_as_it_is(tmp_path: Path) -> None:
     model = trained(dense, rslora=True)
     save(model, tmp_path, options(rslora=True))
-    assert read_config(tmp_path)["lora_parameters"] == {"rank": 4, "dropout": 0.0, "scale": 6.0}
+    assert read_adapter_config(tmp_path)["lora_parameters"] == {"rank": 4, "dropout": 0.0, "scale": 6.0}
     assert same(snapshot(uniform(model)[0]), snapshot(model.trainable_parameters()))
 
 
@@ -169,8 +171,8 @@ def test_components_train_as_published(eager: None) -> None:
     batches = [collate([example(4 * k + i) for i in range(4)]) for k in range(3)]
     ours = prepare(dense(), options(init_lora_weights="pissa")).train()
     plain = prepare(dense(), options()).train()
-    for path, module in adapted(ours).items():
-        theirs = adapted(plain)[path]
+    for path, module in adapters_of(ours).items():
+        theirs = adapters_of(plain)[path]
         theirs.lora_a, theirs.lora_b = module.lora_a, module.lora_b
         theirs.linear.weight = theirs.linear.weight - (3.0 * (module.lora_a @ module.lora_b)).T
     taken = [make_step(model, make_optimizer(Training(learning_rate=1e-3), 3), sft()) for model in (ours, plain)]
@@ -194,23 +196,23 @@ def test_components_cancel_in_bfloat16() -> None:
 # --- mistakes -----------------------------------------------------------------------------------
 
 MISTAKES = {
-    "a pattern of nothing": ({"rank_pattern": ("query=3",)}, "query=3 names none of the adapted modules"),
-    "components with dora": ({"init_lora_weights": "pissa", "train_type": "dora"}, "goes with --train-type lora and --dropout 0"),
-    "components of an embedding": ({"init_lora_weights": "pissa", "lora_keys": ("embed_tokens",)}, "is no linear layer"),
+    "a pattern of nothing": ({"rank_pattern": ("query=3",)}, "query=3 matches none of the adapted modules"),
+    "components with dora": ({"init_lora_weights": "pissa", "train_type": "dora"}, "needs --train-type lora and --dropout 0"),
+    "components of an embedding": ({"init_lora_weights": "pissa", "lora_keys": ("embed_tokens",)}, "is not a linear layer"),
     "too many components": ({"init_lora_weights": "pissa", "rank": 33}, "has 32 components"),
     "ranks of whole weights": (
         {"rank_pattern": ("q_proj=3",), "train_type": "full"},
         "--rank-pattern is for adapters; use --train-type lora",
     ),
-    "components and a file": ({"init_lora_weights": "pissa", "resume_adapter_file": "x"}, "leave --init-lora-weights out"),
+    "components and a file": ({"init_lora_weights": "pissa", "resume_adapter_file": "x"}, "omit --init-lora-weights"),
 }
 
 
 @pytest.mark.parametrize(("changes", "message"), MISTAKES.values(), ids=MISTAKES.keys())
 def test_mistakes_are_one_line(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError) as in_loraplus_group:
+    with pytest.raises(InputError) as raised:
         prepare(dense(), options(**changes))
-    assert message in str(in_loraplus_group.value) and "\n" not in str(in_loraplus_group.value)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -224,9 +226,9 @@ def test_mistakes_are_one_line(changes: dict[str, Any], message: str) -> None:
     ],
 )
 def test_values(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=r"^[^\n]*$") as in_loraplus_group:
+    with pytest.raises(InputError, match=r"^[^\n]*$") as raised:
         options(**changes)
-    assert str(in_loraplus_group.value).startswith(message)
+    assert str(raised.value).startswith(message)
 
 
 class Own(nn.Linear):
@@ -247,7 +249,7 @@ def test_adapters_of_another_kind(changes: dict[str, Any]) -> None:
 
 
 def test_a_tied_head() -> None:
-    with pytest.raises(InputError, match="name embed_tokens in place of lm_head"):
+    with pytest.raises(InputError, match="use embed_tokens instead of lm_head"):
         prepare(tied(), options(lora_keys=("lm_head",)))
 
 
@@ -255,7 +257,7 @@ def test_a_tied_head() -> None:
     ("make", "changes", "message"),
     [
         (experts, {}, r"mlx-lm has none for .*mlp\.switch_mlp\.gate_proj.* \(experts\); name the others, --lora-keys .*q_proj"),
-        (quantized, {"lora_keys": ("embed_tokens",)}, r"model\.embed_tokens \(quantised embedding\); use --train-type lora"),
+        (quantized, {"lora_keys": ("embed_tokens",)}, r"model\.embed_tokens \(quantized embedding\); use --train-type lora"),
     ],
 )
 def test_where_there_is_no_dora(make: Any, changes: dict[str, Any], message: str) -> None:

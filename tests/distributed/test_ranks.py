@@ -5,6 +5,7 @@ Ranks are processes of this machine, on the CPU, that talk through MLX's ring ov
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -210,8 +211,9 @@ def test_the_loss_of_rank_0_is_told_by_another(tmp_path):
     processes[1].send_signal(signal.SIGTERM)  # as mlx.launch does
     _, (code, said) = ended(processes, 30)
     assert code == 1
-    (line,) = (line for line in said.splitlines() if not line.startswith("[ring]"))  # MLX may notice first
-    assert line.startswith("mlxlora: error: rank 1: ") and "another rank ended" in line
+    ours = re.findall(r"mlxlora: .*", said)  # threads of MLX print lines of their own, before ours or on the same line
+    assert len(ours) == 1 and re.match(r"mlxlora: error: rank 1: .*another rank ended", ours[0]), said
+    assert "Traceback" not in said
 
 
 def test_a_rank_that_is_not_heard_of_does_not_keep_the_others_waiting(tmp_path):
@@ -222,7 +224,7 @@ def test_a_rank_that_is_not_heard_of_does_not_keep_the_others_waiting(tmp_path):
     processes[1].kill()
     processes[1].communicate()
     assert code == 1
-    assert "not heard of for 2 s" in said
+    assert "timed out after 2 s" in said
     assert len(checkpoints(tmp_path / "run")) == 1
 
 
@@ -252,7 +254,7 @@ r, n = ranks.rank, ranks.size
 assert n == 2 and ranks.leads == (r == 0)
 assert ranks.totals(0.1, r) == [0.2, 1.0]
 assert [part.shape for part in ranks.gathered(np.full((2 * r, 2), np.nan))] == [(0, 2), (2, 2)]
-assert ranks.listed(["a"] * (r + 1)) == ["a", "a", "a"] and ranks.told(r) == 0
+assert ranks.listed(["a"] * (r + 1)) == ["a", "a", "a"] and ranks.of_rank0(r) == 0
 assert ranks.interleaved(np.arange(5)[r::2]).tolist() == [0, 1, 2, 3, 4]
 tree = {"b": mx.array([1.0, r]), "a": [mx.array(2, mx.int32), mx.ones((2, 2), mx.bfloat16)]}
 found = ranks.summed(tree if r else dict(reversed(tree.items())))
@@ -260,7 +262,7 @@ assert found["b"].tolist() == [2, 1] and found["a"][0].item() == 4 and found["a"
 assert ranks.from_first(mx.array([r + 7])).item() == 7
 mx.random.seed(1)
 before = mx.random.uniform().item()
-with ranks.chance():
+with ranks.own_rng():
     own = [mx.random.uniform().item() for _ in range(r + 1)][0]
 assert len(set(np.concatenate(ranks.gathered(np.array([own]))).tolist())) == 2
 after = mx.random.uniform().item()
@@ -279,11 +281,11 @@ except Exception as error:
     assert "rank 1 has other rows" in str(error)
 else:
     raise AssertionError
-from mlxlora import methods as recipes
+import mlxlora as ml
 from mlxlora.data import sources
 from mlxlora.config.options import DataOptions
 try:  # only rank 0 looks at the folder
-    recipes.run(None, None, None, sources.rows(DataOptions(data="rows.jsonl")), adapter_path="taken")
+    ml.run(None, None, None, sources.rows(DataOptions(data="rows.jsonl")), adapter_path="taken")
 except Exception as error:
     assert type(error).__name__ == ["InputError", "SharedError"][r] and "taken already holds a run" in str(error), error
 else:
@@ -309,7 +311,7 @@ def test_what_ranks_say_and_add_up(tmp_path):
 def test_one_process_adds_up_nothing():
     array = mx.array([1.0])
     assert ALONE.leads and ALONE.summed(array) is array and ALONE.from_first(array) is array
-    assert ALONE.totals(1, 2) == [1, 2] and ALONE.told("x") == "x" and ALONE.listed([1]) == [1]
+    assert ALONE.totals(1, 2) == [1, 2] and ALONE.of_rank0("x") == "x" and ALONE.listed([1]) == [1]
     rows = np.ones((2, 3))
     assert ALONE.interleaved(rows).tolist() == rows.tolist() and ALONE.gathered(rows)[0] is rows
     ALONE.check_same("rows", b"")

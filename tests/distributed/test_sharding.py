@@ -22,7 +22,7 @@ from mlxlora.adapters.files import check_arrays, save_arrays
 from mlxlora.config.options import AdapterOptions, Training
 from mlxlora.distributed.ranks import ALONE, Ranks
 from mlxlora.distributed.sharded_files import write_stored
-from mlxlora.distributed.sharding import cut, is_sharded, joined, length, shard
+from mlxlora.distributed.sharding import cut, is_sharded, shard, slice_length, unsliced
 from mlxlora.errors import InputError
 from mlxlora.starter import model_path
 from mlxlora.training.checkpoint import newest
@@ -115,7 +115,7 @@ from tests.support.tiny import dense
 from mlxlora.adapters.prepare import prepare
 from mlxlora.config.options import AdapterOptions, Training
 from mlxlora.distributed.ranks import current_ranks
-from mlxlora.training.optimizers import make_optimiser
+from mlxlora.training.optimizers import make_optimizer
 from mlxlora.models.grad_checkpoint import checkpointed
 from mlxlora.distributed.sharding import nbytes, shard
 from mlxlora.training.step import make_step
@@ -126,11 +126,11 @@ whole = sum(a.nbytes for _, a in tree_flatten(model.parameters()))
 ranks = shard(model, current_ranks())
 assert nbytes(model) == whole
 checkpointed(prepare(model, AdapterOptions(train_type="full", num_layers=-1)))
-optimiser = make_optimiser(Training(), 1)
-step = make_step(model, optimiser, sft(), ranks=ranks)
-held = sum(a.nbytes for _, a in tree_flatten([step.trained.masters, optimiser.state]))
-mx.eval(step.trained.masters, optimiser.state)
-step.trained.show()
+optimizer = make_optimizer(Training(), 1)
+step = make_step(model, optimizer, sft(), ranks=ranks)
+held = sum(a.nbytes for _, a in tree_flatten([step.trained.master_weights, optimizer.state]))
+mx.eval(step.trained.master_weights, optimizer.state)
+step.trained.push()
 mx.reset_peak_memory()
 start = mx.get_active_memory()
 out = model(mx.zeros((1, 4), mx.int32))
@@ -177,8 +177,8 @@ from mlxlora.adapters.files import read_arrays
 from mlxlora.training.checkpoint import Progress, initial, save_checkpoint
 from mlxlora.config.options import AdapterOptions, Training
 from mlxlora.distributed.ranks import current_ranks
-from mlxlora.training.rank_sync import led
-from mlxlora.training.optimizers import make_optimiser
+from mlxlora.training.rank_sync import on_rank0
+from mlxlora.training.optimizers import make_optimizer
 from mlxlora.distributed.sharding import shard
 
 ranks, options, model = current_ranks(), AdapterOptions(train_type="full", num_layers=-1), dense()
@@ -199,14 +199,14 @@ tell(lambda: shard(model, ranks))
 model = dense()
 ranks = shard(model, ranks)
 prepare(model, options)
-optimiser = make_optimiser(Training(), 1)
-initial(model, optimiser)
+optimizer = make_optimizer(Training(), 1)
+initial(model, optimizer)
 
 def save(limit, step):
     if ranks.leads:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     folder = Path(sys.argv[2])
-    led(ranks, model, lambda: save_checkpoint(folder, model, optimiser, Progress(step=step), options), optimiser)
+    on_rank0(ranks, model, lambda: save_checkpoint(folder, model, optimizer, Progress(step=step), options), optimizer)
 
 whole = resource.RLIM_INFINITY
 tell(lambda: save(whole, 1))
@@ -221,7 +221,7 @@ tell(lambda: save(whole, 2))
 def test_what_rank_0_cannot_do_ends_all_in_step(tmp_path):
     """A model that does not call its blocks, and a disk that is full in the middle of arrays of which every rank has slices."""
     first, second = (said.splitlines() for said in run_ranks(tmp_path, FAILS, tmp_path))
-    refused = "--fully-shard: this model reads parameters of a block without calling it; leave the flag out ("
+    refused = "--fully-shard: this model reads parameters of a block without calling it; omit the flag ("
     assert first[0].startswith(f"InputError {refused}") and second[0].startswith(f"SharedError {refused}")
     assert [line.split()[0] for line in first[1:]] == ["OSError"] * 3
     assert second[1:] == ["LostError rank 0 could not read or write its files"] * 3
@@ -236,8 +236,8 @@ def test_what_rank_0_cannot_do_ends_all_in_step(tmp_path):
 def test_slices_together_are_the_parameter(shape, size):
     whole = mx.random.normal(shape)
     slices = [cut(whole, Ranks(rank, size)) for rank in range(size)]
-    assert {s.shape for s in slices} == {(length(shape, Ranks(size=size)), *[1] * len(shape))}
-    (again,) = joined(mx.stack([s.reshape(-1) for s in slices]), [shape])
+    assert {s.shape for s in slices} == {(slice_length(shape, Ranks(size=size)), *[1] * len(shape))}
+    (again,) = unsliced(mx.stack([s.reshape(-1) for s in slices]), [shape])
     assert again.shape == shape and mx.array_equal(again, whole)
 
 
@@ -298,12 +298,12 @@ def test_a_module_of_two_blocks_is_refused():
     model = dense()
     first, second = model.layers
     second.mlp = first.mlp
-    with pytest.raises(InputError, match=r"--fully-shard: model\.layers\.[01]\.mlp\.\w+ is in several blocks.*leave the flag out"):
+    with pytest.raises(InputError, match=r"--fully-shard: model\.layers\.[01]\.mlp\.\w+ is in several blocks.*omit the flag"):
         shard(model, Ranks(size=2))
 
 
 def test_quantized_weights_are_refused():
-    with pytest.raises(InputError, match="not quantised"):
+    with pytest.raises(InputError, match="not quantized"):
         shard(quantized(), Ranks(size=2))
 
 

@@ -13,9 +13,9 @@ from mlx_lm import convert
 from mlx_lm import load as load_with_mlx_lm
 
 from mlxlora import methods as recipes
-from mlxlora.adapters.files import read_config
+from mlxlora.adapters.files import read_adapter_config
 from mlxlora.adapters.fuse import merged
-from mlxlora.adapters.lora import adapted, base_of_adapter, update_of
+from mlxlora.adapters.lora import adapters_of, base_of_adapter, update_of
 from mlxlora.adapters.prepare import disabled, prepare
 from mlxlora.config.options import AdapterOptions, DPOOptions, ModelOptions, Training
 from mlxlora.data.batching import collate
@@ -23,7 +23,7 @@ from mlxlora.errors import InputError
 from mlxlora.models.initialize import init_model
 from mlxlora.models.logprobs import scorer
 from mlxlora.models.modes import computing, evaluating
-from mlxlora.models.quantize import QUANTIZATIONS, quantize
+from mlxlora.models.quantize import QUANTIZATIONS, quantize_as
 from mlxlora.objectives.objective import Objective
 from mlxlora.objectives.preference import dpo, orpo
 from mlxlora.objectives.supervised import sft
@@ -89,8 +89,8 @@ def test_what_is_left_says_so(mlxlora: Any, model_folder: Path, data: Path, tmp_
     """Without --model the base is as it was trained on; with it, as it says."""
     adapters = tmp_path / "adapters"
     run(adapters, model_folder, data, quantize="4")
-    assert read_config(adapters)["quantize"] == "4"
-    assert "quantised to 4 bits as it was loaded (`--quantize 4`)" in (adapters / "README.md").read_text()
+    assert read_adapter_config(adapters)["quantize"] == "4"
+    assert "quantized to 4 bits as it was loaded (`--quantize 4`)" in (adapters / "README.md").read_text()
     assert recipes.base_of(ModelOptions(), adapters) == ModelOptions(model=str(model_folder), quantize="4")
     assert recipes.base_of(ModelOptions(model="other"), adapters) == ModelOptions(model="other")
     model, *_ = load_with_mlx_lm(str(model_folder), adapter_path=str(adapters))
@@ -121,13 +121,15 @@ def test_the_model_is_never_whole_in_memory(tmp_path: Path) -> None:
 def test_references_of_both_are_kept_apart(model_folder: Path) -> None:
     plain, small = (recipes._reference(ModelOptions(model=str(model_folder), quantize=form), DPOOptions()) for form in (None, "4"))  # type: ignore[arg-type]
     assert plain["reference_cache"] != small["reference_cache"]
-    other = [recipes._reference(ModelOptions(model="x", quantize=form), DPOOptions(reference_model_path="y")) for form in (None, "4")]  # type: ignore[arg-type]
+    other = [
+        recipes._reference(ModelOptions(model="x", quantize=form), DPOOptions(reference_model_path="y")) for form in (None, "4")
+    ]  # type: ignore[arg-type]
     assert other[0]["reference_cache"] == other[1]["reference_cache"], "another model is loaded as it is"
 
 
 def test_what_cannot_be_quantized(model_folder: Path, tmp_path: Path) -> None:
     convert(str(model_folder), str(tmp_path / "converted"), quantize=True, q_bits=8)
-    with pytest.raises(InputError, match=r"--quantize 4: the model is quantised already \(8 bits\); leave --quantize out"):
+    with pytest.raises(InputError, match=r"--quantize 4: the model is quantized already \(8 bits\); leave --quantize out"):
         recipes.load(ModelOptions(model=str(tmp_path / "converted"), quantize="4"))
     with pytest.raises(InputError, match="--quantize must be one of 4, 6, 8, mxfp4, got '5'"):
         ModelOptions(model="x", quantize="5")  # type: ignore[arg-type]
@@ -163,7 +165,7 @@ def test_the_model_computes_as_it_will(make: Any, changes: dict[str, Any], form:
     assert same(snapshot(model.parameters()), before) and mx.array_equal(model(TOKENS), exact)
     plain = make()
     plain.load_weights([(name, array) for name, array in weights(fused(model)).items()])
-    whole, _ = quantize(plain, {}, form)
+    whole, _ = quantize_as(plain, {}, form)
     error = mx.abs(logits - whole(TOKENS)).max().item()
     assert error < 1e-3 * mx.abs(exact).max().item() < mx.abs(logits - exact).max().item() or (form in ("6", "8") and error < 5e-3)
 
@@ -171,7 +173,7 @@ def test_the_model_computes_as_it_will(make: Any, changes: dict[str, Any], form:
 def fused(model: nn.Module) -> nn.Module:
     """W + ΔW; PiSSA's start is taken away from W."""
     bases = []
-    for path, m in adapted(model).items():
+    for path, m in adapters_of(model).items():
         base = base_of_adapter(m)
         base.weight = base.weight + update_of(m)
         bases.append((path, base))
@@ -224,7 +226,7 @@ def _quantized_loss(objective: Objective, kind: str, form: str | None) -> float:
 @pytest.mark.parametrize(
     ("make", "changes", "message"),
     [
-        (quantized, {}, "--qat 4: the model is quantised; leave --quantize out or give one that is not"),
+        (quantized, {}, "--qat 4: the model is quantized; omit --quantize or use a model that is not"),
         (dense, {"train_type": "dora"}, "--qat 4 goes with --train-type lora or full"),
     ],
 )

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import yaml
 
-from mlxlora.config import config_file as settings
+from mlxlora.config.method_options import dump
 from mlxlora.config.options import AdapterOptions, DataOptions, ModelOptions, Output, Training
-from mlxlora.reporting.card import METHODS, Card, card, portable, write_card
+from mlxlora.methods import METHODS, method_info
+from mlxlora.reporting.card import Card, card, portable, write_card
 from mlxlora.reporting.history import Record, method_of
 
 METRICS = [
@@ -22,18 +23,22 @@ METRICS = [
 
 def config(method: str = "sft", model: str = "org/base", **options: Any) -> dict[str, Any]:
     groups = (
+        *(kind() for kind in METHODS[method].kinds.kinds()),
         ModelOptions(model=model),
         DataOptions(data="/home/me/secret/rows.jsonl", mask_prompt=True),
         AdapterOptions(lora_keys=("self_attn.q_proj",), **options),
         Training(iters=20),
         Output(adapter_path="/home/me/adapters"),
-        METHODS[method](),
     )
-    return settings.dump(*groups) | {"method": method}
+    return dump(*groups) | {"method": method}
+
+
+def text_of(config: dict[str, Any], metrics: list[dict[str, Any]], rows: dict[str, int] | None = None) -> str:
+    return card(Record("run", config, metrics), method_info(config), rows)
 
 
 def test_what_it_says() -> None:
-    text = card(config(), METRICS, {"train": 600, "valid": 100, "test": 0})
+    text = text_of(config(), METRICS, {"train": 600, "valid": 100, "test": 0})
     _, front, body = text.split("---\n", 2)
     fields = yaml.safe_load(front)
     (results,) = fields.pop("model-index")
@@ -65,7 +70,7 @@ def test_what_it_says() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_methods(method: str) -> None:
     assert method_of(config(method)) == method
-    assert f"- {method}\n" in card(config(method), [])
+    assert f"- {method}\n" in text_of(config(method), [])
 
 
 def test_a_run_says_what_it_is() -> None:
@@ -75,7 +80,7 @@ def test_a_run_says_what_it_is() -> None:
 
 def test_a_stopped_run_says_so(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config()), encoding="utf-8")
-    report = Card(tmp_path, {"train": 7})
+    report = Card(tmp_path, {"train": 7}, method_info(config()))
     report.finish({"stopped": "after step 3"})
     assert "on rows.jsonl (7 rows). The run was stopped after step 3." in (tmp_path / "README.md").read_text(encoding="utf-8")
     report.finish({"steps": 20})
@@ -83,33 +88,33 @@ def test_a_stopped_run_says_so(tmp_path: Path) -> None:
 
 
 def test_the_hub_gets_the_best_validation_where_there_is_no_test() -> None:
-    front = card(config(), [*METRICS[:-1], {"step": 25, "split": "valid", "loss": None}]).split("---\n", 2)[1]
+    front = text_of(config(), [*METRICS[:-1], {"step": 25, "split": "valid", "loss": None}]).split("---\n", 2)[1]
     (result,) = yaml.safe_load(front)["model-index"][0]["results"]
     assert result["dataset"]["split"] == "valid" and result["metrics"][0] == {"type": "loss", "value": 1.0}
-    assert "model-index" not in card(config(), METRICS[1:2]), "a training loss is no result"
+    assert "model-index" not in text_of(config(), METRICS[1:2]), "a training loss is no result"
 
 
 def test_other_runs() -> None:
-    full = card(config(train_type="full"), [])
+    full = text_of(config(train_type="full"), [])
     assert "# Weights for org/base" in full and "base_model_relation: finetune" in full and "## Metrics" not in full
-    assert "DoRA adapters, trained" in card(config(train_type="dora"), METRICS[1:2])
-    assert "| loss | 1.5 |" in card(config(), METRICS[1:2])
-    local = card(config(model="/home/me/models/tiny"), [])
+    assert "DoRA adapters, trained" in text_of(config(train_type="dora"), METRICS[1:2])
+    assert "| loss | 1.5 |" in text_of(config(), METRICS[1:2])
+    local = text_of(config(model="/home/me/models/tiny"), [])
     assert "# LoRA adapters for tiny" in local and "base_model:" not in local
-    assert "a custom objective" in card({"model": None, "data": None}, [])
+    assert "a custom objective" in text_of({"model": None, "data": None}, [])
 
 
 def test_a_pipe_does_not_break_the_table() -> None:
-    assert "| `mine.py:a\\|b` |" in card(config() | {"objective": "mine.py:a|b"}, [])
+    assert "| `mine.py:a\\|b` |" in text_of(config() | {"objective": "mine.py:a|b"}, [])
 
 
 def test_a_card_of_a_persons_own_is_kept(tmp_path: Path) -> None:
-    write_card(tmp_path, Record("run", config(), METRICS))
+    write_card(tmp_path, text_of(config(), METRICS))
     file = tmp_path / "README.md"
-    write_card(tmp_path, Record("run", config(train_type="dora"), METRICS))
+    write_card(tmp_path, text_of(config(train_type="dora"), METRICS))
     assert "DoRA" in file.read_text()
     file.write_text("# My project\n")
-    write_card(tmp_path, Record("run", config(), METRICS))
+    write_card(tmp_path, text_of(config(), METRICS))
     assert file.read_text() == "# My project\n" and list(tmp_path.iterdir()) == [file]
 
 

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxlora import methods as recipes
+import mlxlora as ml
 from mlxlora import starter
 from mlxlora.reporting.history import Record, compact, curves, differing, outcome, past_run, read_record
-from mlxlora.reporting.html import Page, comparison_page, reached, run_page
+from mlxlora.reporting.html import Page, PageParts, comparison_page, reached, run_page
 from mlxlora.reporting.plot import Plot
 from mlxlora.reporting.reporter import MetricsFile, numbers
 from mlxlora.reporting.svg import Line, chart, thinned, ticks
@@ -63,7 +63,7 @@ def record(name="run", steps=3, **config):
 
 def test_a_run_leaves_its_page(tmp_path, eager):
     folder = tmp_path / "adapters"
-    results = recipes.sft(**OPTIONS, adapter_path=str(folder))
+    results = ml.sft(**OPTIONS, adapter_path=str(folder))
     text = (folder / "report.html").read_text(encoding="utf-8")
     tags = check(text)
     charts = [attrs["aria-label"] for tag, attrs in tags.seen if tag == "svg"]
@@ -83,7 +83,7 @@ def test_a_stopped_run_leaves_its_page(tmp_path, eager, monkeypatch):
 
     monkeypatch.setattr("mlxlora.reporting.terminal.Terminal.progress", stop)
     with pytest.raises(KeyboardInterrupt):
-        recipes.sft(**OPTIONS, adapter_path=str(tmp_path / "adapters"))
+        ml.sft(**OPTIONS, adapter_path=str(tmp_path / "adapters"))
     text = (tmp_path / "adapters" / "report.html").read_text()
     check(text)
     assert "Stopped after step 3" in text
@@ -91,8 +91,8 @@ def test_a_stopped_run_leaves_its_page(tmp_path, eager, monkeypatch):
 
 
 def test_a_resumed_run_is_shown_whole(tmp_path, eager):
-    recipes.sft(**OPTIONS, adapter_path=str(tmp_path))
-    recipes.sft(**OPTIONS | {"iters": 6}, adapter_path=str(tmp_path), resume=True)
+    ml.sft(**OPTIONS, adapter_path=str(tmp_path))
+    ml.sft(**OPTIONS | {"iters": 6}, adapter_path=str(tmp_path), resume=True)
     found = read_record(tmp_path).curves()["loss"]["train"]
     assert [step for step, _ in found] == [2, 4, 6]
     assert "train, step 2: " in (tmp_path / "report.html").read_text()
@@ -101,8 +101,8 @@ def test_a_resumed_run_is_shown_whole(tmp_path, eager):
 def test_answers_at_the_validations_between(tmp_path, eager, capsys):
     """As samples; those of the first and the last step are the answers before and after."""
     options = OPTIONS | {"iters": 6, "steps_per_eval": 2, "answers": 2}
-    recipes.sft(**options, adapter_path=str(tmp_path / "asked"))
-    recipes.sft(**options | {"answers": 0}, adapter_path=str(tmp_path / "not"))
+    ml.sft(**options, adapter_path=str(tmp_path / "asked"))
+    ml.sft(**options | {"answers": 0}, adapter_path=str(tmp_path / "not"))
     samples = read_record(tmp_path / "asked").samples
     assert [(row["step"], row["prompt"]) for row in samples] == [(s, p) for s in (2, 4) for p in ("add 5 and 3.", "add 21 and 34.")]
     assert all(row["completion"] and row["expected"] and "reward" not in row for row in samples)
@@ -119,14 +119,14 @@ def test_a_model_that_does_not_generate_is_asked_no_more(tmp_path, eager, capsys
         raise ValueError("no cache")
 
     monkeypatch.setattr("mlxlora.training.answers.generate", fails)
-    recipes.sft(**OPTIONS | {"steps_per_eval": 2}, adapter_path=str(tmp_path))
+    ml.sft(**OPTIONS | {"steps_per_eval": 2}, adapter_path=str(tmp_path))
     assert capsys.readouterr().out.count("this model does not generate (no cache)") == 1
     assert "Before and after" not in (tmp_path / "report.html").read_text()
 
 
 def test_no_answers(tmp_path, eager, monkeypatch):
     monkeypatch.setattr("mlx_lm.generate", None)
-    recipes.sft(**OPTIONS, answers=0, adapter_path=str(tmp_path))
+    ml.sft(**OPTIONS, answers=0, adapter_path=str(tmp_path))
     assert "Before and after" not in (tmp_path / "report.html").read_text()
 
 
@@ -139,7 +139,7 @@ def test_the_datas_markup_is_text():
     bad = "<script>alert(1)</script>&\"'"
     samples = [{"step": 1, "prompt": [{"role": "user", "content": bad}], "completion": bad, "reward": None}]
     found = Record(bad, {"model": bad, "data": bad}, [{"step": 1, "split": "train", "loss": 1.0, bad: 1.0}], samples)
-    check(run_page(found, {bad: bad}, [{"prompt": bad, "before": bad, "after": bad}], {bad: bad}))
+    check(run_page(found, more=PageParts({bad: bad}, [{"prompt": bad, "before": bad, "after": bad}], {bad: bad})))
     check(comparison_page([found, Record(bad + "2", {"model": "m"}, found.metrics)]))
 
 
@@ -291,7 +291,7 @@ def test_answers_are_of_prompts_as_a_person_reads_them(tmp_path, eager, capsys):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = OPTIONS | {"data": str(tmp_path), "batch_size": 2, "mask_prompt": False, "answers": 3}
     keys = {"prompt_key": "question", "completion_key": "answered"}
-    recipes.sft(**options, **keys, use_chat_template=True, adapter_path=str(tmp_path / "adapters"))
+    ml.sft(**options, **keys, use_chat_template=True, adapter_path=str(tmp_path / "adapters"))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ", 1)[1].strip() for line in lines if line.startswith(("prompt", "expected"))] == [
         *("add 2 and 2.", "4"),

@@ -6,7 +6,7 @@ import types
 import pytest
 import yaml
 
-from mlxlora import methods as recipes
+import mlxlora as ml
 from mlxlora import starter
 from mlxlora.reporting.trackers import Tracker
 
@@ -70,7 +70,7 @@ def installed(monkeypatch):
 def test_hosted(name, installed, tmp_path, eager, monkeypatch):
     module = installed(name)
     monkeypatch.setenv(f"{name.upper()}_PROJECT", "mine")
-    recipes.sft(**OPTIONS, report_to=(name,), adapter_path=str(tmp_path / "run-7"))
+    ml.sft(**OPTIONS, report_to=(name,), adapter_path=str(tmp_path / "run-7"))
     (_, _, begun), *logged, (last, _, _) = module.calls
     assert begun["project"] == "mine" and "run-7" in begun.values() and last == "finish"
     assert begun["config"] == yaml.safe_load((tmp_path / "run-7" / "config.yaml").read_text())
@@ -82,7 +82,7 @@ def test_hosted(name, installed, tmp_path, eager, monkeypatch):
 def test_tensorboard(installed, tmp_path, eager, monkeypatch):
     module = installed("tensorboardX")
     module.SummaryWriter = Writer
-    recipes.sft(**OPTIONS, report_to=("tensorboard",), adapter_path=str(tmp_path))
+    ml.sft(**OPTIONS, report_to=("tensorboard",), adapter_path=str(tmp_path))
     writer = Writer.last
     assert writer.folder == str(tmp_path / "tensorboard") and writer.closed and "iters: 4" in writer.texts["configuration"]
     assert {(name, step) for name, _, step in writer.scalars} >= {("train/loss", 2), ("valid/loss", 0), ("valid/loss", 4)}
@@ -91,7 +91,7 @@ def test_tensorboard(installed, tmp_path, eager, monkeypatch):
 @pytest.mark.parametrize("fails", ["init", "log", "finish"])
 def test_a_failure_is_one_warning(fails, installed, tmp_path, eager, capsys):
     module, other = installed("wandb", fails=fails), installed("trackio")
-    results = recipes.sft(**OPTIONS, report_to=("wandb", "trackio"), adapter_path=str(tmp_path))
+    results = ml.sft(**OPTIONS, report_to=("wandb", "trackio"), adapter_path=str(tmp_path))
     out = capsys.readouterr().out
     assert results["steps"] == 4 and out.count("--report-to wandb") == 1
     assert "warning: --report-to wandb: no network; mlxlora sends nothing more to it" in out
@@ -121,7 +121,7 @@ def test_what_is_no_number_is_not_sent(installed, tmp_path):
 @pytest.mark.parametrize(("name", "package"), [(n, n) for n in HOSTED] + [("tensorboard", "tensorboardX")])
 def test_a_missing_package_is_told_before_anything_is_loaded(name, package, tmp_path, mlxlora, monkeypatch):
     monkeypatch.setattr("mlxlora.training.startup.find_spec", lambda _: None)
-    monkeypatch.setattr("mlxlora.data.sources.read", None)
+    monkeypatch.setattr("mlxlora.data.sources.load_rows", None)
     done = mlxlora("sft", "--report-to", name, "--adapter-path", tmp_path / "a")
     assert done.code == 2
     assert done.err == f"mlxlora: error: --report-to {name} needs {package}: pip install 'mlxlora[{name}]'\n"
@@ -134,5 +134,5 @@ def test_an_unknown_tracker(mlxlora):
 
 def test_a_dry_run_tells_no_tracker(installed, tmp_path, eager):
     module = installed("wandb")
-    recipes.sft(**OPTIONS, report_to=("wandb",), dry_run=True, adapter_path=str(tmp_path / "a"))
+    ml.sft(**OPTIONS, report_to=("wandb",), dry_run=True, adapter_path=str(tmp_path / "a"))
     assert not module.calls and not (tmp_path / "a").exists()

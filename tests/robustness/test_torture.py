@@ -13,7 +13,7 @@ import mlx.optimizers as optim
 import orjson
 import pytest
 
-from mlxlora.adapters.files import read_arrays, read_config, save
+from mlxlora.adapters.files import read_arrays, read_adapter_config, save
 from mlxlora.adapters.prepare import attach, load_weights, prepare
 from mlxlora.config.options import AdapterOptions
 from mlxlora.errors import InputError, RunError
@@ -162,7 +162,7 @@ def test_mlx_opens_files_itself(model, tmp_path, monkeypatch):
 def test_another_configuration_beside_the_adapters_is_named(model, tmp_path, capsys):
     save(model, tmp_path, SMALL)
     file = tmp_path / "adapter_config.json"
-    config = read_config(tmp_path)
+    config = read_adapter_config(tmp_path)
     for changed, told in (
         (config, False),
         (config | {"model": "elsewhere"}, False),
