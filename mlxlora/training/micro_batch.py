@@ -3,7 +3,7 @@
 The memory that a batch needs is estimated from the model's layers before the first step, and measured from then on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -12,9 +12,11 @@ import numpy as np
 from attrs import define, field
 
 from ..batch import Batch
+from ..config.options import Training
 from ..data.batching import MicroBatch, target_size
 from ..data.shape_buckets import Signatures
 from ..distributed.sharding import shape_of
+from ..errors import InputError
 from ..models.modes import usual_dtype
 from ..utils.integers import ceil_div
 
@@ -100,6 +102,32 @@ def _filled(values: np.ndarray, filler: int, value: int = 0) -> mx.array:
 # --- how many -------------------------------------------------------------------------------------
 
 
+def fixed_size(training: Training, comparing: Collection[str]) -> int:
+    """The groups of a micro-batch that `--micro-batch` fixes; 0: as many as fit.
+
+    Args:
+        training: the options.
+        comparing: names of terms that compare the rows of a batch.
+
+    Raises:
+        InputError: batches have more groups, and there are such terms.
+    """
+    rows = 0 if training.micro_batch == "auto" else int(training.micro_batch)
+    check_undivided(comparing, rows, training.batch_size)
+    return rows
+
+
+def check_undivided(comparing: Collection[str], rows: int, groups: int) -> None:
+    """Refuses to divide a batch of `groups` into micro-batches of `rows` where terms compare its rows.
+
+    Raises:
+        InputError: it would be divided.
+    """
+    if comparing and 0 < rows < groups:
+        remedy = f"use auto, which keeps batches whole here, or at least {groups}"
+        raise InputError(f"--micro-batch {rows}: {', '.join(comparing)} compares the {groups} rows of a batch; {remedy}")
+
+
 @define
 class BatchDivider:
     """Divides micro-batches that would exceed the memory limit.
@@ -108,6 +136,7 @@ class BatchDivider:
         limit: bytes that MLX may hold.
         cost: bytes that a step adds for each position; an estimate until a step has been measured.
         rows: groups in a micro-batch; 0 = as many as fit.
+        comparing: names of terms that compare the rows of a batch; if there are any, no batch is divided.
         largest: the most positions that stayed within the limit.
         peak: the most bytes held at any time.
         shapes: the shapes of the parts, so that few are compiled.
@@ -116,13 +145,18 @@ class BatchDivider:
     limit: int
     cost: float
     rows: int = 0
+    comparing: tuple[str, ...] = ()
     largest: int = 0
     peak: int = 0
     shapes: Signatures = field(factory=Signatures)
     _measuring: int = field(default=0, init=False)
 
     def __call__(self, micros: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """The micro-batches; those that would not fit are divided."""
+        """The micro-batches; those that would not fit are divided.
+
+        Raises:
+            InputError: `rows` would divide a batch whose rows are compared.
+        """
         found = [part for micro in micros for part in self._divided(micro)]
         size = max(position_count(micro.batch) for micro in found)
         self._measuring = size if size > self.largest else 0
@@ -154,6 +188,9 @@ class BatchDivider:
 
     def _parts(self, micro: MicroBatch) -> int:
         groups = len(micro.groups)
+        if self.comparing:
+            check_undivided(self.comparing, self.rows, groups)
+            return 1
         if self.rows:
             return ceil_div(groups, self.rows)
         each = position_count(micro.batch) / max(groups, 1)

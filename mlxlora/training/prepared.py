@@ -23,11 +23,12 @@ from ..models.logprobs import Scorer, scorer
 from ..models.modes import freeze
 from ..models.neftune import noisy
 from ..models.row_layouts import layout_obstacle, packed_layout, pays, use_windows
+from ..objectives.cross_row import compares_rows
 from ..reporting.reporter import Reporter
 from ..utils.device import limit_memory
 from .evaluate import Evaluate, make_evaluate, mean_measures
 from .inputs import Run, RunOptions
-from .micro_batch import BatchDivider, cost_of_position
+from .micro_batch import BatchDivider, cost_of_position, fixed_size
 from .optimizers import make_optimizer
 from .rank_sync import check_ranks
 from .reference import referenced, with_reference
@@ -72,9 +73,9 @@ def prepare_run(run: Run, reporter: Reporter, only: Mapping[str, Sequence[int]] 
     training, ranks = run.options.training, run.ranks
     schedule = Schedule(run.source, run.splits, training)
     _check_splits(schedule, run.options)
-    check_ranks(
-        ranks, run.objective, (e for split in run.splits.values() for item in split.items for e in run.source.examples(item))
-    )
+    comparing = compares_rows(run.objective)
+    check_ranks(ranks, comparing, (e for split in run.splits.values() for item in split.items for e in run.source.examples(item)))
+    rows = fixed_size(training, comparing)
     if training.fully_shard:
         ranks = shard(run.model, ranks)
     limit, saved = limit_memory(training.memory_limit), _saved_by_sharing(schedule, ranks)
@@ -89,9 +90,9 @@ def prepare_run(run: Run, reporter: Reporter, only: Mapping[str, Sequence[int]] 
         cost = cost_of_position(run.model, recomputed=_recomputes(training.grad_checkpoint, ranks))
     if score.split is None:
         reporter.note("this model cannot be split into backbone and head: the logits of all tokens are computed", warning=True)
-    rows = 0 if training.micro_batch == "auto" else int(training.micro_batch)
     train, valid = (_maker(run, schedule, share, ranks, validation=validation) for validation in (False, True))
-    return Prepared(schedule, score, BatchDivider(limit, cost, rows), make_optimizer(training, schedule.steps), train, valid, ranks)
+    divider = BatchDivider(limit, cost, rows, comparing=tuple(comparing))
+    return Prepared(schedule, score, divider, make_optimizer(training, schedule.steps), train, valid, ranks)
 
 
 def compiled(run: Run, prepared: Prepared) -> tuple[Step, Evaluate]:

@@ -1,7 +1,7 @@
 """Checks before the first step that the ranks of a run may train together, and gives them one state."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,14 +9,12 @@ import mlx.nn as nn
 from attrs import asdict
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..adapters.files import CONFIG, check_arrays, check_settings, own_arrays, put_arrays, read_arrays, read_adapter_config
+from ..adapters.files import CONFIG, check_arrays, check_settings, own_arrays, put_arrays, read_adapter_config, read_arrays
 from ..adapters.prepare import load_weights
 from ..data.tokenize import Example
 from ..distributed.ranks import Ranks
 from ..distributed.sharded_files import Sliced, stored
 from ..errors import InputError, LostError, SharedError
-from ..objectives.cross_row import compares_rows
-from ..objectives.objective import Objective
 from ..utils.rng import random_key, restore_random_key
 from .checkpoint import FOLDER, Progress, at_best, initial
 from .optimizers import put_state
@@ -26,7 +24,7 @@ from .trainable import stored_state
 _Result = TypeVar("_Result")
 
 
-def check_ranks(ranks: Ranks, objective: Objective, examples: Iterable[Example]) -> None:
+def check_ranks(ranks: Ranks, comparing: Sequence[str], examples: Iterable[Example]) -> None:
     """Checks that every rank has the same rows, and that no term of the objective compares rows.
 
     Raises:
@@ -35,10 +33,10 @@ def check_ranks(ranks: Ranks, objective: Objective, examples: Iterable[Example])
     """
     if ranks.size == 1:
         return
-    if names := compares_rows(objective):
+    if comparing:
         remedy = "use one process, or another loss (for bnpo dapo, which is the same with one batch a step)"
         refused = InputError if ranks.leads else SharedError
-        raise refused(f"{', '.join(names)}: this term compares the rows of a batch, which {ranks.size} ranks share; {remedy}")
+        raise refused(f"{', '.join(comparing)}: this term compares the rows of a batch, which {ranks.size} ranks share; {remedy}")
     digest = hashlib.sha256()
     for example in examples:
         digest.update(example.tokens.tobytes() + b"|" + example.loss_mask.tobytes())
