@@ -81,7 +81,7 @@ def look(method: str, tokenizer: Any, data: RowOptions, *, nll_on_prompt: bool =
     """
     source, parse = _READ[method](data, nll_on_prompt)
     whole, _ = _READ[method](attrs.evolve(data, max_seq_length=sys.maxsize), nll_on_prompt)
-    rows, lengths = sources.read(source.data, 0), []
+    rows, lengths = sources.load_rows(source.data, 0), []
 
     def prepare(row: Row, _: Any) -> Any:
         """The item of a row, its whole length put down; only what is too long is read twice."""
@@ -354,7 +354,7 @@ def run(
         with ranks.together():
             if ranks.leads:
                 held.enter_context(claimed(files, None))
-            rows = sources.read(source.data, training.seed)
+            rows = sources.load_rows(source.data, training.seed)
         groups = {type(group): group for group in (Method(None), ModelOptions(), source.data, adapter, training, files)}
         return _run(model, tokenizer, objective, source, rows, groups)
 
@@ -368,7 +368,7 @@ def evaluate_split(
         InputError: no such split, model or adapters.
     """
     base = base_of(model_options, adapter_path) if adapter_path else model_options
-    source, rows = sources.rows(data_options), sources.read(data_options, seed)
+    source, rows = sources.rows(data_options), sources.load_rows(data_options, seed)
     if not rows.get(split):
         raise InputError(f"{data_options.data}: no {split} split; found {', '.join(k for k in rows if rows[k])}")
     model, tokenizer = load(base, adapter_path)
@@ -405,7 +405,7 @@ def _load_and_run(
         with ranks.together():
             if ranks.leads:
                 held.enter_context(claimed(groups[Output], method))
-            rows = sources.read(source.data, groups[Training].seed)
+            rows = sources.load_rows(source.data, groups[Training].seed)
             model, tokenizer, _ = load_with_config(groups[ModelOptions], lazy=groups[Training].fully_shard)
             layers_to_train(model, groups[AdapterOptions])  # before the rows are tokenised
         return _run(model, tokenizer, objective, source, rows, {Method: Method(method), **groups}, **fields or {})

@@ -409,7 +409,7 @@ def test_the_data_set_of_the_published_file(monkeypatch, tmp_path):
     import sys
     import types
 
-    from mlxlora.data.sources import read as read_rows
+    from mlxlora.data.sources import load_rows as read_rows
 
     fake = types.ModuleType("datasets")
     fake.load_dataset = lambda name, split: [{"text": name, "summary": split}]
