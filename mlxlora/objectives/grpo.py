@@ -6,6 +6,7 @@ from typing import Any
 
 from ..errors import choose
 from .objective import NOTHING, Objective, Reduction, batch_mean, fixed_length, sequence_mean, sequence_sum, token_mean
+from .signature import also_takes
 from .surrogates import (
     Ratio,
     cispo_surrogate,
@@ -69,6 +70,7 @@ def policy_losses(
     }
 
 
+@also_takes(policy_losses)
 def grpo(
     *,
     loss_type: str = "grpo",
@@ -109,26 +111,31 @@ def grpo(
     )
 
 
+@also_takes(grpo, but=("importance_level",))
 def gspo(*, epsilon: float = 3e-4, epsilon_high: float = 4e-4, beta: float = 0.0, **options: Any) -> Objective:
     """One clipped ratio per completion (Zheng et al., 2025, https://arxiv.org/abs/2507.18071)."""
     return grpo(importance_level="sequence", epsilon=epsilon, epsilon_high=epsilon_high, beta=beta, **options)
 
 
+@also_takes(grpo, but=("loss_type",))
 def dr_grpo(*, beta: float = 0.0, **options: Any) -> Objective:
     """Sums over a constant length; advantages must not be divided by their std (Liu et al., 2025, 2503.20783)."""
     return grpo(loss_type="dr_grpo", beta=beta, **options)
 
 
+@also_takes(grpo, but=("loss_type",))
 def dapo(*, epsilon_high: float = 0.28, beta: float = 0.0, **options: Any) -> Objective:
     """Token mean over the step, clip-higher, no KL (Yu et al., 2025, https://arxiv.org/abs/2503.14476)."""
     return grpo(loss_type="dapo", epsilon_high=epsilon_high, beta=beta, **options)
 
 
+@also_takes(grpo, but=("loss_type",))
 def cispo(*, beta: float = 0.0, **options: Any) -> Objective:
     """The clipped ratio is a weight, so that no token loses its gradient (MiniMax, 2025, https://arxiv.org/abs/2506.13585)."""
     return grpo(loss_type="cispo", beta=beta, **options)
 
 
+@also_takes(grpo, but=("loss_type",))
 def rloo(*, beta: float = 0.05, **options: Any) -> Objective:
     """-A·log π(y), the mean over completions of sums over tokens: REINFORCE (Williams, 1992).
 

@@ -22,6 +22,7 @@ from .scores import (
     sum_logps,
     transformed,
 )
+from .signature import also_takes
 from .terms import (
     confidence,
     exploration,
@@ -78,6 +79,7 @@ def dpo_losses(
     }
 
 
+@also_takes(dpo_losses)
 def dpo(
     *,
     loss_type: str = "sigmoid",
@@ -115,6 +117,7 @@ def dpo(
     return mixture(loss_type, [*pairs, "nll"], loss) + rewards(cut(log_ratio), beta=beta) + pair_logps(cut(sum_logps))
 
 
+@also_takes(dpo)
 def xpo(*, alpha: float = 1e-5, beta: float = 0.1, **options: Any) -> Objective:
     """DPO + α·log π(y~) of what the reference sampled, the mean over pairs.
 
@@ -171,6 +174,7 @@ def cpo(
     )
 
 
+@also_takes(cpo, but=("loss_type",))
 def simpo(*, beta: float = 2.0, gamma: float = 1.0, alpha: float = 0.0, **options: Any) -> Objective:
     """-log σ(β(mean log π_c - mean log π_r) - γ) (Meng et al., 2024, https://arxiv.org/abs/2405.14734, eq. 6)."""
     return cpo(loss_type="simpo", beta=beta, gamma=gamma, alpha=alpha, **options)

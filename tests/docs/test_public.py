@@ -20,8 +20,9 @@ PURE = (
         "objectives.mixture",
         "objectives.links",
         "objectives.quantity",
+        "objectives.signature",
         "objectives.cross_row",
-        "config.config_file",
+        "config.method_options", "config.values",
     ),
     *("data.messages", "data.chat_template", "data.formats", "data.rows", "data.batching", "reporting.text", "errors"),
 )

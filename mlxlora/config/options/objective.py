@@ -41,6 +41,7 @@ class _NoisyLabels(ObjectiveOptions):
 
 
 _DELTA = "dpop's penalty (default 50) or hinge's margin (default 1)."
+_WPO = "Weight each pair by how likely the policy itself writes it (WPO)."
 
 
 @group("Objective")
@@ -72,6 +73,7 @@ class DPOOptions(_NoisyLabels, _CachedReference):
     ld_alpha: float | None = option(
         None, "Weight of tokens past the shorter completion's length (LD-DPO); default: 1.", v.ge(0), v.le(1)
     )
+    wpo: bool = option(False, _WPO)
 
 
 @group("Objective")
@@ -109,6 +111,7 @@ class OnlineDPOOptions(_NoisyLabels, _Reference):
     """DPO on pairs that the policy samples."""
 
     loss_type: str = option("sigmoid", "DPO's preference loss, or a sum such as 0.8*sigmoid+0.2*bco_pair.", order=_FIRST)
+    wpo: bool = option(False, _WPO)
     judge_model: str | None = option(None, "A chat model that says which of two completions is better, in place of --rewards.")
     xpo_alpha: float = option(0.0, "Weight of exploration (XPO), such as 1e-5: the reference then answers too; 0 = off.", v.ge(0))
 
@@ -133,3 +136,4 @@ class GRPOOptions(_Reference):
     num_iterations: int = option(1, "Optimizer steps on every batch of completions.", v.ge(1))
     top_entropy_quantile: float = option(1.0, "Share of tokens, those of highest entropy, to train on.", v.gt(0), v.le(1))
     correct_kl: bool = option(False, "Multiply the KL by the importance ratio, as TRL 1.16 does.")
+    entropy_coef: float = option(0.0, "Weight of an entropy bonus, such as 0.001; 0 = none.", v.ge(0))
