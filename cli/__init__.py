@@ -13,29 +13,21 @@ from mlxlora import __version__
 from mlxlora.errors import InputError, RunError, SharedError
 from mlxlora.utils.launch import launched_rank
 
+from .command import Command
 from .compare import compare
-from .cpo import cpo
-from .distill import distill
 from .doctor import doctor
-from .dpo import dpo
 from .eval import evaluate
 from .export import export
+from .flags import usage
 from .fuse import fuse
 from .generate import generate
-from .gkd import gkd
-from .grpo import grpo
-from .helping import Command
-from .importing import import_adapters
+from .import_ import import_adapters
 from .init import init
-from .kto import kto
 from .merge import merge
-from .online_dpo import online_dpo
-from .options import usage
-from .orpo import orpo
 from .preview import preview
 from .push import push
 from .report import report
-from .sft import sft
+from .train import TRAINING
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # unknown flags, values that do not parse
 
@@ -48,15 +40,7 @@ app = typer.Typer(
 _TRAINED = "--model mlx-community/Qwen3-0.6B-4bit --data my-data"
 _COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
     "Train": {
-        "sft": (sft, f"{_TRAINED} --mask-prompt --iters 200"),
-        "dpo": (dpo, f"{_TRAINED} --use-chat-template --beta 0.1 --learning-rate 5e-6"),
-        "orpo": (orpo, f"{_TRAINED} --use-chat-template --beta 0.1"),
-        "cpo": (cpo, f"{_TRAINED} --use-chat-template --loss-type simpo --beta 2 --gamma 1 --alpha 0"),
-        "kto": (kto, f"{_TRAINED} --use-chat-template --undesirable-weight 1.5"),
-        "grpo": (grpo, f"{_TRAINED} --use-chat-template --rewards accuracy,think_format --reward-weights 1,0.2"),
-        "online-dpo": (online_dpo, f"{_TRAINED} --use-chat-template --rewards accuracy --group-size 4"),
-        "distill": (distill, f"{_TRAINED} --teacher-model mlx-community/Qwen3-4B-4bit --mask-prompt"),
-        "gkd": (gkd, f"{_TRAINED} --teacher-model mlx-community/Qwen3-4B-4bit --divergence reverse_kl"),
+        **TRAINING,
         "init": (init, "--config-file config.json --tokenizer some-model --output new-model --dtype bfloat16"),
     },
     "Look": {

@@ -39,7 +39,7 @@ def compare(model: ModelOptions, comparison: CompareOptions) -> None:
 
     network, tokenizer = load(base_of(model, comparison.adapter_path[0]))
     how = library.Generation(comparison.max_tokens, comparison.temperature, comparison.top_p, comparison.seed)
-    found = library.compare(network, tokenizer, comparison.adapter_path, _questions(comparison, tokenizer), how)
+    found = library.compare(network, tokenizer, comparison.adapter_path, _questions(comparison, network, tokenizer), how)
     if comparison.json:
         for row in found:
             typer.echo(json.dumps(asdict(row), ensure_ascii=False))
@@ -47,11 +47,13 @@ def compare(model: ModelOptions, comparison: CompareOptions) -> None:
         _print(found)
 
 
-def _questions(comparison: CompareOptions, tokenizer: Any) -> list[Any]:
+def _questions(comparison: CompareOptions, network: Any, tokenizer: Any) -> list[Any]:
     from mlxlora.data.prompts import question, read_questions
     from mlxlora.data.rows import Row
+    from mlxlora.models.modes import vocabulary
 
     how: dict[str, Any] = {"use_chat_template": comparison.use_chat_template, "system": comparison.system}
+    how["vocabulary"] = vocabulary(network)
     if comparison.data is not None:
         return read_questions(comparison.data, tokenizer, comparison.num, **how)
     return [question(Row({"prompt": comparison.prompt}, "--prompt", 1), tokenizer, **how)]

@@ -8,7 +8,7 @@ from attrs import validators as v
 from mlxlora.config.fields import group, option
 from mlxlora.config.options import DataOptions, ModelOptions
 
-from .options import flags
+from .flags import flags
 
 
 @group("Evaluation")
@@ -31,10 +31,10 @@ _TEXTS = {
 @flags(starter="sft", texts=_TEXTS)
 def evaluate(model: ModelOptions, data: DataOptions, evaluation: EvalOptions) -> None:
     """Loss (nats per scored token) and perplexity of a whole split."""
-    from mlxlora import methods as recipes
     from mlxlora.distributed.ranks import current_ranks
+    from mlxlora.training.session import evaluate_split
 
-    metrics = recipes.evaluate_split(
+    metrics = evaluate_split(
         model_options=model,
         data_options=data,
         adapter_path=evaluation.adapter_path,

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import typer
 from attrs import evolve
@@ -11,7 +12,7 @@ from mlxlora.config.fields import group, option
 from mlxlora.config.options import ModelOptions
 from mlxlora.errors import InputError
 
-from .options import flags
+from .flags import flags
 
 BASE = "Model folder or hub name; default: the one that the adapters were trained on, quantised as it was for them."
 
@@ -65,12 +66,18 @@ def _stream(model: ModelOptions, generation: Generation) -> Iterator[str]:
     from mlxlora.adapters.prepare import load
     from mlxlora.data.prompts import question
     from mlxlora.data.rows import Row
+    from mlxlora.models.modes import vocabulary
 
     network, tokenizer = load(model, generation.adapter_path)
     mx.random.seed(generation.seed)
     sampler = make_sampler(generation.temperature, generation.top_p)
     text = sys.stdin.read() if generation.prompt == "-" else generation.prompt
     row = Row({"prompt": text}, "--prompt", 1)
-    prompt = question(row, tokenizer, use_chat_template=generation.use_chat_template, system=generation.system).tokens
+    how: dict[str, Any] = {
+        "use_chat_template": generation.use_chat_template,
+        "system": generation.system,
+        "vocabulary": vocabulary(network),
+    }
+    prompt = question(row, tokenizer, **how).tokens
     for response in stream_generate(network, tokenizer, prompt, generation.max_tokens, sampler=sampler):
         yield response.text

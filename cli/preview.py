@@ -1,19 +1,21 @@
 """`mlxlora preview`."""
 
+import json
 from typing import Literal
 
-import attrs
+import typer
 from attrs import validators as v
 
 from mlxlora.config.fields import group, option
-from mlxlora.config.options import BaseOptions, DataOptions, PairData, PromptData, RowOptions
+from mlxlora.config.method_options import fields_of
+from mlxlora.config.options import BaseOptions, DataOptions
+from mlxlora.methods import METHODS
 
-from .options import flags
+from .flags import flags
 
-METHODS = {**dict.fromkeys(("sft", "distill"), DataOptions), **dict.fromkeys(("dpo", "orpo", "cpo"), PairData), "kto": RowOptions}
-METHODS |= dict.fromkeys(("grpo", "online-dpo", "gkd"), PromptData)
+_Name = Literal[tuple(METHODS)]  # type: ignore[valid-type]
 _TEXTS = {
-    "model": "Model folder or hub name. Without --model and --data rows of the bundled starter are shown.",
+    "model": "Model folder or hub name. Without --model and --data: rows of the bundled starter.",
     **dict.fromkeys(("shuffle", "token_cache", "packing")),
 }
 
@@ -22,22 +24,25 @@ _TEXTS = {
 class PreviewOptions(DataOptions):
     """Whose rows are shown, and how they are read."""
 
-    method: Literal["sft", "dpo", "orpo", "cpo", "kto", "grpo", "online-dpo", "distill", "gkd"] = option(
-        "sft", "Whose rows; the file of a run says it."
-    )
+    method: _Name = option("sft", "Method whose rows to show; default: that of the --config file.")  # type: ignore[valid-type]
     num: int = option(3, "Rows to show.", v.ge(1))
-    prompt_truncation: Literal["right", "left"] = option("right", "Of over-long pairs, what is cut: right or left.")
+    json: bool = option(False, "Print JSON, one object a row.")
+    prompt_truncation: Literal["right", "left"] = option("right", "Pairs that are too long: what to cut, right or left.")
     nll_on_prompt: bool = option(False, "orpo: the NLL covers prompts too.")
-    system: str | None = option(None, "grpo, online-dpo, gkd: system message of rows that bring none.")
+    system: str | None = option(None, "grpo, online-dpo, gkd: system message for rows that have none.")
 
 
 @flags(starter="sft", others=True, texts=_TEXTS)
 def preview(model: BaseOptions, options: PreviewOptions) -> None:
-    """Show the first rows as a model will see them, which tokens are scored, and what is cut or dropped."""
-    from mlxlora.methods import look
+    """Show the first rows as the model will see them, which tokens are trained, and which rows are cut or dropped."""
     from mlxlora.models.loading import load_tokenizer
-    from mlxlora.reporting.preview import show_preview
+    from mlxlora.reporting.preview import row_objects, show_preview
 
-    kind = METHODS[options.method]
-    data = kind(**{field.name: getattr(options, field.name) for field in attrs.fields(kind) if hasattr(options, field.name)})
-    show_preview(look(options.method, load_tokenizer(model), data, nll_on_prompt=options.nll_on_prompt), options.num)
+    method = METHODS[options.method]
+    chosen = {name: getattr(options, name) for name in fields_of(*method.kinds.kinds()) if hasattr(options, name)}
+    found = method.preview(load_tokenizer(model), **chosen)
+    if not options.json:
+        show_preview(found, options.num)
+        return
+    for row in row_objects(found, options.num):
+        typer.echo(json.dumps(row, ensure_ascii=False))

@@ -1,30 +1,138 @@
 """mlxlora: fine-tune language models on MLX with objectives that add up.
 
-The names below are loaded when they are first used, so that importing the package (and `mlxlora --help`) costs nothing.
+The names below are imported when they are first used, so that `import mlxlora` and `mlxlora --help` stay fast.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+if TYPE_CHECKING:
+    from . import methods as _methods
+    from . import objectives as objectives
+    from .adapters.compare import compare as compare
+    from .adapters.files import save as save
+    from .adapters.fuse import fuse as fuse
+    from .adapters.hub import push as push
+    from .adapters.merge import merge as merge
+    from .adapters.peft import from_peft as from_peft
+    from .adapters.peft import to_peft as to_peft
+    from .adapters.prepare import disabled as disabled
+    from .adapters.prepare import load as load
+    from .adapters.prepare import prepare as prepare
+    from .batch import Batch as Batch
+    from .batch import chosen as chosen
+    from .batch import completions as completions
+    from .batch import everything as everything
+    from .batch import rejected as rejected
+    from .config.options import AdapterOptions as AdapterOptions
+    from .config.options import CPOOptions as CPOOptions
+    from .config.options import DataOptions as DataOptions
+    from .config.options import DistillOptions as DistillOptions
+    from .config.options import DPOOptions as DPOOptions
+    from .config.options import GRPOOptions as GRPOOptions
+    from .config.options import KTOOptions as KTOOptions
+    from .config.options import ModelOptions as ModelOptions
+    from .config.options import OnlineDPOOptions as OnlineDPOOptions
+    from .config.options import ORPOOptions as ORPOOptions
+    from .config.options import Output as Output
+    from .config.options import OwnSampling as OwnSampling
+    from .config.options import PairData as PairData
+    from .config.options import PairSampling as PairSampling
+    from .config.options import PromptData as PromptData
+    from .config.options import RewardOptions as RewardOptions
+    from .config.options import RowOptions as RowOptions
+    from .config.options import SamplingOptions as SamplingOptions
+    from .config.options import SFTOptions as SFTOptions
+    from .config.options import Training as Training
+    from .data.sources import pairs as pairs
+    from .data.sources import rows as rows
+    from .errors import InputError as InputError
+    from .errors import RunError as RunError
+    from .methods import METHODS as METHODS
+    from .models.logprobs import scorer as scorer
+    from .models.logprobs import token_logps as token_logps
+    from .objectives import advantages as advantages
+    from .objectives import losses as losses
+    from .objectives import objective as objective
+    from .objectives import scores as scores
+    from .objectives import terms as terms
+    from .objectives.losses import dpop as dpop
+    from .objectives.losses import hinge as hinge
+    from .objectives.losses import ipo as ipo
+    from .objectives.losses import sigmoid as sigmoid
+    from .objectives.objective import Objective as Objective
+    from .objectives.objective import Term as Term
+    from .objectives.objective import batch_mean as batch_mean
+    from .objectives.objective import fixed_length as fixed_length
+    from .objectives.objective import sequence_mean as sequence_mean
+    from .objectives.objective import sequence_sum as sequence_sum
+    from .objectives.objective import term as term
+    from .objectives.objective import token_mean as token_mean
+    from .objectives.objective import watch as watch
+    from .objectives.scores import log_odds as log_odds
+    from .objectives.scores import log_ratio as log_ratio
+    from .objectives.scores import mean_log_ratio as mean_log_ratio
+    from .objectives.scores import mean_logps as mean_logps
+    from .objectives.scores import sum_logps as sum_logps
+    from .objectives.surrogates import clipped_surrogate as clipped_surrogate
+    from .objectives.surrogates import kl as kl
+    from .objectives.terms import dft as dft
+    from .objectives.terms import nll as nll
+    from .objectives.terms import preference as preference
+    from .rollouts.engine import Decoding as Decoding
+    from .rollouts.engine import sample as sample
+    from .rollouts.pairs import on_policy_pairs as on_policy_pairs
+    from .rollouts.rewards import NamedReward as NamedReward
+    from .rollouts.rewards import load_rewards as load_rewards
+    from .rollouts.sampling import Sampling as Sampling
+    from .rollouts.source import Rollouts as Rollouts
+    from .rollouts.source import own_answers as own_answers
+    from .rollouts.source import prompts as prompts
+    from .training.session import evaluate_split as evaluate_split
+    from .training.session import run as run
+    from .training.step import make_step as make_step
+    from .training.unpaired import unpaired as unpaired
+
+    sft = _methods.SFT
+    dpo = _methods.DPO
+    orpo = _methods.ORPO
+    cpo = _methods.CPO
+    kto = _methods.KTO
+    grpo = _methods.GRPO
+    online_dpo = _methods.ONLINE_DPO
+    distill = _methods.DISTILL
+    gkd = _methods.GKD
+
+_MODULES = {
+    "objectives": "objectives",
+    **{name: f"objectives.{name}" for name in ("advantages", "losses", "objective", "scores", "terms")},
+}
 _NAMES = {
+    "adapters.compare": ("compare",),
+    "adapters.files": ("save",),
+    "adapters.fuse": ("fuse",),
+    "adapters.hub": ("push",),
+    "adapters.merge": ("merge",),
+    "adapters.peft": ("from_peft", "to_peft"),
+    "adapters.prepare": ("disabled", "load", "prepare"),
     "batch": ("Batch", "chosen", "completions", "everything", "rejected"),
     "config.options": (
         "AdapterOptions",
         "CPOOptions",
         "DataOptions",
+        "DistillOptions",
         "DPOOptions",
         "GRPOOptions",
         "KTOOptions",
         "ModelOptions",
-        "ORPOOptions",
-        "ContestSampling",
-        "DistillOptions",
         "OnlineDPOOptions",
-        "OwnSampling",
+        "ORPOOptions",
         "Output",
+        "OwnSampling",
         "PairData",
+        "PairSampling",
         "PromptData",
         "RewardOptions",
         "RowOptions",
@@ -32,59 +140,56 @@ _NAMES = {
         "SFTOptions",
         "Training",
     ),
+    "data.sources": ("pairs", "rows"),
     "errors": ("InputError", "RunError"),
+    "methods": ("METHODS",),
+    "models.logprobs": ("scorer", "token_logps"),
+    "objectives.losses": ("dpop", "hinge", "ipo", "sigmoid"),
     "objectives.objective": (
-        "Objective",
-        "Term",
-        "term",
-        "watch",
-        "token_mean",
-        "sequence_mean",
-        "sequence_sum",
         "batch_mean",
         "fixed_length",
+        "Objective",
+        "sequence_mean",
+        "sequence_sum",
+        "Term",
+        "term",
+        "token_mean",
+        "watch",
     ),
-    "models.logprobs": ("scorer", "token_logps"),
-    "objectives.scores": ("sum_logps", "mean_logps", "log_ratio", "mean_log_ratio", "log_odds"),
-    "objectives.losses": ("sigmoid", "hinge", "ipo", "dpop"),
-    "objectives.terms": ("nll", "dft", "preference"),
+    "objectives.scores": ("log_odds", "log_ratio", "mean_log_ratio", "mean_logps", "sum_logps"),
     "objectives.surrogates": ("clipped_surrogate", "kl"),
-    "training.step": ("make_step",),
-    "adapters.prepare": ("prepare", "disabled", "load"),
-    "adapters.files": ("save",),
-    "data.sources": ("rows", "pairs"),
+    "objectives.terms": ("dft", "nll", "preference"),
+    "rollouts.engine": ("Decoding", "sample"),
+    "rollouts.pairs": ("on_policy_pairs",),
+    "rollouts.rewards": ("load_rewards", "NamedReward"),
     "rollouts.sampling": ("Sampling",),
-    "rollouts.engine": ("sample",),
-    "rollouts.rewards": ("NamedReward", "load_rewards"),
-    "rollouts.source": ("Rollouts", "prompts"),
+    "rollouts.source": ("own_answers", "prompts", "Rollouts"),
+    "training.session": ("evaluate_split", "run"),
+    "training.step": ("make_step",),
     "training.unpaired": ("unpaired",),
-    "methods": ("run", "evaluate_split", "sft", "dpo", "orpo", "cpo", "kto", "grpo", "online_dpo", "distill", "gkd"),
-    "adapters.fuse": ("fuse",),
-    "adapters.merge": ("merge",),
-    "adapters.peft": ("to_peft", "from_peft"),
-    "adapters.hub": ("push",),
-    "adapters.compare": ("compare",),
 }
-_HOME = {name: module for module, names in _NAMES.items() for name in names}
-_MODULES = {
-    "objectives": "objectives",
-    **{name: f"objectives.{name}" for name in ("advantages", "losses", "objective", "scores", "terms")},
-}
+_HOME = {name: (module, name) for module, names in _NAMES.items() for name in names}
+_METHODS = ("sft", "dpo", "orpo", "cpo", "kto", "grpo", "online_dpo", "distill", "gkd")
+_HOME |= {name: ("methods", name.upper()) for name in _METHODS}
+"""Where each public name is defined, and under which name. The test of the public names compares this with the imports above."""
 
-__all__ = sorted([*_HOME, *_MODULES])
+__all__ = sorted([*_HOME, *_MODULES])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
-def __getattr__(name: str) -> Any:
+def _imported(name: str) -> Any:
+    """The value of a public name."""
     if name not in _HOME and name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import_module(
-        ".utils.blas", __name__
-    ).load_fast_blas()  # as the command line does: only before MLX is imported it has an effect
-    return (
-        getattr(import_module(f".{_HOME[name]}", __name__), name)
-        if name in _HOME
-        else import_module(f".{_MODULES[name]}", __name__)
-    )
+    # As the command line does, because it has an effect only before MLX is imported.
+    import_module(".utils.blas", __name__).load_fast_blas()
+    if name in _MODULES:
+        return import_module(f".{_MODULES[name]}", __name__)
+    module, original = _HOME[name]
+    return getattr(import_module(f".{module}", __name__), original)
+
+
+if not TYPE_CHECKING:  # a type checker takes a module with `__getattr__` to have every name
+    __getattr__ = _imported
 
 
 def __dir__() -> list[str]:

@@ -1,449 +1,372 @@
-"""The methods as users call them: load, prepare, run."""
+"""The training methods: `METHODS` has one row for each.
 
-import sys
+The command line, `preview`, the model card, the starter and the readers of other libraries' files all use this table. A row
+names its parts through the package (`ml.pairs`, `ml.objectives.dpo`), which imports them when they are first used, so that
+`mlxlora --help` imports neither mlx nor transformers.
+"""
+
+import inspect
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
-import attrs
-import mlx.nn as nn
-from attrs import evolve
+from attrs import field, frozen
 
-from . import objectives
-from .adapters.inject import layers_to_train
-from .adapters.prepare import base_of, load
-from .config import config_file as settings
+import mlxlora as ml
+
+from .config.method_options import MethodOptions, options_for
+from .config.mlx_lm_compat import Commands
 from .config.options import (
     AdapterOptions,
+    BaseOptions,
     CPOOptions,
+    CPORun,
     DataOptions,
     DistillOptions,
+    DistillRun,
     DPOOptions,
+    DPORun,
+    GKDRun,
     GRPOOptions,
+    GRPORun,
     KTOOptions,
+    KTORun,
     ModelOptions,
+    ObjectiveOptions,
     OnlineDPOOptions,
+    OnlineDPORun,
     ORPOOptions,
+    ORPORun,
     Output,
-    OwnSampling,
     PairData,
-    PairSampling,
-    PromptData,
     RewardOptions,
     RowOptions,
     SamplingOptions,
     SFTOptions,
+    SFTRun,
     Training,
 )
-from .data import formats, sources
-from .data.rows import Row
-from .data.sources import Source
-from .distributed.ranks import current_ranks
 from .errors import InputError
-from .models.loading import load_tokenizer, load_with_config
-from .models.logprobs import scorer
-from .models.modes import vocabulary
-from .models.teacher import with_teacher
-from .objectives.advantages import advantage
-from .objectives.divergences import DIVERGENCES
-from .objectives.objective import Objective
-from .reporting.card import Card
-from .reporting.history import Method
-from .reporting.preview import Parse, Preview
-from .reporting.reporters import reporters
-from .rollouts.judges import judge, reward_model
-from .rollouts.pairs import on_policy_pairs
-from .rollouts.rewards import NamedReward, load_rewards
-from .rollouts.sampling import Sampling
-from .rollouts.source import Rollouts, own_answers, prompts
-from .training.answers import answered
-from .training.dry_run import dry_run
-from .training.evaluate import make_evaluate
-from .training.reference import cache_file
-from .training.run import Run, execute, split_batches
-from .training.startup import check_options, claimed, introduce
-from .training.unpaired import unpaired
-from .utils.user_code import load_object
+
+if TYPE_CHECKING:
+    from .data.sources import Source
+    from .objectives.objective import Objective
+    from .reporting.card import MethodInfo
+    from .reporting.preview import Preview
+
+P = ParamSpec("P")
+O = TypeVar("O", bound=MethodOptions)  # noqa: E741
+AnyGroup = BaseOptions | AdapterOptions | RowOptions | Training | Output | SamplingOptions | RewardOptions | ObjectiveOptions
 
 
-def look(method: str, tokenizer: Any, data: RowOptions, *, nll_on_prompt: bool = False) -> Preview:
-    """What a method would train on.
+class _Signature:
+    """The signature of a method, read from its options when it is asked for."""
 
-    Args:
-        method: any of those that train.
-        tokenizer: the model's.
-        data: options of the method's rows.
-        nll_on_prompt: orpo's option.
+    def __get__(self, method: "Method | None", _: type) -> inspect.Signature:
+        if method is None:
+            raise AttributeError("__signature__")
+        return method.kinds.signature()
 
-    Raises:
-        InputError: bad data.
+
+@frozen
+class Starter:
+    """What the bundled starter has for a method.
+
+    Attributes:
+        data: folder of its rows.
+        options: YAML file with options, without the suffix.
+        runs: whether it has everything that a run needs; a teacher it has not.
     """
-    source, parse = _READ[method](data, nll_on_prompt)
-    whole, _ = _READ[method](attrs.evolve(data, max_seq_length=sys.maxsize), nll_on_prompt)
-    rows, lengths = sources.load_rows(source.data, 0), []
 
-    def prepare(row: Row, _: Any) -> Any:
-        """The item of a row, its whole length put down; only what is too long is read twice."""
-        item = whole.prepare(row, tokenizer)
-        if item is not None:
-            lengths.append(max(map(whole.length, whole.arrange([item]))))
-        return source.prepare(row, tokenizer) if item is not None and lengths[-1] > data.max_seq_length else item
-
-    keys = {name.removesuffix("_key"): value for name, value in attrs.asdict(data).items() if name.endswith("_key")}
-    splits = sources.tokenize(source, rows, tokenizer, encoder=prepare)
-    return Preview(source, rows, splits, tokenizer, lambda row: parse(row, {**formats.KEYS, **keys}), lengths)
+    data: str
+    options: str
+    runs: bool = True
 
 
-def _pairs(data: Any, nll_on_prompt: bool) -> tuple[Source, Parse]:
-    return sources.pairs(data, score_prompt=nll_on_prompt), formats.preference_record
+@frozen(eq=False, slots=False)
+class Method(Generic[P, O]):
+    """A training method. Call it to train: `ml.dpo(model="folder", data="rows.jsonl", iters=100)`.
 
-
-def _prompts(data: Any, _: bool) -> tuple[Source, Parse]:
-    return prompts(data, Rollouts((), 1, Sampling(1))), formats.prompt_record
-
-
-def _judged(row: Row, keys: Mapping[str, str]) -> Any:
-    return formats.preference_record(row, keys) if {"chosen", "rejected"} <= row.fields.keys() else formats.labeled_record(row, keys).completion
-
-
-_READ: dict[str, Callable[[Any, bool], tuple[Source, Parse]]] = {
-    **dict.fromkeys(("sft", "distill"), lambda data, _: (sources.rows(data), formats.supervised_record)),
-    **dict.fromkeys(("dpo", "orpo", "cpo"), _pairs),
-    "kto": lambda data, _: (unpaired(data, reference_point=False), _judged),
-    **dict.fromkeys(("grpo", "online-dpo", "gkd"), _prompts),
-}
-
-Groups = dict[type, Any]
-
-
-def sft(*groups: Any, **options: Any) -> dict[str, Any]:
-    """Supervised fine-tuning, `mlxlora sft` in Python: `sft(model="folder", data="rows.jsonl", iters=100)`.
-
-    Args:
-        groups: whole groups of options, such as `Training(iters=100)`.
-        options: single options, named as the flags are.
-
-    Returns:
-        The results: steps, losses, where the adapters are.
-
-    Raises:
-        InputError: bad options or data.
-        RunError: losses or gradients that are not finite, of five batches in a row; the last good state was saved.
+    Attributes:
+        options: the class of all its options.
+        name: of the command.
+        help: of the command, one line.
+        title: how the model card names the method.
+        example: flags for the last line of the help, after --model and --data.
+        source: (options, objective) -> where the batches come from.
+        objective: options -> what is minimized, unless --objective names another one.
+        record: the function of `data.formats` that reads a row, for `preview`.
+        starter: what the bundled starter has.
+        extras: options -> further fields of `Run`, such as the reference.
+        check: raises InputError if options do not fit together.
+        modes: mlx-lm-lora's names of the method.
     """
-    chosen = settings.gather((ModelOptions, DataOptions, AdapterOptions, Training, Output, SFTOptions), groups, options)
-    method = chosen[SFTOptions]
-    objective = user_objective(method.objective) or objectives.sft(**_named(method, "neftune_noise_alpha"))
-    return _load_and_run("sft", sources.rows(chosen[DataOptions]), objective, chosen, {"noise": method.neftune_noise_alpha})
+
+    options: Callable[P, O]
+    name: str = field(kw_only=True)
+    help: str = field(kw_only=True)
+    title: str = field(kw_only=True)
+    example: str = field(kw_only=True)
+    source: "Callable[[O, Objective], Source]" = field(kw_only=True)
+    objective: "Callable[[O], Objective]" = field(kw_only=True)
+    record: str = field(kw_only=True)
+    starter: Starter = field(kw_only=True)
+    extras: Callable[[O], Mapping[str, Any]] = field(default=lambda _: {}, kw_only=True)
+    check: Callable[[O], None] = field(default=lambda _: None, kw_only=True)
+    modes: tuple[str, ...] = field(default=(), kw_only=True)
+
+    __signature__ = _Signature()
+
+    @property
+    def kinds(self) -> type[MethodOptions]:
+        """The class of its options, which knows their groups."""
+        return self.options  # type: ignore[return-value]
+
+    @overload
+    def __call__(self, *args: P.args, **options: P.kwargs) -> dict[str, Any]: ...
+    @overload
+    def __call__(self, group: AnyGroup, /, *args: P.args, **options: P.kwargs) -> dict[str, Any]: ...
+    @overload
+    def __call__(self, *groups: AnyGroup) -> dict[str, Any]: ...
+    def __call__(self, *groups: Any, **options: Any) -> dict[str, Any]:
+        """Trains with these options.
+
+        Args:
+            groups: whole groups of options, such as `Training(iters=100)`.
+            options: single options, named as the flags are.
+
+        Returns:
+            The results: steps, losses, where the adapters are.
+
+        Raises:
+            InputError: bad options or data.
+            RunError: losses or gradients that are not finite, of five batches in a row; the last good state was saved.
+        """
+        from .reporting.history import StoredMethod
+        from .training.session import Recipe, train_recipe, user_objective
+
+        chosen: Any = self.kinds(*groups, **options)
+        self.check(chosen)
+        objective = user_objective(chosen.objective) or self.objective(chosen)
+        extras = self.extras(chosen)
+        recipe = Recipe(StoredMethod(self.name), self.source(chosen, objective), objective, extras, self.title)
+        return train_recipe(recipe, chosen.parts())
+
+    def preview(self, tokenizer: Any, **options: Any) -> "Preview":
+        """The rows that the method would train on.
+
+        Args:
+            tokenizer: the model's.
+            options: those of its data, and others that change what is read.
+
+        Raises:
+            InputError: bad data.
+        """
+        from .data import formats
+        from .reporting.preview import read_preview
+
+        chosen: Any = self.kinds(**options)
+        source = self.source(chosen, self.objective(chosen))
+        return read_preview(source, getattr(formats, self.record), tokenizer)
 
 
-def distill(*groups: Any, **options: Any) -> dict[str, Any]:
-    """Knowledge distillation, `mlxlora distill` in Python; see `sft` for arguments, results and errors."""
-    chosen = settings.gather((ModelOptions, DataOptions, AdapterOptions, Training, Output, DistillOptions), groups, options)
-    if chosen[DataOptions].packing:
+SFT = Method(
+    SFTRun,
+    name="sft",
+    help="Supervised fine-tuning: learn from completions, conversations or plain text.",
+    title="supervised fine-tuning",
+    example="--mask-prompt --iters 200",
+    source=lambda o, _: ml.rows(o.part(DataOptions)),
+    objective=lambda o: ml.objectives.sft(**options_for(ml.objectives.sft, o.part(SFTOptions))),
+    record="supervised_record",
+    starter=Starter("sft", "sft"),
+    extras=lambda o: {"noise": o.neftune_noise_alpha},
+    modes=("sft",),
+)
+
+
+DPO = Method(
+    DPORun,
+    name="dpo",
+    help="Direct preference optimization: prefer the chosen completion, relative to a reference.",
+    title="direct preference optimization (DPO)",
+    example="--use-chat-template --beta 0.1 --learning-rate 5e-6",
+    source=lambda o, _: ml.pairs(o.part(PairData)),
+    objective=lambda o: ml.objectives.dpo(**options_for(ml.objectives.dpo, o.part(DPOOptions))),
+    record="preference_record",
+    starter=Starter("pairs", "dpo"),
+    extras=lambda o: {"reference": _models().cached_reference(o.part(ModelOptions), o.part(DPOOptions))},
+    modes=("dpo",),
+)
+
+
+ORPO = Method(
+    ORPORun,
+    name="orpo",
+    help="Odds-ratio preference optimization: learn the chosen completion, avoid the rejected one; no reference.",
+    title="odds-ratio preference optimization (ORPO)",
+    example="--use-chat-template --beta 0.1",
+    source=lambda o, _: ml.pairs(o.part(PairData), score_prompt=o.nll_on_prompt),
+    objective=lambda o: ml.objectives.orpo(**options_for(ml.objectives.orpo, o.part(ORPOOptions))),
+    record="preference_record",
+    starter=Starter("pairs", "orpo"),
+    modes=("orpo",),
+)
+
+
+CPO = Method(
+    CPORun,
+    name="cpo",
+    help="Contrastive preference optimization: prefer the chosen completion; no reference.",
+    title="contrastive preference optimization (CPO)",
+    example="--use-chat-template --loss-type simpo --beta 2 --gamma 1 --alpha 0",
+    source=lambda o, _: ml.pairs(o.part(PairData)),
+    objective=lambda o: ml.objectives.cpo(**options_for(ml.objectives.cpo, o.part(CPOOptions))),
+    record="preference_record",
+    starter=Starter("pairs", "cpo"),
+    modes=("cpo",),
+)
+
+
+KTO = Method(
+    KTORun,
+    name="kto",
+    help="Kahneman-Tversky optimization: learn from single good/bad labels, relative to a reference.",
+    title="Kahneman-Tversky optimization (KTO)",
+    example="--use-chat-template --undesirable-weight 1.5",
+    source=lambda o, objective: ml.unpaired(o.part(RowOptions), reference_point="reference_point" in objective.needs),
+    objective=lambda o: ml.objectives.kto(**options_for(ml.objectives.kto, o.part(KTOOptions))),
+    record="unpaired_record",
+    starter=Starter("pairs", "kto"),
+    extras=lambda o: {"reference": _models().cached_reference(o.part(ModelOptions), o.part(KTOOptions))},
+)
+
+
+GRPO = Method(
+    GRPORun,
+    name="grpo",
+    help="Group-relative policy optimization: sample, reward, reinforce above-average completions.",
+    title="group-relative policy optimization (GRPO)",
+    example="--use-chat-template --rewards accuracy,think_format --reward-weights 1,0.2",
+    source=lambda o, _: _rollouts().rewarded_prompts(o),
+    objective=lambda o: ml.objectives.grpo(
+        **options_for(ml.objectives.grpo, o.part(GRPOOptions), o.part(SamplingOptions)), top_entropy=o.top_entropy_quantile
+    ),
+    record="prompt_record",
+    starter=Starter("grpo", "grpo"),
+    extras=lambda o: {"reference": _models().live_reference(o.part(ModelOptions), o.reference_model_path)},
+    check=lambda o: _check_policy(o),
+    modes=("grpo",),
+)
+
+
+ONLINE_DPO = Method(
+    OnlineDPORun,
+    name="online-dpo",
+    help="Online DPO: DPO on pairs that the policy samples and rewards rank; with --xpo-alpha XPO.",
+    title="direct preference optimization on its own samples (online DPO)",
+    example="--use-chat-template --rewards accuracy --group-size 4",
+    source=lambda o, _: _rollouts().ranked_pairs(o),
+    objective=lambda o: _online_dpo(o),
+    record="prompt_record",
+    starter=Starter("grpo", "online-dpo"),
+    extras=lambda o: {"reference": _models().live_reference(o.part(ModelOptions), o.reference_model_path)},
+    check=lambda o: _check_pairs(o),
+    modes=("online_dpo", "xpo"),
+)
+
+
+DISTILL = Method(
+    DistillRun,
+    name="distill",
+    help="Knowledge distillation: learn a teacher's distribution at every trained token.",
+    title="knowledge distillation",
+    example="--teacher-model mlx-community/Qwen3-4B-4bit --mask-prompt",
+    source=lambda o, _: ml.rows(o.part(DataOptions)),
+    objective=lambda o: ml.objectives.distill(**options_for(ml.objectives.distill, o.part(DistillOptions))),
+    record="supervised_record",
+    starter=Starter("sft", "sft", runs=False),
+    extras=lambda o: {"extend": _models().teacher(o.part(ModelOptions), o.part(DistillOptions))},
+    check=lambda o: _check_teacher(o.part(DistillOptions), packing=o.packing),
+)
+
+
+GKD = Method(
+    GKDRun,
+    name="gkd",
+    help="On-policy distillation (GKD): learn a teacher's distribution on the student's own samples.",
+    title="knowledge distillation on its own samples (GKD)",
+    example="--teacher-model mlx-community/Qwen3-4B-4bit --divergence reverse_kl",
+    source=lambda o, _: _rollouts().answers_of_student(o),
+    objective=lambda o: ml.objectives.distill(**options_for(ml.objectives.distill, o.part(DistillOptions))),
+    record="prompt_record",
+    starter=Starter("grpo", "grpo", runs=False),
+    extras=lambda o: {"extend": _models().teacher(o.part(ModelOptions), o.part(DistillOptions))},
+    check=lambda o: _check_teacher(o.part(DistillOptions), packing=False),
+)
+
+METHODS: dict[str, Method[Any, Any]] = {row.name: row for row in (SFT, DPO, ORPO, CPO, KTO, GRPO, ONLINE_DPO, DISTILL, GKD)}
+
+
+def commands() -> Commands:
+    """The names of the methods, and mlx-lm-lora's names of them."""
+    return Commands(tuple(METHODS), {mode: row.name for row in METHODS.values() for mode in row.modes})
+
+
+def method_info(config: Mapping[str, Any]) -> "MethodInfo":
+    """What reports say of the method that a run stored in its configuration."""
+    from .reporting.card import CUSTOM, MethodInfo
+    from .reporting.history import method_of
+
+    method = METHODS.get(method_of(config))
+    return MethodInfo(method.title, method.kinds.kinds()) if method else CUSTOM
+
+
+# --- imported when used -------------------------------------------------------------------------
+
+
+def _rollouts() -> ModuleType:
+    from .rollouts import from_options
+
+    return from_options
+
+
+def _models() -> ModuleType:
+    from .training import other_models
+
+    return other_models
+
+
+def _online_dpo(o: OnlineDPORun) -> "Objective":
+    options = options_for(ml.objectives.dpo, o.part(OnlineDPOOptions))
+    return ml.objectives.xpo(alpha=o.xpo_alpha, **options) if o.xpo_alpha else ml.objectives.dpo(**options)
+
+
+# --- options that do not fit together -----------------------------------------------------------
+
+
+def _check_teacher(method: DistillOptions, *, packing: bool) -> None:
+    if packing:
         raise InputError("--packing: a teacher reads plain rows; leave it out")
-    return _distilled("distill", sources.rows(chosen[DataOptions]), chosen)
-
-
-def gkd(*groups: Any, **options: Any) -> dict[str, Any]:
-    """Distillation on what the policy samples itself, `mlxlora gkd` in Python; see `sft` for arguments, results and errors."""
-    kinds = (ModelOptions, PromptData, AdapterOptions, Training, Output, OwnSampling, DistillOptions)
-    chosen = settings.gather(kinds, groups, options)
-    data = chosen[PromptData]
-    source = own_answers(data, _rollouts(chosen[OwnSampling], RewardOptions(), use_prompt=data.use_prompt))
-    return _distilled("gkd", source, chosen)
-
-
-def _distilled(method: str, source: Source, chosen: Groups) -> dict[str, Any]:
-    m = chosen[DistillOptions]
-    if m.teacher_model is None:
+    if method.teacher_model is None:
         raise InputError("--teacher-model is missing: a model folder or hub name with the vocabulary of --model")
-    teacher, measure = _loader(chosen[ModelOptions], m.teacher_model, "--teacher-model"), DIVERGENCES[m.divergence](m.jsd_beta)
-    objective = user_objective(m.objective) or objectives.distill(nll_weight=m.nll_weight)
-    extend = {"extend": lambda score, tokenizer: with_teacher(score, teacher(tokenizer), measure)}
-    return _load_and_run(method, source, objective, chosen, extend)
 
 
-def dpo(*groups: Any, **options: Any) -> dict[str, Any]:
-    """Direct preference optimisation, `mlxlora dpo` in Python; see `sft` for arguments, results and errors."""
-    chosen = settings.gather((ModelOptions, PairData, AdapterOptions, Training, Output, DPOOptions), groups, options)
-    m = chosen[DPOOptions]
-    objective = user_objective(m.objective) or objectives.dpo(**_named(m, "reference_model_path", "reference_cache"))
-    return _load_and_run("dpo", sources.pairs(chosen[PairData]), objective, chosen, _reference(chosen[ModelOptions], m))
-
-
-def cpo(*groups: Any, **options: Any) -> dict[str, Any]:
-    """Contrastive preference optimisation, `mlxlora cpo` in Python; see `sft` for arguments, results and errors."""
-    chosen = settings.gather((ModelOptions, PairData, AdapterOptions, Training, Output, CPOOptions), groups, options)
-    m = chosen[CPOOptions]
-    objective = user_objective(m.objective) or objectives.cpo(**_named(m))
-    return _load_and_run("cpo", sources.pairs(chosen[PairData]), objective, chosen)
-
-
-def orpo(*groups: Any, **options: Any) -> dict[str, Any]:
-    """Odds-ratio preference optimisation, `mlxlora orpo` in Python; see `sft` for arguments, results and errors."""
-    chosen = settings.gather((ModelOptions, PairData, AdapterOptions, Training, Output, ORPOOptions), groups, options)
-    m = chosen[ORPOOptions]
-    objective = user_objective(m.objective) or objectives.orpo(**_named(m))
-    return _load_and_run("orpo", sources.pairs(chosen[PairData], score_prompt=m.nll_on_prompt), objective, chosen)
-
-
-def kto(*groups: Any, **options: Any) -> dict[str, Any]:
-    """Kahneman-Tversky optimisation, `mlxlora kto` in Python; see `sft` for arguments, results and errors."""
-    chosen = settings.gather((ModelOptions, RowOptions, AdapterOptions, Training, Output, KTOOptions), groups, options)
-    m = chosen[KTOOptions]
-    objective = user_objective(m.objective) or objectives.kto(**_named(m, "reference_model_path", "reference_cache"))
-    source = unpaired(chosen[RowOptions], reference_point="reference_point" in objective.needs)
-    return _load_and_run("kto", source, objective, chosen, _reference(chosen[ModelOptions], m))
-
-
-def grpo(*groups: Any, **options: Any) -> dict[str, Any]:
-    """Group-relative policy optimisation, `mlxlora grpo` in Python; see `sft` for arguments, results and errors.
-
-    Rewards may also be Python functions, through `prompts` and `run`.
-    """
-    kinds = (ModelOptions, PromptData, AdapterOptions, Training, Output, SamplingOptions, RewardOptions, GRPOOptions)
-    chosen = settings.gather(kinds, groups, options)
-    m, sampling, data = chosen[GRPOOptions], chosen[SamplingOptions], chosen[PromptData]
-    _check_policy(m, sampling, data)
-    others = ("reference_model_path", "num_iterations", "top_entropy_quantile", "baseline", "scale_rewards")
-    objective = user_objective(m.objective) or objectives.grpo(
-        **_named(m, *others), top_entropy=m.top_entropy_quantile, max_completion_length=sampling.max_completion_length
-    )
-    rollouts = _rollouts(
-        sampling,
-        chosen[RewardOptions],
-        advantage=advantage(m.baseline, m.scale_rewards),
-        use_prompt=data.use_prompt,
-        keep_logps=m.num_iterations > 1,
-    )
-    source = prompts(data, rollouts, repeats=m.num_iterations)
-    return _load_and_run("grpo", source, objective, chosen, _online_reference(chosen, m.reference_model_path))
-
-
-def online_dpo(*groups: Any, **options: Any) -> dict[str, Any]:
-    """DPO on pairs that the policy samples, `mlxlora online-dpo` in Python; see `sft` for arguments, results and errors."""
-    kinds = (ModelOptions, PromptData, AdapterOptions, Training, Output, PairSampling, RewardOptions, OnlineDPOOptions)
-    chosen = settings.gather(kinds, groups, options)
-    m, data = chosen[OnlineDPOOptions], chosen[PromptData]
-    _check_pairs(m, chosen[AdapterOptions], data)
-    _check_judge(m, chosen[PairSampling], chosen[Output])
-    named = _named(m, "reference_model_path", "xpo_alpha", "judge_model")
-    method = objectives.xpo(alpha=m.xpo_alpha, **named) if m.xpo_alpha else objectives.dpo(**named)
-    judges = () if m.judge_model is None else (judge(*_load_other(m.judge_model, chosen[ModelOptions], "--judge-model")),)
-    rollouts = _rollouts(chosen[PairSampling], chosen[RewardOptions], judges)
-    source = on_policy_pairs(data, rollouts, explore=bool(m.xpo_alpha))
-    objective = user_objective(m.objective) or method
-    return _load_and_run("online-dpo", source, objective, chosen, _online_reference(chosen, m.reference_model_path))
-
-
-def _named(options: Any, *others: str) -> dict[str, Any]:
-    """The options of a method that its objective takes under the same names."""
-    return {name: value for name, value in settings.dump(options).items() if name not in ("objective", *others)}
-
-
-def _rewards(rewards: RewardOptions) -> tuple[NamedReward, ...]:
-    if rewards.reward_model:
-        return (reward_model(rewards.reward_model),)
-    return load_rewards(rewards.rewards, rewards.reward_file, rewards.reward_weights)
-
-
-def _load_other(path: str, model: ModelOptions, flag: str, read: Callable[[ModelOptions], Any] | None = None) -> Any:
-    """Another model, as it is, whatever --quantize does to --model; what is wrong with it is said of the flag that names it."""
-    try:
-        return (read or load)(evolve(model, model=path, quantize=None))
-    except InputError as error:
-        raise InputError(str(error).replace("--model", flag, 1)) from None
-
-
-def _check_judge(method: OnlineDPOOptions, sampling: PairSampling, output: Output) -> None:
-    if method.judge_model and sampling.group_size != 2:
-        raise InputError(f"--judge-model compares two completions: use --group-size 2, got {sampling.group_size}")
-    if method.judge_model and output.val_batches:
-        raise InputError("--judge-model compares two completions, and validation has one of each prompt: use --val-batches 0")
-
-
-def _rollouts(sampling: SamplingOptions, rewards: RewardOptions, judges: tuple[NamedReward, ...] = (), **fields: Any) -> Rollouts:
-    others = ("group_size", "rollout_batch", "max_completion_length")
-    return Rollouts(
-        rewards=judges or _rewards(rewards),
-        group_size=sampling.group_size,
-        sampling=Sampling(**_named(sampling, *others), max_tokens=sampling.max_completion_length),
-        options=rewards,
-        batch=sampling.rollout_batch,
-        **fields,
-    )
-
-
-def _check_policy(method: GRPOOptions, sampling: SamplingOptions, data: PromptData) -> None:
-    if data.use_prompt and method.num_iterations > 1:
+def _check_policy(o: GRPORun) -> None:
+    if o.use_prompt and o.num_iterations > 1:
         raise InputError("--use-prompt needs --num-iterations 1: the prompt's tokens were not sampled, so they have no ratio")
-    if method.loss_type == "reinforce" and method.num_iterations > 1:
+    if o.loss_type == "reinforce" and o.num_iterations > 1:
         raise InputError("--loss-type reinforce needs --num-iterations 1: it has no importance ratio for older completions")
-    if sampling.group_size == 1 and method.baseline != "batch":
-        raise InputError(f"--group-size must be >= 2, got 1; --baseline batch can do with 1, --baseline {method.baseline} cannot")
+    if o.group_size == 1 and o.baseline != "batch":
+        raise InputError(f"--group-size must be >= 2, got 1; --baseline batch can do with 1, --baseline {o.baseline} cannot")
 
 
-def _check_pairs(method: OnlineDPOOptions, adapter: AdapterOptions, data: PromptData) -> None:
-    if data.use_prompt:
+def _check_pairs(o: OnlineDPORun) -> None:
+    if o.use_prompt:
         raise InputError("--use-prompt: both completions of a pair have the same prompt, whose tokens cancel; leave it out")
-    if method.xpo_alpha and (adapter.train_type == "full" or method.reference_model_path):
-        raise InputError("--xpo-alpha: the reference that answers is --model without adapters; use --train-type lora or dora alone")
-
-
-def _online_reference(chosen: Groups, path: str | None) -> dict[str, Any]:
-    """The fields of `Run` for a reference whose log-probabilities are computed with each batch.
-
-    It is loaded once the run has begun; whether it may be is known before.
-    """
-    if path:
-        _load_other(path, chosen[ModelOptions], "--reference-model-path", load_tokenizer)
-    other = path or (chosen[ModelOptions].model if chosen[AdapterOptions].train_type == "full" else None)
-    return {"reference": _loader(chosen[ModelOptions], other) if other else None}
-
-
-def _loader(model: ModelOptions, path: str, flag: str = "--reference-model-path") -> Callable[[Any], nn.Module]:
-    """Loads another model when it is needed; it has to share the policy's tokenizer."""
-
-    def other(tokenizer: Any) -> nn.Module:
-        reference, its_tokenizer = _load_other(path, model, flag)
-        if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-            raise InputError(f"{flag} {path}: its vocabulary is not that of --model {model.model}")
-        return reference
-
-    return other
-
-
-def _reference(model: ModelOptions, method: DPOOptions | KTOOptions) -> dict[str, Any]:
-    """The fields of `Run` that say what the reference is."""
-    path = method.reference_model_path
-    cache = cache_file(path or model.model or "", "" if path else model.quantize or "") if method.reference_cache else None
-    return {"reference": _loader(model, path) if path else None, "reference_cache": cache}
-
-
-def run(
-    model: nn.Module,
-    tokenizer: Any,
-    objective: Objective,
-    source: Source,
-    training: Training = Training(),
-    *,
-    adapter: AdapterOptions = AdapterOptions(),
-    **output: Any,
-) -> dict[str, Any]:
-    """Trains a loaded model: what every method comes down to.
-
-    Args:
-        model: an mlx-lm model; `prepare` makes its adapters.
-        tokenizer: its tokenizer.
-        objective: what is minimised.
-        source: how rows become batches.
-        training: options of the optimisation.
-        adapter: what is trained.
-        output: fields of `Output`, such as `adapter_path="adapters"`.
-
-    Returns:
-        The results: steps, losses, where the adapters are.
-
-    Raises:
-        InputError: bad options or data.
-        RunError: losses or gradients that are not finite, of five batches in a row; the last good state was saved.
-    """
-    files, ranks = Output(**output), current_ranks()
-    with ExitStack() as held:
-        with ranks.together():
-            if ranks.leads:
-                held.enter_context(claimed(files, None))
-            rows = sources.load_rows(source.data, training.seed)
-        groups = {type(group): group for group in (Method(None), ModelOptions(), source.data, adapter, training, files)}
-        return _run(model, tokenizer, objective, source, rows, groups)
-
-
-def evaluate_split(
-    *, model_options: ModelOptions, data_options: DataOptions, adapter_path: str | None, split: str, batch_size: int, seed: int = 0
-) -> dict[str, float]:
-    """Loss [nats per scored token] and perplexity of a whole split, every row counted once; the model is that of `base_of`.
-
-    Raises:
-        InputError: no such split, model or adapters.
-    """
-    base = base_of(model_options, adapter_path) if adapter_path else model_options
-    source, rows = sources.rows(data_options), sources.load_rows(data_options, seed)
-    if not rows.get(split):
-        raise InputError(f"{data_options.data}: no {split} split; found {', '.join(k for k in rows if rows[k])}")
-    model, tokenizer = load(base, adapter_path)
-    splits = sources.tokenize(source, {split: rows[split]}, tokenizer)
-    sources.check_tokens(source, splits, vocabulary(model), tokenizer)
-    objective = objectives.sft()
-    whole = Run(model, tokenizer, objective, source, splits, Training(batch_size=batch_size), AdapterOptions(), Output())
-    return make_evaluate(model, objective, scorer(model), whole.ranks)(split_batches(whole, split))
-
-
-def user_objective(reference: str | None) -> Objective | None:
-    """The objective that --objective file.py:name names; a function without arguments may return it.
-
-    Raises:
-        InputError: there is none.
-    """
-    if reference is None:
-        return None
-    found = load_object(reference, "--objective")
-    found = found() if callable(found) and not isinstance(found, Objective) else found
-    if not isinstance(found, Objective):
-        raise InputError(f"--objective {reference}: expected an Objective, got {type(found).__name__}")
-    return found
-
-
-# --- what every method does --------------------------------------------------------------------
-
-
-def _load_and_run(
-    method: str, source: Source, objective: Objective, groups: Groups, fields: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    ranks = current_ranks()
-    with ExitStack() as held:
-        with ranks.together():
-            if ranks.leads:
-                held.enter_context(claimed(groups[Output], method))
-            rows = sources.load_rows(source.data, groups[Training].seed)
-            model, tokenizer, _ = load_with_config(groups[ModelOptions], lazy=groups[Training].fully_shard)
-            layers_to_train(model, groups[AdapterOptions])  # before the rows are tokenised
-        return _run(model, tokenizer, objective, source, rows, {Method: Method(method), **groups}, **fields or {})
-
-
-def _run(
-    model: nn.Module, tokenizer: Any, objective: Objective, source: Source, rows: dict[str, list], groups: Groups, **fields: Any
-) -> dict[str, Any]:
-    adapter, ratio = groups[AdapterOptions], groups[Training].loraplus_lr_ratio
-    if ratio is not None and adapter.train_type == "full":
-        raise InputError(f"--loraplus-lr-ratio {ratio} is for adapters; use --train-type lora or dora")
-    ranks = current_ranks()
-    told = reporters(groups[Output]) if ranks.leads else ()
-    with ranks.together():
-        check_options(groups[Training], adapter, online=source.online, with_teacher="extend" in fields)
-        splits = sources.tokenize(source, rows, tokenizer, lambda text: [reporter.note(text) for reporter in told])
-        sources.check_tokens(source, splits, vocabulary(model), tokenizer)
-    if ranks.leads and not groups[Output].dry_run:
-        told = (*told, Card(Path(groups[Output].adapter_path), {name: split.counts.rows for name, split in splits.items()}))
-    whole = Run(
-        model=model,
-        tokenizer=tokenizer,
-        objective=objective,
-        source=source,
-        splits=splits,
-        training=groups[Training],
-        adapter=adapter,
-        output=groups[Output],
-        config={name: value for name, value in settings.dump(*groups.values()).items() if name not in ("resume", "overwrite")},
-        name=groups[ModelOptions].model or "",
-        reporters=told,
-        ranks=ranks,
-        **fields,
-    )
-    introduce(whole)
-    if whole.output.dry_run:
-        return dry_run(whole)
-    with answered(whole, rows) as asked:
-        results = execute(asked)
-    whole.tell("finish", results)
-    return results
+    if o.xpo_alpha and o.reference_model_path:
+        raise InputError("--xpo-alpha: the reference that answers is the policy as training starts; leave --reference-model-path out")
+    if o.judge_model and o.group_size != 2:
+        raise InputError(f"--judge-model compares two completions: use --group-size 2, got {o.group_size}")
+    if o.judge_model and o.val_batches:
+        raise InputError("--judge-model compares two completions, but validation samples one per prompt: use --val-batches 0")

@@ -1,22 +1,28 @@
-"""Settings in layers: flags over a YAML file over the starter's defaults over the built-in ones.
+"""Options in layers: flags win over a YAML file, a file over the starter's defaults, these over the built-in ones.
 
 Every option is a YAML key of the same name, with dashes or underscores. This module reads such a file, checks every value
-against the type and the validator of its option, and writes a resolved configuration that is itself a valid file.
+against the type and the checks of its option, and reads the flags and files of mlx-lm and mlx-lm-lora.
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import attrs
-import yaml
-from attrs import frozen
+from attrs import evolve, field, frozen
 
 from ..errors import InputError, listed, plain, quoted
 from ..utils import trust
-from . import mlx_lm_compat as peers
-from .fields import dashed, names_in, plain_type
+from . import mlx_lm_compat as compat
+from .fields import dashed
+from .method_options import build as build
+from .method_options import dump as dump
+from .method_options import fields_of as fields_of
+from .mlx_lm_compat import Commands
+from .mlx_lm_keys import Key, Peer
+from .values import coerce
+from .yaml_file import entries
 
 ALIASES = {
     "num_epochs": "epochs",
@@ -27,91 +33,89 @@ ALIASES = {
     "lora_parameters.dropout": "dropout",
     "lora_parameters.keys": "lora_keys",
 }
-"""Other names of an option, beside those in `peers`; a dot separates the keys of a nested mapping."""
+"""Other names of an option, besides those of mlx-lm and mlx-lm-lora; a dot separates the keys of a nested mapping."""
+
+_NESTED = {alias.partition(".")[0] for alias in ALIASES if "." in alias}
 
 TRAIN = "train"
-"""mlx-lm's switch between training and testing: accepted, because the subcommand already says it."""
+"""mlx-lm's switch between training and testing; accepted, because the subcommand already says it."""
 
 METHOD = "method"
-"""What a run's own file says that the run is: checked where something is trained, an option of `preview`."""
-
-Fields = Mapping[str, attrs.Attribute]
-Tell = Callable[[str], Any]
+"""The key for the method in a run's own file: training commands check it, `preview` has an option of this name."""
 
 
-def fields_of(*groups: type) -> dict[str, attrs.Attribute]:
-    """The options of some groups by name."""
-    return {field.name: field for group in groups for field in attrs.fields(group)}
-
-
-def read(
-    path: str | Path,
-    fields: Fields,
-    strict: bool = True,
-    command: str | None = None,
-    given: Mapping[str, Any] | None = None,
-    tell: Tell = lambda _: None,
-    stored: bool = False,
-) -> dict[str, Any]:
-    """The options that a YAML file sets, also one written for mlx-lm or mlx-lm-lora; `null` leaves an option at its default.
-
-    Args:
-        path: the YAML file.
-        fields: the options that exist, by name.
-        strict: whether a key that names none of them is an error; else it is left out.
-        command: the training method, which a peer's `train_mode` has to be.
-        given: options from elsewhere, which win.
-        tell: is told what a peer's user should know.
-        stored: whether a run wrote the file.
-
-    Raises:
-        InputError: unreadable file, unknown or repeated key, a value that the option does not take, or code that a file which
-            came with a model wants to run.
-    """
-    return _read(path, fields, strict, command, given or {}, tell, stored).values
+def _silent(_: str) -> None:
+    """Drops a note."""
 
 
 @frozen
-class _File:
-    """A file's options, its keys as they stand in it, and whose file it is."""
-
-    values: dict[str, Any]
-    keys: dict[str, Any]
-    peer: peers.Peer | None
-
-
-def _read(
-    path: str | Path, fields: Fields, strict: bool, command: str | None, given: Mapping[str, Any], tell: Tell, stored: bool = False
-) -> _File:
-    entries = list(_entries(Path(path)))
-    keys = {key: value for key, value, _ in entries}
-    peer = peers.peer_of({key.split(".")[0] for key in keys})
-    names, lines = {**ALIASES, **peers.aliases(command)}, {}
-    for key, _, line in entries:
-        name = key if key in fields else names.get(key, key)
-        if name in lines:
-            raise InputError(f"{path}:{line}: {key} is already set in line {lines[name]}; remove one of them")
-        lines[name] = line
-    placed = [(key, value, f"{path}:{line}") for key, value, line in entries]
-    if command:
-        _check_train(placed, given)
-    values = _options(placed, fields, strict, command, peer, given, tell)
-    values = _settled(values, peer, keys, {**values, **given}, tell)
-    trust.check_config(path, values, given, lines, stored=stored)
-    if peer and strict and command:
-        for note in peers.notes(peer, str(path), {**values, **given}, fields):
-            tell(note)
-    return _File(values, keys, peer)
-
-
-@frozen
-class Typed:
-    """A command line.
+class Reading:
+    """How keys and flags become options.
 
     Attributes:
-        options: the options that it sets by flags of ours.
-        others: its flags of peers, with their values.
-        names: all its flags, as they are written.
+        fields: the options that exist, by name.
+        command: the training command; None: the command does not train.
+        strict: whether an unknown key is an error; if not, it is ignored.
+        note: gets what a user of mlx-lm or mlx-lm-lora should know.
+        commands: the training commands, which `train_mode` may name.
+        peer: the library that the keys were written for, if not mlxlora.
+    """
+
+    fields: Mapping[str, attrs.Attribute]
+    command: str | None = None
+    strict: bool = True
+    note: Callable[[str], Any] = _silent
+    commands: Commands = field(factory=Commands)
+    peer: Peer | None = None
+
+
+@frozen
+class Entry:
+    """A key or a flag of a peer with its value.
+
+    Attributes:
+        key: with underscores for dashes.
+        value: as YAML reads it, or the text of a flag.
+        location: `file:line`, or the flag.
+    """
+
+    key: str
+    value: Any
+    location: str
+
+    @property
+    def is_flag(self) -> bool:
+        """Whether it was typed on the command line."""
+        return self.location.startswith("--")
+
+    @property
+    def file(self) -> str:
+        """The file that it is in; empty for a flag."""
+        return "" if self.is_flag else self.location.rpartition(":")[0]
+
+    @property
+    def place(self) -> str:
+        """The beginning of a message about it."""
+        return self.location if self.is_flag else f"{self.location}: {self.key}"
+
+
+@frozen
+class ConfigFile:
+    """The options that a file sets, its keys as written, and the library that it was written for."""
+
+    values: Mapping[str, Any] = field(factory=dict)
+    keys: Mapping[str, Any] = field(factory=dict)
+    peer: Peer | None = None
+
+
+@frozen
+class CommandLine:
+    """What was typed.
+
+    Attributes:
+        options: the options that flags of mlxlora set.
+        others: flags of mlx-lm and mlx-lm-lora with their values.
+        names: all flags, as they were typed.
     """
 
     options: Mapping[str, Any]
@@ -119,328 +123,218 @@ class Typed:
     names: Sequence[str]
 
 
-def layered(typed: Typed, config: str | None, fields: Fields, strict: bool, command: str | None, tell: Tell) -> dict[str, Any]:
+def read_config(
+    path: str | Path, reading: Reading, given: Mapping[str, Any] | None = None, *, stored: bool = False
+) -> dict[str, Any]:
+    """The options that a YAML file sets, also a file written for mlx-lm or mlx-lm-lora; `null` leaves an option at its default.
+
+    Args:
+        path: the YAML file.
+        reading: how its keys become options.
+        given: options from elsewhere, which win.
+        stored: whether a run wrote the file.
+
+    Raises:
+        InputError: unreadable file, unknown or repeated key, a value that the option does not take, or code that a file which
+            came with a model wants to run.
+    """
+    return dict(_read(path, reading, given or {}, stored=stored).values)
+
+
+def layered(typed: CommandLine, config: str | None, reading: Reading) -> dict[str, Any]:
     """The options of a command line over those of the file of --config.
 
-    A flag that only a peer has says that the line was written for that peer, and then it means what it means there.
+    A flag that only a peer has shows that the line was written for that peer. Then every flag means what it means there.
 
     Args:
         typed: the command line.
         config: the file, if there is one.
-        fields, strict, command, tell: as in `read`.
+        reading: how keys and flags become options.
+
+    Raises:
+        InputError: as `read_config`, and flags of peers that have no counterpart.
     """
-    peer = peers.peer_of(typed.names)
-    placed = ((key, value, dashed(key)) for key, value in typed.others.items())
-    named = {**_options(placed, fields, True, command, peer, typed.options, tell), **typed.options}
-    file = _read(config, fields, strict, command, named, tell) if config else _File({}, {}, None)
+    peer = compat.peer_of(typed.names)
+    flags = [Entry(key, value, dashed(key)) for key, value in typed.others.items()]
+    named = {**_options(flags, evolve(reading, strict=True, peer=peer), typed.options), **typed.options}
+    file = _read(config, reading, named) if config else ConfigFile()
     keys = {**file.keys, **dict.fromkeys(typed.names, True), **typed.others}
-    named = _settled(named, peer, keys, {**file.values, **named}, tell)
+    named = _settled(named, evolve(reading, peer=peer), keys, {**file.values, **named})
     values = {**file.values, **named}
     if peer and not file.peer:
         sign = next(name for name in typed.names if name in peer.signs)
-        for note in peers.notes(peer, dashed(sign), values, fields):
-            tell(note)
+        for note in compat.notes(peer, dashed(sign), values, reading.fields):
+            reading.note(note)
     return values
 
 
-def _settled(
-    values: dict[str, Any], peer: peers.Peer | None, keys: Mapping[str, Any], whole: Mapping[str, Any], tell: Tell
-) -> dict[str, Any]:
-    """What a peer's options come to there, and a word on those that come to nothing."""
-    settled = peers.settle(values, peer, keys, whole)
-    moot = [{"qat": "qat_bits", "xpo_alpha": "alpha"}.get(name, name) for name in values if name not in settled]
-    if peer and moot:
-        tell(f"without effect here, as in {peer.name}: {', '.join(moot)}")
+def _read(path: str | Path, reading: Reading, given: Mapping[str, Any], *, stored: bool = False) -> ConfigFile:
+    placed = [(key, value, line) for key, value, line in entries(Path(path), _NESTED)]
+    keys = {key: value for key, value, _ in placed}
+    peer = compat.peer_of({key.split(".")[0] for key in keys})
+    lines = _lines(path, placed, reading)
+    found = [Entry(key, value, f"{path}:{line}") for key, value, line in placed]
+    if reading.command:
+        _check_train(found, given)
+    reading = evolve(reading, peer=peer)
+    values = _options(found, reading, given)
+    values = _settled(values, reading, keys, {**values, **given})
+    trust.check_config(path, values, given, lines, stored=stored)
+    if peer and reading.strict and reading.command:
+        for note in compat.notes(peer, str(path), {**values, **given}, reading.fields):
+            reading.note(note)
+    return ConfigFile(values, keys, peer)
+
+
+def _lines(path: str | Path, placed: Iterable[tuple[str, Any, int]], reading: Reading) -> dict[str, int]:
+    """The line of each option; two keys for one option are an error."""
+    names, lines = {**ALIASES, **compat.aliases(reading.command)}, {}
+    for key, _, line in placed:
+        name = key if key in reading.fields else names.get(key, key)
+        if name in lines:
+            raise InputError(f"{path}:{line}: {key} is already set in line {lines[name]}; remove one of them")
+        lines[name] = line
+    return lines
+
+
+def _settled(values: dict[str, Any], reading: Reading, keys: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that have an effect in the peer's own runs; notes the others."""
+    settled = compat.settle(values, reading.peer, keys, run)
+    idle = [{"qat": "qat_bits", "xpo_alpha": "alpha"}.get(name, name) for name in values if name not in settled]
+    if reading.peer and idle:
+        reading.note(f"without effect here, as in {reading.peer.name}: {', '.join(idle)}")
     return settled
 
 
-def _options(
-    entries: Iterable[tuple[str, Any, str]],
-    fields: Fields,
-    strict: bool,
-    command: str | None,
-    peer: peers.Peer | None,
-    given: Mapping[str, Any],
-    tell: Tell,
-) -> dict[str, Any]:
-    """The options that entries (key, value, where it stands: a line of a file or a flag) set."""
+def _options(found: Iterable[Entry], reading: Reading, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that entries set."""
     values: dict[str, Any] = {}
     turned: dict[str, Any] = {}  # from a peer's nested keys, which there win over flat ones
     unused: list[str] = []
-    optimizer: tuple[Any, str] = (None, "")
-    for key, value, location in entries:
-        known = peers.find(key, peer) or peers.find(key)
-        name = _option_of(key, known, fields, command, peer)
-        if key == METHOD and command:
-            _check_method(value, command, location)
+    optimizer: Entry | None = None
+    for entry in found:
+        known = compat.find(entry.key, reading.peer) or compat.find(entry.key)
+        name = _option_of(entry.key, known, reading)
+        if entry.key == METHOD and reading.command:
+            _check_method(entry, reading.command)
         elif name:
-            values |= {} if value is None else {name: _checked(fields[name], key, value, location)}
-        elif known is None or (known.option and not peer and not known.turned and command not in known.lacking):
-            _check_unknown(key, fields, location, strict, command)
-        elif key == "optimizer_config":
-            optimizer = (value, location)
+            values |= {} if entry.value is None else {name: _checked(reading, name, entry.key, entry)}
+        elif known is None or (known.option and not reading.peer and not known.turned and reading.command not in known.lacking):
+            _check_unknown(entry, reading)
+        elif entry.key == "optimizer_config":
+            optimizer = entry
         else:
-            turned |= _turned(key, known, value, fields, command, location, tell)
-            unused += [key] if _has_no_place(known, fields, command) else []
-    if optimizer[0]:
-        chosen = given.get("optimizer") or values.get("optimizer") or "adam"
-        turned |= _checked_all("optimizer_config", lambda: peers.optimizer_options(optimizer[0], chosen), fields, optimizer[1])
-    if unused and strict:
-        tell(f"without effect on this command: {', '.join(unused)}")
+            turned |= _turned(entry, known, reading)
+            unused += [entry.key] if _has_no_place(known, reading) else []
+    if optimizer and optimizer.value:
+        chosen, config = given.get("optimizer") or values.get("optimizer") or "adam", optimizer.value
+        turned |= _checked_all(optimizer, lambda: compat.optimizer_options(config, chosen), reading)
+    if unused and reading.strict:
+        reading.note(f"without effect on this command: {', '.join(unused)}")
     return {**values, **turned}
 
 
-def _option_of(key: str, known: peers.Key | None, fields: Fields, command: str | None, peer: peers.Peer | None) -> str | None:
-    """The option that a key is as it stands; None: it is none, or a peer's that means something else."""
-    if known and (known.turned or (peer and not peers.of(known, command))):
+def _option_of(key: str, known: Key | None, reading: Reading) -> str | None:
+    """The option that a key stands for without conversion; None: it is none, or a peer's with another meaning."""
+    if known and (known.turned or (reading.peer and not compat.applies(known, reading.command))):
         return None
-    if key in fields:
+    if key in reading.fields:
         return key
-    name = ALIASES.get(key) or (known.option if known and peers.of(known, command) else None)
-    return name if name in fields else None
+    name = ALIASES.get(key) or (known.option if known and compat.applies(known, reading.command) else None)
+    return name if name in reading.fields else None
 
 
-def _has_no_place(known: peers.Key, fields: Fields, command: str | None) -> bool:
-    """Whether a peer's key belongs to other commands; what this one says of it instead is said elsewhere."""
-    if known.option and known.option not in fields:
-        return command not in known.lacking
-    return not peers.of(known, command)
+def _has_no_place(known: Key, reading: Reading) -> bool:
+    """Whether a peer's key belongs to other commands, and no message of its own says so."""
+    if known.option and known.option not in reading.fields:
+        return reading.command not in known.lacking
+    return not compat.applies(known, reading.command)
 
 
-def _turned(
-    key: str, known: peers.Key, value: Any, fields: Fields, command: str | None, location: str, tell: Tell
-) -> dict[str, Any]:
-    """What a peer's key that is no option comes to: options, a note, an error or nothing."""
-    if key == "train_mode" and METHOD in fields and (method := peers.command_of(value)):
+def _turned(entry: Entry, known: Key, reading: Reading) -> dict[str, Any]:
+    """The options that a peer's key becomes; a key that becomes none is noted, refused or ignored, as the table says."""
+    value, command = entry.value, reading.command
+    if entry.key == "train_mode" and METHOD in reading.fields and (method := reading.commands.named(value)):
         return {METHOD: method}
-    if command and key == "train_mode" and value is not None:
-        path = f" -c {location.rpartition(':')[0]}" if not _is_flag(location) else ""
-        return _checked_all(key, lambda: peers.check_mode(value, command, path) or {}, fields, location)
-    if known.turned and value is not None and peers.of(known, command):
-        return _checked_all(key, lambda: known.turned(value), fields, location)  # type: ignore[misc]
-    place = location if _is_flag(location) else f"{location}: {key}"
+    if command and entry.key == "train_mode" and value is not None:
+        path = f" -c {entry.file}" if entry.file else ""
+        return _checked_all(entry, lambda: compat.check_mode(value, command, path, reading.commands.modes) or {}, reading)
+    turn = known.turned
+    if turn and value is not None and compat.applies(known, command):
+        return _checked_all(entry, lambda: turn(value), reading)
     if command and command in known.lacking and value is not None:
-        tell(f"{place}: {known.lacking[command]}")
-    elif _speaks(known, value, command, _is_flag(location)):
+        reading.note(f"{entry.place}: {known.lacking[command]}")
+    elif _speaks(entry, known, command):
         if known.fate == "refused":
-            raise InputError(f"{place}: {plain(value)} has no counterpart here: {known.text}")
-        tell(f"{place}: {known.text}")
+            raise InputError(f"{entry.place}: {plain(value)} has no counterpart here: {known.text}")
+        reading.note(f"{entry.place}: {known.text}")
     return {}
 
 
-def _speaks(known: peers.Key, value: Any, command: str | None, typed: bool) -> bool:
-    """Whether a peer's key that is no option is to be told about or refused; a flag that does nothing is told about too."""
-    silent = known.fate == "ignored" and (not typed or known.option or known.turned)
-    idle = any(value == idle and type(value) is type(idle) for idle in known.idle)
-    return not silent and not idle and (command is None or peers.of(known, command))
+def _speaks(entry: Entry, known: Key, command: str | None) -> bool:
+    """Whether a peer's key that becomes no option is noted or refused; a flag without effect is noted too."""
+    silent = known.fate == "ignored" and (not entry.is_flag or known.option or known.turned)
+    idle = any(entry.value == idle and type(entry.value) is type(idle) for idle in known.idle)
+    return not silent and not idle and (command is None or compat.applies(known, command))
 
 
-def _is_flag(location: str) -> bool:
-    return location.startswith("--")
-
-
-def _checked_all(key: str, turn: Callable[[], dict[str, Any]], fields: Fields, location: str) -> dict[str, Any]:
-    """The options of these fields that a peer's key turns into, each checked."""
+def _checked_all(entry: Entry, turn: Callable[[], dict[str, Any]], reading: Reading) -> dict[str, Any]:
+    """The options of this command that a peer's key becomes, each checked."""
     try:
         options = turn()
     except ValueError as error:
-        raise InputError(f"{location}: {error}") from None
-    prefix = "" if _is_flag(location) else f"{key}: "
-    label = {name: name if name == key else f"{prefix}{name}" for name in options}
-    return {name: _checked(fields[name], label[name], value, location) for name, value in options.items() if name in fields}
+        raise InputError(f"{entry.location}: {error}") from None
+    prefix = "" if entry.is_flag else f"{entry.key}: "
+    labels = {name: name if name == entry.key else f"{prefix}{name}" for name in options}
+    return {
+        name: _checked(reading, name, labels[name], evolve(entry, value=value))
+        for name, value in options.items()
+        if name in reading.fields
+    }
 
 
-def dump(*groups: Any) -> dict[str, Any]:
-    """The options of built groups as one flat mapping that `read` takes back, lists for tuples.
-
-    >>> from mlxlora.config.options import SFTOptions
-    >>> dump(SFTOptions(loss_type="dft"))
-    {'loss_type': 'dft', 'neftune_noise_alpha': 0.0, 'objective': None}
-    """
-    flat = {name: value for group in groups for name, value in attrs.asdict(group, recurse=False).items()}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
-
-
-def build(group: type, values: Mapping[str, Any]) -> Any:
-    """One group of options from those of `values` that it has."""
-    return group(**{field.name: values[field.name] for field in attrs.fields(group) if field.name in values})
-
-
-def gather(kinds: Sequence[type], groups: Sequence[Any], options: Mapping[str, Any]) -> dict[type, Any]:
-    """One group of every kind: those given, the others from single options; a single option changes a given group.
-
-    Raises:
-        InputError: an option that no group has, or a group that the method does not take.
-    """
-    given = {type(group): group for group in groups}
-    if unknown := [kind.__name__ for kind in given if kind not in kinds]:
-        raise InputError(f"this method takes no {', '.join(unknown)}; it takes {', '.join(kind.__name__ for kind in kinds)}")
-    fields = fields_of(*kinds)
-    for name in options:
-        if name not in fields:
-            close = difflib.get_close_matches(name, fields, n=1)
-            raise InputError(f"unknown option {name}" + (f"; did you mean {close[0]}?" if close else ""))
-    mine = {kind: {f.name: options[f.name] for f in attrs.fields(kind) if f.name in options} for kind in kinds}
-    return {kind: attrs.evolve(given[kind], **mine[kind]) if kind in given else kind(**mine[kind]) for kind in kinds}
-
-
-def coerce(value: Any, kind: Any) -> Any:
-    """A value as the type of an option; text is read as a flag would be, so YAML's `1e-5` is a number.
-
-    >>> coerce("1e-5", float), coerce("q_proj, v_proj", tuple[str, ...]), coerce([1, 2], tuple[float, ...] | None)
-    (1e-05, ('q_proj', 'v_proj'), (1.0, 2.0))
-
-    Raises:
-        ValueError: it is not one; the message says what is expected.
-    """
-    kind = plain_type(kind)
-    if get_origin(kind) is Literal:
-        return _choice(value, get_args(kind))
-    if get_origin(kind) is tuple:
-        return _tuple(value, get_args(kind)[0])
-    return _PARSERS[kind](value)
-
-
-def _choice(value: Any, choices: tuple[Any, ...]) -> Any:
-    if value not in choices:
-        raise ValueError(names_in(choices))
-    return value
-
-
-def _tuple(value: Any, kind: Any) -> tuple[Any, ...]:
-    value = [f"{name}={item}" for name, item in value.items()] if isinstance(value, Mapping) else value
-    items = [part.strip() for part in value.strip("[] ").split(",") if part.strip()] if isinstance(value, str) else value
-    if not isinstance(items, list | tuple):
-        raise ValueError("a list")
+def _checked(reading: Reading, name: str, label: str, entry: Entry) -> Any:
+    """The value of an entry as its option takes it; `label` is the option's name in a message."""
+    option, location = reading.fields[name], entry.location
+    subject = location if dashed(label) == location else f"{location}: {label}"
     try:
-        return tuple(coerce(item, kind) for item in items)
+        value = coerce(entry.value, option.type)
     except ValueError as error:
-        raise ValueError(f"a list, each {error}") from None
-
-
-def _bool(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("true or false")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError("text (in quotes)")
-    return value
-
-
-def _numeric(kind: Callable[[Any], Any], accepted: tuple[type, ...], expected: str) -> Callable[[Any], Any]:
-    def parse(value: Any) -> Any:
-        try:
-            if isinstance(value, bool) or not isinstance(value, accepted):
-                raise ValueError
-            return kind(value)
-        except ValueError:
-            raise ValueError(expected) from None
-
-    return parse
-
-
-_PARSERS: dict[type, Callable[[Any], Any]] = {
-    bool: _bool,
-    int: _numeric(int, (int, str), "a whole number"),
-    float: _numeric(float, (int, float, str), "a number"),
-    str: _text,
-}
-
-
-def _checked(field: attrs.Attribute, key: str, value: Any, location: str) -> Any:
-    name = location if dashed(key) == location else f"{location}: {key}"
-    try:
-        value = coerce(value, field.type)
-    except ValueError as error:
-        method = peers.command_of(value) if field.name == "train_type" else None
+        method = reading.commands.named(entry.value) if name == "train_type" else None
         hint = f"; that is a command: `mlxlora {method}`" if method else ""
-        raise InputError(f"{name} must be {error}, got {quoted(value)}{hint}") from None
+        raise InputError(f"{subject} must be {error}, got {quoted(entry.value)}{hint}") from None
     try:
-        if field.validator:  # attrs keeps an empty list
-            field.validator(None, field, value)
+        if option.validator:  # attrs keeps an empty list
+            option.validator(None, option, value)
     except InputError as error:
         raise InputError(f"{location}: {error}") from None
     return value
 
 
-def _check_train(entries: Iterable[tuple[str, Any, str]], given: Mapping[str, Any]) -> None:
-    """A peer's file may be for testing alone."""
-    said = {key: (value, location) for key, value, location in entries}
-    value, location = said.get(TRAIN, (True, ""))
-    if value not in (True, None):
-        folder = given.get("adapter_path") or said.get("adapter_path", ("adapters", ""))[0]
-        how = f"mlxlora eval --adapter-path {plain(folder)} --split test -c {location.rpartition(':')[0]}"
-        raise InputError(f"{location}: train must be true, got {quoted(value)}; to test without training, run `{how}`")
+def _check_train(found: Iterable[Entry], given: Mapping[str, Any]) -> None:
+    """Refuses a peer's file for testing alone."""
+    by_key = {entry.key: entry for entry in found}
+    entry = by_key.get(TRAIN)
+    if entry and entry.value not in (True, None):
+        folder = given.get("adapter_path") or (by_key["adapter_path"].value if "adapter_path" in by_key else "adapters")
+        how = f"mlxlora eval --adapter-path {plain(folder)} --split test -c {entry.file}"
+        raise InputError(f"{entry.location}: train must be true, got {quoted(entry.value)}; to test without training, run `{how}`")
 
 
-def _check_method(value: Any, command: str, location: str) -> None:
-    """The options of another method's run mean something else."""
-    if value not in (command, None):
-        raise InputError(f"{location}: method is {plain(value)}; run `mlxlora {plain(value)} -c {location.rpartition(':')[0]}`")
+def _check_method(entry: Entry, command: str) -> None:
+    """Refuses the file of a run of another method, whose options have other meanings."""
+    if entry.value not in (command, None):
+        method = plain(entry.value)
+        raise InputError(f"{entry.location}: method is {method}; run `mlxlora {method} -c {entry.file}`")
 
 
-def _check_unknown(key: str, fields: Fields, location: str, strict: bool, command: str | None) -> None:
-    if not strict:
+def _check_unknown(entry: Entry, reading: Reading) -> None:
+    if not reading.strict:
         return
-    if _is_flag(location):
-        raise InputError(f"No such option: {location}; see `mlxlora {command} --help`")
-    aliases = {**ALIASES, **peers.aliases(command)}
-    names = [*fields, *(alias for alias, name in aliases.items() if name in fields)]
-    close = difflib.get_close_matches(key, names, n=1)
+    if entry.is_flag:
+        raise InputError(f"No such option: {entry.location}; see `mlxlora {reading.command} --help`")
+    aliases = {**ALIASES, **compat.aliases(reading.command)}
+    names = [*reading.fields, *(alias for alias, name in aliases.items() if name in reading.fields)]
+    close = difflib.get_close_matches(entry.key, names, n=1)
     hint = f"did you mean {close[0]}?" if close else "see --help for the options of this command"
-    raise InputError(f"{location}: unknown key {listed([key])}; {hint}")
-
-
-def _entries(path: Path) -> Iterator[tuple[str, Any, int]]:
-    """(key, value, line) of a YAML mapping; keys of a nested mapping that has aliases are joined by a dot."""
-    try:
-        loader = _Loader(path.read_text(encoding="utf-8"))
-        root = loader.get_single_node()
-        if root is not None and not isinstance(root, yaml.MappingNode):
-            raise InputError(f"{path}:1: expected `key: value` lines, got {quoted(_constructed(loader, root, path))}")
-        yield from _walk(loader, root, path) if root is not None else ()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; --config takes a YAML file") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text; --config takes a YAML file") from None
-    except RecursionError:
-        raise InputError(f"{path}: lists or mappings within one another too deep; options need two levels") from None
-    except yaml.YAMLError as error:
-        raise InputError(_syntax(path, error)) from None
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's, whatever other libraries add to it: mlx-lm makes `._` a number, for the whole process."""
-
-    yaml_implicit_resolvers = dict(yaml.resolver.Resolver.yaml_implicit_resolvers)  # noqa: RUF012
-
-
-def _walk(loader: yaml.SafeLoader, node: yaml.MappingNode, path: Path, prefix: str = "") -> Iterator[tuple[str, Any, int]]:
-    for key_node, value_node in node.value:
-        line = key_node.start_mark.line + 1
-        if not isinstance(key_node, yaml.ScalarNode):
-            raise InputError(f"{path}:{line}: a key must be text, got {quoted(_constructed(loader, key_node, path))}")
-        key = prefix + key_node.value.replace("-", "_")
-        if isinstance(value_node, yaml.MappingNode) and any(alias.startswith(key + ".") for alias in ALIASES):
-            yield from _walk(loader, value_node, path, key + ".")
-        else:
-            yield key, _constructed(loader, value_node, path), line
-
-
-def _constructed(loader: yaml.SafeLoader, node: yaml.Node, path: Path) -> Any:
-    """The value of a node; PyYAML lets the errors of `!!bool x` and `!!int x` through."""
-    try:
-        return loader.construct_object(node, deep=True)
-    except yaml.YAMLError:
-        raise
-    except Exception:
-        raise InputError(f"{path}:{node.start_mark.line + 1}: not a value of YAML: {quoted(node.value)}") from None
-
-
-def _syntax(path: Path, error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    location = f"{path}:{mark.line + 1}" if mark else str(path)
-    return f"{location}: not valid YAML: {getattr(error, 'problem', None) or str(error).splitlines()[0]}"
+    raise InputError(f"{entry.location}: unknown key {listed([entry.key])}; {hint}")

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 from attrs import frozen
 
-from ..config.mlx_lm_compat import HUB
+from ..config.mlx_lm_keys import HUB
 from ..errors import InputError, described, reason
 
 _SUFFIXES = (".jsonl", ".json", ".jsonl.gz")

@@ -1,10 +1,10 @@
-"""The bundled starter: a tiny Llama that half knows its sums, and data for each mode. Made by examples/starter."""
+"""The bundled starter, made by examples/starter: a tiny Llama that can almost add, and rows for each method."""
 
 from pathlib import Path
 
+from ..methods import METHODS
+
 _HERE = Path(__file__).parent
-_DATA = {"sft": "sft", "dpo": "pairs", "orpo": "pairs", "cpo": "pairs", "kto": "pairs", "grpo": "grpo", "online-dpo": "grpo"}
-_ROWS = {"distill": "sft", "gkd": "grpo"}  # modes that need a teacher, and whose rows they read
 
 
 def model_path() -> Path:
@@ -12,15 +12,15 @@ def model_path() -> Path:
     return _HERE / "model"
 
 
-def data_path(mode: str) -> Path:
-    """The folder with train.jsonl and valid.jsonl for a mode.
+def data_path(method: str) -> Path:
+    """The folder with train.jsonl and valid.jsonl for a method.
 
     >>> data_path("orpo").name
     'pairs'
     """
-    return _HERE / "data" / _DATA[_ROWS.get(mode, mode)]
+    return _HERE / "data" / METHODS[method].starter.data
 
 
-def defaults(mode: str) -> Path:
-    """The YAML file with the options of a run in that mode."""
-    return _HERE / f"{_ROWS.get(mode, mode)}.yaml"
+def defaults(method: str) -> Path:
+    """The YAML file with the options of a run."""
+    return _HERE / f"{METHODS[method].starter.options}.yaml"

@@ -13,13 +13,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlxlora_cli import app, main
-from mlxlora_cli.options import flags
+from mlxlora_cli.flags import flags
 
 import mlxlora
 from mlxlora.config import config_file as layers
 from mlxlora.config.fields import group, option
 from mlxlora.config.options import AdapterOptions, DataOptions, ModelOptions, Output, SFTOptions, Training
 from mlxlora.errors import InputError, RunError
+from mlxlora.methods import Method
 
 GROUPS = (ModelOptions, AdapterOptions, DataOptions, Training, Output, SFTOptions)
 NAMED = ("--model", "m", "--data", "d")
@@ -34,10 +35,15 @@ def stub(monkeypatch, name, **members):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What recipes.sft was called with, one flat dict a call."""
+    """The groups that a method was called with, one tuple a call."""
     seen = []
-    stub(monkeypatch, "recipes", sft=lambda *groups: seen.append(groups))
+    trains(monkeypatch, lambda _, *groups: seen.append(groups))
     return seen
+
+
+def trains(monkeypatch, run):
+    """Methods run this instead of training."""
+    monkeypatch.setattr(Method, "__call__", run)
 
 
 def run(monkeypatch, *arguments):
@@ -87,7 +93,7 @@ def test_version_and_module(monkeypatch, capsys):
     assert subprocess.run([sys.executable, "-m", "mlxlora_cli", "--version"], capture_output=True).returncode == 0
 
 
-def test_recipe_gets_the_groups(monkeypatch, calls):
+def test_the_method_gets_the_groups(monkeypatch, calls):
     resolved(monkeypatch, calls, *NAMED)
     assert tuple(map(type, calls[0])) == GROUPS
 
@@ -216,17 +222,17 @@ def test_typer_reports_what_it_can_parse(monkeypatch, capsys, calls, arguments, 
 
 @pytest.mark.parametrize(("error", "code"), [(InputError("bad row"), 2), (RunError("loss is nan"), 1)])
 def test_exit_codes(monkeypatch, capsys, error, code):
-    stub(monkeypatch, "recipes", sft=raises(error))
+    trains(monkeypatch, raises(error))
     assert failed(monkeypatch, capsys, "sft", *NAMED, code=code) == str(error)
 
 
 def test_interrupt_is_130(monkeypatch):
-    stub(monkeypatch, "recipes", sft=raises(KeyboardInterrupt()))
+    trains(monkeypatch, raises(KeyboardInterrupt()))
     assert run(monkeypatch, "sft", *NAMED) == 130
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
-    stub(monkeypatch, "recipes", sft=raises(ZeroDivisionError()))
+    trains(monkeypatch, raises(ZeroDivisionError()))
     monkeypatch.setattr(sys, "argv", ["mlxlora", "sft", *NAMED])
     with pytest.raises(ZeroDivisionError):
         main()
@@ -261,7 +267,9 @@ def test_starter(monkeypatch, capsys, calls, starter, tmp_path):
 
 def test_eval_prints_metrics(monkeypatch, capsys, starter):
     seen = {}
-    stub(monkeypatch, "recipes", evaluate_split=lambda **given: seen.update(given) or {"loss": 1.25, "perplexity": 3.4903})
+    monkeypatch.setattr(
+        "mlxlora.training.session.evaluate_split", lambda **given: seen.update(given) or {"loss": 1.25, "perplexity": 3.4903}
+    )
     assert run(monkeypatch, "eval", "--split", "valid", "--mask-prompt") == 0
     assert capsys.readouterr().out.splitlines()[1:] == ["loss 1.25", "perplexity 3.4903"]
     assert (seen["adapter_path"], seen["split"], seen["batch_size"]) == (None, "valid", 2)
@@ -272,7 +280,7 @@ def test_eval_prints_metrics(monkeypatch, capsys, starter):
 def test_eval_takes_the_rows_of_the_adapters_run(monkeypatch, tmp_path, starter, method, found):
     """With the options that it read them with; not their model, which adapter_config.json names, and not pairs."""
     seen = {}
-    stub(monkeypatch, "recipes", evaluate_split=lambda **given: seen.update(given) or {})
+    monkeypatch.setattr("mlxlora.training.session.evaluate_split", lambda **given: seen.update(given) or {})
     (tmp_path / "config.yaml").write_text(
         f"method: {method}\nmodel: m\ndata: d\nbatch_size: 9\nmask_prompt: true\npacking: true\nseed: 3\n"
     )
@@ -299,7 +307,7 @@ def test_dump_and_read_are_inverse(tmp_path_factory, rate, iters, keys):
     groups = Training(learning_rate=rate, iters=iters), AdapterOptions(lora_keys=tuple(keys) or None)
     path = tmp_path_factory.mktemp("c") / "run.yaml"
     path.write_text(yaml.safe_dump(layers.dump(*groups)))
-    values = layers.read(path, layers.fields_of(Training, AdapterOptions))
+    values = layers.read_config(path, layers.Reading(layers.fields_of(Training, AdapterOptions)))
     assert tuple(layers.build(type(group), values) for group in groups) == groups
 
 
@@ -308,7 +316,7 @@ def test_names_stay_names_after_mlx_lm_changed_yaml(tmp_path):
 
     path = tmp_path / "run.yaml"
     path.write_text("lora_keys: [._, .__]\n")
-    assert layers.read(path, layers.fields_of(AdapterOptions))["lora_keys"] == ("._", ".__")
+    assert layers.read_config(path, layers.Reading(layers.fields_of(AdapterOptions)))["lora_keys"] == ("._", ".__")
 
 
 def test_tuples_of_numbers(monkeypatch, capsys):

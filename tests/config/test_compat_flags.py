@@ -1,17 +1,14 @@
 """The flags of mlx-lm and mlx-lm-lora, typed on every command: each is taken, told about or refused as the table says."""
 
-import sys
-import types
-
 import mlx_lm.lora
 import pytest
 from mlxlora_cli import app
 from typer.main import get_command
 
-import mlxlora
 from mlxlora.config import config_file as settings
 from mlxlora.config import mlx_lm_compat as peers
 from mlxlora.errors import InputError
+from mlxlora.methods import Method
 from mlxlora.rollouts.reward_functions import BUILT_IN
 from tests.config.test_mlx_lm_compat import GROUPS, KEYS, LORA, flags_of
 
@@ -50,12 +47,9 @@ MODES = {"online-dpo": "online_dpo"}
 
 @pytest.fixture
 def typed(monkeypatch, capsys):
-    """What a command line comes to: the options that its recipe gets (None: nothing ran), and what it prints."""
+    """What a command line comes to: the options that its method gets (None: nothing ran), and what it prints."""
     seen = []
-    recipes = types.ModuleType("mlxlora.methods")
-    vars(recipes).update({command.replace("-", "_"): lambda *groups: seen.append(groups) for command in GROUPS})
-    monkeypatch.setitem(sys.modules, "mlxlora.methods", recipes)
-    monkeypatch.setattr(mlxlora, "recipes", recipes, raising=False)
+    monkeypatch.setattr(Method, "__call__", lambda _, *groups: seen.append(groups))
 
     def run(command, *arguments):
         seen.clear()
@@ -90,7 +84,7 @@ def test_every_flag_of_the_table(typed, command):
     fields, defaults = settings.fields_of(*GROUPS[command]), settings.dump(*(group() for group in GROUPS[command]))
     for name in FLAGS:
         key, arguments = peers.find(name), flag_of(name)
-        here = peers.of(key, command)
+        here = peers.applies(key, command)
         if key.fate == "refused" and here:
             with pytest.raises(InputError) as stopped:
                 typed(command, *signed(command), *arguments)
@@ -189,7 +183,7 @@ def test_what_does_not_train_has_no_differences(mlxlora, tmp_path):
 
 
 def test_one_rank_tells(typed, monkeypatch):
-    monkeypatch.setattr("mlxlora_cli.options.launched_rank", lambda: 1)
+    monkeypatch.setattr("mlxlora_cli.layers.launched_rank", lambda: 1)
     assert typed("sft", "--train")[1] == ""
 
 

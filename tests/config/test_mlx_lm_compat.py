@@ -17,40 +17,17 @@ from mlx_lm.tuner.utils import build_schedule
 from mlxlora import starter
 from mlxlora.config import config_file as settings
 from mlxlora.config import mlx_lm_compat as peers
-from mlxlora.config.options import (
-    AdapterOptions,
-    CPOOptions,
-    DataOptions,
-    DPOOptions,
-    GRPOOptions,
-    ModelOptions,
-    OnlineDPOOptions,
-    ORPOOptions,
-    Output,
-    PairData,
-    PairSampling,
-    PromptData,
-    RewardOptions,
-    SamplingOptions,
-    SFTOptions,
-    Training,
-)
+from mlxlora.config.options import DataOptions, Training
 from mlxlora.errors import InputError
+from mlxlora.methods import METHODS, commands
 from mlxlora.training.optimizers import learning_rate, make_optimizer
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 PAGES = {"mlx-lm": ROOT / "docs" / "from-mlx-lm.md", "mlx-lm-lora": ROOT / "docs" / "from-mlx-lm-lora.md"}
 DATA = Path(__file__).parent / "switch"
-PAIRS = (ModelOptions, AdapterOptions, PairData, Training, Output)
-GROUPS = {
-    "sft": (ModelOptions, AdapterOptions, DataOptions, Training, Output, SFTOptions),
-    "dpo": (*PAIRS, DPOOptions),
-    "orpo": (*PAIRS, ORPOOptions),
-    "cpo": (*PAIRS, CPOOptions),
-    "grpo": (ModelOptions, AdapterOptions, PromptData, Training, Output, SamplingOptions, RewardOptions, GRPOOptions),
-    "online-dpo": (ModelOptions, AdapterOptions, PromptData, Training, Output, PairSampling, RewardOptions, OnlineDPOOptions),
-}
+GROUPS = {name: row.kinds.kinds() for name, row in METHODS.items() if row.modes}
+"""The groups of options of the methods that mlx-lm-lora has too."""
 LORA = yaml.safe_load((DATA / "mlx_lm_lora.yaml").read_text(encoding="utf-8"))
 
 
@@ -64,11 +41,15 @@ KEYS = {
 }
 
 
+def reading(command, note):
+    return settings.Reading(settings.fields_of(*GROUPS[command]), command, note=note, commands=commands())
+
+
 def read(text, tmp_path, command="sft", **given):
     """The options and notes of a file."""
     path, notes = tmp_path / "peer.yaml", []
     path.write_text(text, encoding="utf-8")
-    values = settings.read(path, settings.fields_of(*GROUPS[command]), True, command, given, notes.append)
+    values = settings.read_config(path, reading(command, notes.append), given)
     return values, [note.replace(str(path), "peer.yaml") for note in notes]
 
 
@@ -91,12 +72,14 @@ def test_the_documentation_shows_the_table(peer):
     assert table(peer) in PAGES[peer.name].read_text(encoding="utf-8"), "run `python tests/config/test_mlx_lm_compat.py`"
 
 
-def test_the_readme_has_every_key_and_flag_of_both():
-    assert both() in README.read_text(encoding="utf-8"), "run `python tests/config/test_mlx_lm_compat.py`"
-    cells = [row.strip("| ").split(" | ") for row in both().splitlines()[2:]]
+def test_the_tables_stand_in_their_pages_alone():
+    """The README links them; every key of each library is a row of its page."""
+    readme = README.read_text(encoding="utf-8")
     for peer in peers.PEERS:
-        own = [name for names, of, *_ in cells if of in ("both", peer.name) for name in names.split(", ")]
-        assert sorted(own) == sorted(f"`{name}`" for name in peer.keys)
+        assert f"docs/{PAGES[peer.name].name}" in readme
+        names = [name for row in table(peer).splitlines()[2:] for name in row.split(" | ")[0].strip("| ").split(", ")]
+        assert sorted(names) == sorted(f"`{name}`" for name in peer.keys)
+    assert "| there |" not in readme
 
 
 def test_the_defaults_of_mlx_lm_are_taken(tmp_path):
@@ -122,12 +105,12 @@ def test_the_published_file_of_mlx_lm(tmp_path):
     assert expected.items() <= values.items() and values["lora_keys"] == ("self_attn.q_proj", "self_attn.v_proj")
     assert notes == [
         "peer.yaml is mlx-lm's. Different here: Adam has bias correction; gradients are clipped to norm 1 "
-        "(max_grad_norm 0 = off); a loss is one mean over all scored tokens of a step; plain-text rows are wrapped "
+        "(max_grad_norm 0 = off); a loss is one mean over all trained tokens of a step; plain-text rows are wrapped "
         "in the chat template only with "
-        "use_chat_template. More in the README: Coming from mlx-lm or mlx-lm-lora",
+        "use_chat_template. More in docs/from-mlx-lm.md",
         "not given, so they have our defaults, not mlx-lm's: weight_decay (0.01)",
     ]
-    assert "\n## Coming from mlx-lm or mlx-lm-lora\n" in README.read_text(encoding="utf-8")
+    assert PAGES["mlx-lm"].is_file()
 
 
 def test_all_that_the_file_of_mlx_lm_shows(tmp_path):
@@ -238,7 +221,7 @@ def test_notes(tmp_path):
     _, notes = read(text, tmp_path, max_grad_norm=0.0)
     assert notes[0].split(":")[2].strip() == "fuse"
     assert (
-        "iters are optimiser steps, not batches" in notes[1] and "clipped" not in notes[1] and "use_chat_template" not in notes[1]
+        "iters are optimizer steps, not batches" in notes[1] and "clipped" not in notes[1] and "use_chat_template" not in notes[1]
     )
     assert notes[2].endswith("not mlx-lm-lora's: num_layers (-1), batch_size (1), scale (10.0)")
     assert read("iters: 3\nrank: 4", tmp_path)[1] == []
@@ -401,7 +384,7 @@ def test_rows_of_a_hub_data_set(monkeypatch):
     with pytest.raises(InputError, match=r"billsum: no such file; .* or a hub name like org/name or hf://datasets/name$"):
         read_splits("billsum", {"train": "train"})
     with pytest.raises(InputError, match=r"--train-split is for hub data sets, .* is a local one; leave it out"):
-        read_splits(str(DATA), {"train": "train[:10]"})
+        read_splits(str(DATA / "lora_config.yaml"), {"train": "train[:10]"})
 
 
 def test_the_data_set_of_the_published_file(monkeypatch, tmp_path):
@@ -409,13 +392,13 @@ def test_the_data_set_of_the_published_file(monkeypatch, tmp_path):
     import sys
     import types
 
-    from mlxlora.data.sources import load_rows as read_rows
+    from mlxlora.data.sources import load_rows
 
     fake = types.ModuleType("datasets")
     fake.load_dataset = lambda name, split: [{"text": name, "summary": split}]
     monkeypatch.setitem(sys.modules, "datasets", fake)
     values, _ = read((DATA / "lora_config_all.yaml").read_text(), tmp_path)
-    rows = read_rows(settings.build(DataOptions, values), seed=0)
+    rows = load_rows(settings.build(DataOptions, values), seed=0)
     assert {name: [row.fields for row in part] for name, part in rows.items()} == {
         "train": [{"text": "billsum", "summary": "train[:1000]"}],
         "valid": [{"text": "billsum", "summary": "train[-100:]"}],
@@ -429,19 +412,6 @@ def table(peer):
     for name in sorted(peer.keys):
         lines.append(f"| `{name}` | {meaning(name, peer.keys[name])} |")
     return "\n".join(lines)
-
-
-def both():
-    """The README's table: every key and flag of both peers, those together that mean the same."""
-    found, meanings = {}, {}
-    for peer in peers.PEERS:
-        for name, key in peer.keys.items():
-            found.setdefault((name, meaning(name, key)), []).append(peer.name)
-    for (name, text), names in sorted(found.items()):
-        meanings.setdefault((text, "both" if len(names) == 2 else names[0]), []).append(f"`{name}`")
-    order = sorted(meanings.items(), key=lambda item: (-len(item[1]), item[1]))
-    lines = ["| there | of | here |", "| --- | --- | --- |"]
-    return "\n".join([*lines, *(f"| {', '.join(names)} | {peer} | {text} |" for (text, peer), names in order)])
 
 
 def meaning(name, key):
@@ -458,10 +428,6 @@ def write_tables():
         path = PAGES[peer.name]
         before, _ = path.read_text(encoding="utf-8").split("| there | here |")
         path.write_text(before + table(peer) + "\n", encoding="utf-8")
-    text = README.read_text(encoding="utf-8")
-    start = text.index("| there | of | here |")
-    end = text.index("\n\n</details>", start)
-    README.write_text(text[:start] + both() + text[end:], encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,34 +9,12 @@ from types import ModuleType
 import pytest
 
 from mlxlora import starter
-from mlxlora.config import config_file as settings
-from mlxlora.config.options import (
-    AdapterOptions,
-    CPOOptions,
-    DataOptions,
-    DPOOptions,
-    KTOOptions,
-    OnlineDPOOptions,
-    ORPOOptions,
-    Output,
-    PairData,
-    PairSampling,
-    PromptData,
-    RewardOptions,
-    RowOptions,
-    SFTOptions,
-    Training,
-)
+from mlxlora.config.config_file import Reading, read_config
+from mlxlora.config.method_options import fields_of
+from mlxlora.methods import METHODS
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "examples" / "starter"
-OPTIONS = {
-    "sft": (DataOptions, SFTOptions),
-    "dpo": (PairData, DPOOptions),
-    "orpo": (PairData, ORPOOptions),
-    "cpo": (PairData, CPOOptions),
-    "kto": (RowOptions, KTOOptions),
-    "online-dpo": (PromptData, PairSampling, RewardOptions, OnlineDPOOptions),
-}
+RUNNABLE = [name for name, row in METHODS.items() if row.starter.runs]
 
 
 def script(name: str) -> ModuleType:
@@ -85,14 +63,14 @@ def test_no_question_is_in_two_splits(mode: str):
     assert not questions("train") & (questions("valid") | questions("test"))
 
 
-@pytest.mark.parametrize("mode", [*OPTIONS, "grpo"])
-def test_every_mode_has_data(mode: str):
+@pytest.mark.parametrize("mode", METHODS)
+def test_every_method_has_data(mode: str):
     assert {"train.jsonl", "valid.jsonl"} <= {path.name for path in starter.data_path(mode).iterdir()}
 
 
-@pytest.mark.parametrize("mode", OPTIONS)
+@pytest.mark.parametrize("mode", RUNNABLE)
 def test_defaults_are_valid_options(mode: str):
-    settings.read(starter.defaults(mode), settings.fields_of(AdapterOptions, Training, Output, *OPTIONS[mode]))
+    read_config(starter.defaults(mode), Reading(fields_of(*METHODS[mode].kinds.kinds())))
 
 
 def test_pretraining_text_is_the_chat_template_of_its_conversation():

@@ -174,7 +174,8 @@ def yaml_fields() -> tuple[str, ...]:
 
 
 def call_yaml(folder: Path, case: tuple[bytes, int]) -> None:
-    from mlxlora.config.config_file import build, read
+    from mlxlora.config.config_file import Reading, build, read_config
+    from mlxlora.methods import commands
     from mlxlora.reporting.history import read_settings
 
     file = folder.parent / "config.yaml"
@@ -183,7 +184,7 @@ def call_yaml(folder: Path, case: tuple[bytes, int]) -> None:
     if len(case[0]) % 4 == 0:
         with contextlib.suppress(InputError):
             read_settings(file)
-    values = read(file, fields, True, command)
+    values = read_config(file, Reading(fields, command, commands=commands()))
     for group in groups_of(command):
         build(group, values)
 
@@ -277,7 +278,7 @@ def call_templates(folder: Path, case: tuple[str, int]) -> None:
     text, which = case
     wrapper, location = tokenizer(), f"{folder}/rows.jsonl:1"
     inner, kept = wrapper._tokenizer, wrapper._tokenizer.chat_template
-    inner.chat_template, templates._SECONDS = text, 1.0
+    inner.chat_template, templates.RENDER_SECONDS = text, 1.0
     try:
         if which < 3:
             templates.render(

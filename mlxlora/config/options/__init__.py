@@ -18,6 +18,15 @@ from .objective import OnlineDPOOptions as OnlineDPOOptions
 from .objective import ORPOOptions as ORPOOptions
 from .objective import SFTOptions as SFTOptions
 from .output import Output as Output
+from .runs import CPORun as CPORun
+from .runs import DistillRun as DistillRun
+from .runs import DPORun as DPORun
+from .runs import GKDRun as GKDRun
+from .runs import GRPORun as GRPORun
+from .runs import KTORun as KTORun
+from .runs import OnlineDPORun as OnlineDPORun
+from .runs import ORPORun as ORPORun
+from .runs import SFTRun as SFTRun
 from .sampling import OwnSampling as OwnSampling
 from .sampling import PairSampling as PairSampling
 from .sampling import RewardOptions as RewardOptions

@@ -5,7 +5,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from .options import without_peers
+from .flags import without_peers
 
 
 class Command(TyperCommand):

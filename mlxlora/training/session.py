@@ -1,0 +1,179 @@
+"""From options to a finished run, the same for every method: claim the folder, load, tokenize, train."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+from attrs import frozen
+
+from .. import objectives
+from ..adapters.inject import layers_to_train
+from ..adapters.prepare import base_of, load
+from ..config.method_options import dump
+from ..config.options import AdapterOptions, DataOptions, ModelOptions, Output, Training
+from ..data import sources
+from ..data.rows import Row
+from ..data.sources import Context, Source
+from ..distributed.ranks import current_ranks
+from ..errors import InputError
+from ..models.loading import load_with_config
+from ..models.logprobs import scorer
+from ..models.modes import vocabulary
+from ..objectives.objective import Objective
+from ..reporting.card import Card, MethodInfo
+from ..reporting.history import StoredMethod
+from ..reporting.reporter import ReporterGroup
+from ..reporting.reporters import reporters
+from ..utils.user_code import load_object
+from .answers import first_questions
+from .dry_run import dry_run
+from .evaluate import make_evaluate
+from .inputs import Run, RunOptions
+from .prepared import plain_maker
+from .run import execute_run
+from .schedule import Schedule, batches_of_split
+from .startup import check_options, claimed, introduce
+
+Groups = Mapping[type, Any]
+"""The groups of options of a run by type."""
+
+
+@frozen
+class Recipe:
+    """What a method trains on, and what it minimizes.
+
+    Attributes:
+        method: what the run stores about its method.
+        source: turns rows into batches.
+        objective: what is minimized.
+        extras: further fields of `Run`, such as the reference.
+        title: of the method in the model card.
+    """
+
+    method: StoredMethod
+    source: Source
+    objective: Objective
+    extras: Mapping[str, Any] = {}
+    title: str = "a custom objective"
+
+
+def train_recipe(recipe: Recipe, groups: Groups) -> dict[str, Any]:
+    """Loads the model of `groups` and trains it.
+
+    Returns:
+        The results: steps, losses, where the adapters are.
+
+    Raises:
+        InputError: bad options or data.
+        RunError: losses or gradients that are not finite, of five batches in a row; the last good state was saved.
+    """
+    ranks = current_ranks()
+    with ExitStack() as held:
+        with ranks.together():
+            if ranks.leads:
+                held.enter_context(claimed(groups[Output], recipe.method.method))
+            rows = sources.load_rows(recipe.source.data, groups[Training].seed)
+            model, tokenizer, _ = load_with_config(groups[ModelOptions], lazy=groups[Training].fully_shard)
+            layers_to_train(model, groups[AdapterOptions])  # fails before the rows are tokenized
+        return _run(recipe, model, tokenizer, rows, groups)
+
+
+def run(
+    model: nn.Module,
+    tokenizer: Any,
+    objective: Objective,
+    source: Source,
+    training: Training = Training(),
+    *,
+    adapter: AdapterOptions = AdapterOptions(),
+    **output: Any,
+) -> dict[str, Any]:
+    """Trains a loaded model; every method ends here.
+
+    Args:
+        model: an mlx-lm model; `prepare` makes its adapters.
+        tokenizer: its tokenizer.
+        objective: what is minimized.
+        source: turns rows into batches.
+        training: options of the optimization.
+        adapter: what is trained.
+        output: fields of `Output`, such as `adapter_path="adapters"`.
+
+    Returns:
+        The results: steps, losses, where the adapters are.
+
+    Raises:
+        InputError: bad options or data.
+        RunError: losses or gradients that are not finite, of five batches in a row; the last good state was saved.
+    """
+    files, ranks, recipe = Output(**output), current_ranks(), Recipe(StoredMethod(None), source, objective)
+    with ExitStack() as held:
+        with ranks.together():
+            if ranks.leads:
+                held.enter_context(claimed(files, None))
+            rows = sources.load_rows(source.data, training.seed)
+        groups = {type(group): group for group in (ModelOptions(), source.data, adapter, training, files)}
+        return _run(recipe, model, tokenizer, rows, groups)
+
+
+def evaluate_split(
+    *, model_options: ModelOptions, data_options: DataOptions, adapter_path: str | None, split: str, batch_size: int, seed: int = 0
+) -> dict[str, float]:
+    """Loss [nats per trained token] and perplexity of a whole split, every row counted once; the model is that of `base_of`.
+
+    Raises:
+        InputError: no such split, model or adapters.
+    """
+    base = base_of(model_options, adapter_path) if adapter_path else model_options
+    source, rows = sources.rows(data_options), sources.load_rows(data_options, seed)
+    if not rows.get(split):
+        raise InputError(f"{data_options.data}: no {split} split; found {', '.join(k for k in rows if rows[k])}")
+    model, tokenizer = load(base, adapter_path)
+    splits = sources.tokenize(source, {split: rows[split]}, tokenizer)
+    sources.check_tokens(source, splits, vocabulary(model), tokenizer)
+    objective = objectives.sft()
+    ranks, schedule = current_ranks(), Schedule(source, splits, Training(batch_size=batch_size))
+    make = plain_maker(source, Context(model, tokenizer, seed, validation=True, ranks=ranks))
+    return make_evaluate(model, objective, scorer(model), ranks)(batches_of_split(schedule, make, split))
+
+
+def user_objective(reference: str | None) -> Objective | None:
+    """The objective that --objective file.py:name names; a function without arguments may return it.
+
+    Raises:
+        InputError: the file has no such objective.
+    """
+    if reference is None:
+        return None
+    found = load_object(reference, "--objective")
+    found = found() if callable(found) and not isinstance(found, Objective) else found
+    if not isinstance(found, Objective):
+        raise InputError(f"--objective {reference}: expected an Objective, got {type(found).__name__}")
+    return found
+
+
+def _run(recipe: Recipe, model: nn.Module, tokenizer: Any, rows: dict[str, list[Row]], groups: Groups) -> dict[str, Any]:
+    training, adapter, output, ranks = groups[Training], groups[AdapterOptions], groups[Output], current_ranks()
+    if training.loraplus_lr_ratio is not None and adapter.train_type == "full":
+        raise InputError(f"--loraplus-lr-ratio {training.loraplus_lr_ratio} is for adapters; use --train-type lora or dora")
+    source, method = recipe.source, MethodInfo(recipe.title, tuple(groups))
+    reporter = ReporterGroup(*(reporters(output, method) if ranks.leads else ()))
+    with ranks.together():
+        check_options(training, adapter, online=source.online, with_teacher="extend" in recipe.extras)
+        splits = sources.tokenize(source, rows, tokenizer, reporter.note)
+        sources.check_tokens(source, splits, vocabulary(model), tokenizer)
+    if ranks.leads and not output.dry_run:
+        rows_of = {name: split.counts.rows for name, split in splits.items()}
+        reporter = ReporterGroup(*reporter.members, Card(Path(output.adapter_path), rows_of, method))
+    stored = dump(recipe.method, *groups.values())
+    config = {name: value for name, value in stored.items() if name not in ("resume", "overwrite")}
+    options = RunOptions(training, adapter, output, config, method)
+    whole = Run(model, tokenizer, recipe.objective, source, splits, options, ranks=ranks, **recipe.extras)
+    introduce(whole, reporter)
+    if output.dry_run:
+        return dry_run(whole, reporter)
+    results = execute_run(whole, reporter, first_questions(whole, rows))
+    reporter.finish(results)
+    return results
