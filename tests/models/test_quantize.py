@@ -12,15 +12,16 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm import convert
 from mlx_lm import load as load_with_mlx_lm
 
-from mlxlora import methods as recipes
+import mlxlora as ml
 from mlxlora.adapters.files import read_adapter_config
 from mlxlora.adapters.fuse import merged
 from mlxlora.adapters.lora import adapters_of, base_of_adapter, update_of
-from mlxlora.adapters.prepare import disabled, prepare
+from mlxlora.adapters.prepare import base_of, disabled, prepare
 from mlxlora.config.options import AdapterOptions, DPOOptions, ModelOptions, Training
 from mlxlora.data.batching import collate
 from mlxlora.errors import InputError
 from mlxlora.models.initialize import init_model
+from mlxlora.models.loading import load_with_config
 from mlxlora.models.logprobs import scorer
 from mlxlora.models.modes import computing, evaluating
 from mlxlora.models.quantize import QUANTIZATIONS, quantize_as
@@ -28,6 +29,7 @@ from mlxlora.objectives.objective import Objective
 from mlxlora.objectives.preference import dpo, orpo
 from mlxlora.objectives.supervised import sft
 from mlxlora.training.optimizers import make_optimizer
+from mlxlora.training.other_models import cached_reference
 from mlxlora.training.step import make_step
 from tests.support.tiny import (
     LLAMA,
@@ -59,7 +61,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, model: Path, data: Path, **changes: Any) -> dict[str, Any]:
     few = {"iters": 3, "batch_size": 2, "num_layers": 1, "answers": 0, "val_batches": 1, "quiet": True, "learning_rate": 1e-3}
-    return recipes.sft(model=str(model), data=str(data), adapter_path=str(folder), **(few | changes))
+    return ml.sft(model=str(model), data=str(data), adapter_path=str(folder), **(few | changes))
 
 
 # --- as it is loaded ----------------------------------------------------------------------------
@@ -70,7 +72,7 @@ def test_a_converted_model(form: str, model_folder: Path, tmp_path: Path) -> Non
     how = {f"q_{name}": value for name, value in QUANTIZATIONS[form].items()}
     convert(str(model_folder), str(tmp_path / "converted"), quantize=True, **how)
     theirs, *_ = load_with_mlx_lm(str(tmp_path / "converted"))
-    ours, _, config = recipes.load_with_config(ModelOptions(model=str(model_folder), quantize=form))  # type: ignore[arg-type]
+    ours, _, config = load_with_config(ModelOptions(model=str(model_folder), quantize=form))  # type: ignore[arg-type]
     assert weights(ours).keys() == weights(theirs).keys()
     assert all(mx.array_equal(array, weights(theirs)[name]) for name, array in weights(ours).items())
     assert config["quantization"] == json.loads((tmp_path / "converted" / "config.json").read_text())["quantization"]
@@ -91,8 +93,8 @@ def test_what_is_left_says_so(mlxlora: Any, model_folder: Path, data: Path, tmp_
     run(adapters, model_folder, data, quantize="4")
     assert read_adapter_config(adapters)["quantize"] == "4"
     assert "quantized to 4 bits as it was loaded (`--quantize 4`)" in (adapters / "README.md").read_text()
-    assert recipes.base_of(ModelOptions(), adapters) == ModelOptions(model=str(model_folder), quantize="4")
-    assert recipes.base_of(ModelOptions(model="other"), adapters) == ModelOptions(model="other")
+    assert base_of(ModelOptions(), adapters) == ModelOptions(model=str(model_folder), quantize="4")
+    assert base_of(ModelOptions(model="other"), adapters) == ModelOptions(model="other")
     model, *_ = load_with_mlx_lm(str(model_folder), adapter_path=str(adapters))
     assert mx.isfinite(model(TOKENS)).all().item()
     asked = ("generate", "--adapter-path", adapters, "--prompt", "abc", "--max-tokens", 4)
@@ -114,23 +116,21 @@ def test_the_model_is_never_whole_in_memory(tmp_path: Path) -> None:
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    model, _ = recipes.load(ModelOptions(model=str(tmp_path / "model"), quantize="4"))
+    model, _ = ml.load(ModelOptions(model=str(tmp_path / "model"), quantize="4"))
     assert mx.get_peak_memory() - before < 0.6 * size and model
 
 
 def test_references_of_both_are_kept_apart(model_folder: Path) -> None:
-    plain, small = (recipes._reference(ModelOptions(model=str(model_folder), quantize=form), DPOOptions()) for form in (None, "4"))  # type: ignore[arg-type]
-    assert plain["reference_cache"] != small["reference_cache"]
-    other = [
-        recipes._reference(ModelOptions(model="x", quantize=form), DPOOptions(reference_model_path="y")) for form in (None, "4")
-    ]  # type: ignore[arg-type]
-    assert other[0]["reference_cache"] == other[1]["reference_cache"], "another model is loaded as it is"
+    plain, small = (cached_reference(ModelOptions(model=str(model_folder), quantize=form), DPOOptions()) for form in (None, "4"))  # type: ignore[arg-type]
+    assert plain.cache != small.cache
+    other = [cached_reference(ModelOptions(model="x", quantize=form), DPOOptions(reference_model_path="y")) for form in (None, "4")]  # type: ignore[arg-type]
+    assert other[0].cache == other[1].cache, "another model is loaded as it is"
 
 
 def test_what_cannot_be_quantized(model_folder: Path, tmp_path: Path) -> None:
     convert(str(model_folder), str(tmp_path / "converted"), quantize=True, q_bits=8)
     with pytest.raises(InputError, match=r"--quantize 4: the model is quantized already \(8 bits\); leave --quantize out"):
-        recipes.load(ModelOptions(model=str(tmp_path / "converted"), quantize="4"))
+        ml.load(ModelOptions(model=str(tmp_path / "converted"), quantize="4"))
     with pytest.raises(InputError, match="--quantize must be one of 4, 6, 8, mxfp4, got '5'"):
         ModelOptions(model="x", quantize="5")  # type: ignore[arg-type]
 

@@ -57,9 +57,8 @@ def tokenizer() -> Any:
 
 @cache
 def readers() -> tuple[Callable[..., Any], ...]:
-    from mlxlora.data.labeled import judged_row
-
     from mlxlora.config.options import RowOptions
+    from mlxlora.data.labeled import judged_row
     from mlxlora.data.tokenize import preference_pair, prompt_example, supervised_example
 
     return (

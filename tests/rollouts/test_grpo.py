@@ -16,12 +16,11 @@ from mlx_lm.utils import load
 
 from mlxlora.config.options import AdapterOptions, Training
 from mlxlora.errors import InputError
-from mlxlora.methods import run
 from mlxlora.objectives.grpo import grpo
 from mlxlora.rollouts.rewards import NamedReward
 from mlxlora.rollouts.sampling import Sampling
 from mlxlora.rollouts.source import Rollouts, prompts
-from tests.support.loss_types import loss_types
+from mlxlora.training.session import run
 from tests.support.loss_types import loss_types
 from tests.support.paths import Outcome
 from tests.training.test_resume import stop
@@ -193,7 +192,6 @@ def test_second_step_on_a_rollout_is_off_policy(command: tuple[Any, ...], tmp_pa
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every model that is loaded."""
-    from mlxlora import methods
     from mlxlora.adapters import prepare
 
     original, seen = prepare.load_with_config, []
@@ -202,7 +200,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(str(options.model))
         return original(options, **how)
 
-    for module in (methods, prepare):
+    for module in (session, prepare):
         monkeypatch.setattr(module, "load_with_config", counted)
     return seen
 

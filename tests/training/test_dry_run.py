@@ -2,13 +2,13 @@
 
 import pytest
 
-from mlxlora import methods as recipes
 from mlxlora import starter
 from mlxlora.data.batching import Order
 from mlxlora.errors import InputError
+from mlxlora.methods import METHODS
 from mlxlora.training.dry_run import representative_batches
 
-METHODS = ("sft", "dpo", "orpo", "cpo", "kto", "grpo", "online-dpo")
+RUNNABLE = [name for name, row in RUNNABLE.items() if row.starter.runs]
 SAMPLED = ("grpo", "online-dpo")
 
 
@@ -22,12 +22,12 @@ def tried(monkeypatch, tmp_path, eager):
         small = {"batch_size": 4, "iters": 20, "max_seq_length": 64, "num_layers": 1, "use_chat_template": method != "sft"}
         small |= {"max_completion_length": 4, "group_size": 2, "rewards": ("accuracy",)} if method in SAMPLED else {}
         names = {"model": str(starter.model_path()), "data": str(starter.data_path(method)), "dry_run": True}
-        return getattr(recipes, method.replace("-", "_"))(**{**small, **names, **options})
+        return METHODS[method](**{**small, **names, **options})
 
     return run
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RUNNABLE)
 def test_every_method(method, tried, tmp_path, capsys):
     needs = tried(method)
     out = capsys.readouterr().out

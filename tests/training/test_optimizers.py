@@ -13,7 +13,7 @@ from mlxlora.adapters.prepare import prepare
 from mlxlora.config.options import AdapterOptions, Training
 from mlxlora.data.batching import collate
 from mlxlora.errors import InputError
-from mlxlora.methods import sft as run_sft
+from mlxlora.methods import SFT
 from mlxlora.objectives.supervised import sft
 from mlxlora.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from mlxlora.training.optimizers import make_optimizer
@@ -118,4 +118,4 @@ def test_full_weights_have_no_b(model_folder: Path, tmp_path: Path) -> None:
     rows = tmp_path / "train.jsonl"
     rows.write_text('{"text": "abc"}\n' * 4)
     with pytest.raises(InputError, match=r"--loraplus-lr-ratio 4\.0 is for adapters; use --train-type lora or dora"):
-        run_sft(model=str(model_folder), data=str(rows), train_type="full", loraplus_lr_ratio=4.0, adapter_path=str(tmp_path / "a"))
+        SFT(model=str(model_folder), data=str(rows), train_type="full", loraplus_lr_ratio=4.0, adapter_path=str(tmp_path / "a"))

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm import generate, load
 
-from mlxlora import methods as recipes
 from mlxlora import objectives
 from mlxlora.config.options import PairData
 from mlxlora.data import sources
 from mlxlora.data.batching import MicroBatch, pair_batch
 from mlxlora.data.tokenize import Pair
+from mlxlora.training import session
 from mlxlora.training.step import make_step
 from tests.support.loss_types import loss_types
 from tests.support.tiny import byte_tokenizer, dense, distance, example, numbers, snapshot
@@ -382,8 +382,8 @@ def test_names_of_metrics(model_folder: Path, tmp_path: Path, mlxlora: Any) -> N
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The models that were loaded."""
     seen: list[str] = []
-    real = recipes.load_with_config
-    monkeypatch.setattr(recipes, "load_with_config", lambda options, **how: (seen.append(options.model), real(options, **how))[1])
+    real = session.load_with_config
+    monkeypatch.setattr(session, "load_with_config", lambda options, **how: (seen.append(options.model), real(options, **how))[1])
     return seen
 
 

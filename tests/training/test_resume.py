@@ -15,7 +15,7 @@ import numpy as np
 import orjson
 import pytest
 
-from mlxlora import methods as recipes
+import mlxlora as ml
 from mlxlora.config.options import Training
 from mlxlora.data import sources
 from mlxlora.errors import InputError
@@ -180,16 +180,14 @@ def test_another_method(method: str, finished: Path, mlxlora: Any) -> None:
     told = f"--resume: {finished} is a run of sft; continue it with `mlxlora sft --resume --adapter-path {finished}`"
     assert (outcome.code, outcome.err) == (2, f"mlxlora: error: {told}\n") and listing(finished) == before
     with pytest.raises(InputError, match="is a run of sft; continue it with `mlxlora sft --resume"):
-        recipes.orpo(model="no", data="nothing", adapter_path=str(finished), resume=True)
+        ml.orpo(model="no", data="nothing", adapter_path=str(finished), resume=True)
 
 
 def test_a_run_of_a_python_script(model_folder: Path, rows: Path, tmp_path: Path, mlxlora: Any) -> None:
     def train(**more: Any) -> Any:
-        model, tokenizer = recipes.load(str(model_folder))
+        model, tokenizer = ml.load(str(model_folder))
         training = Training(iters=1, batch_size=2)
-        return recipes.run(
-            model, tokenizer, sft(), sources.rows(str(rows)), training, adapter_path=str(tmp_path), answers=0, **more
-        )
+        return ml.run(model, tokenizer, sft(), sources.rows(str(rows)), training, adapter_path=str(tmp_path), answers=0, **more)
 
     assert train()["steps"] == train(resume=True)["steps"] == 1
     refused = mlxlora("sft", "--resume", "--adapter-path", tmp_path)
@@ -215,7 +213,7 @@ def test_no_run_there(there: tuple[str, ...], command: tuple[Any, ...], tmp_path
         told = f"--resume: {tmp_path} holds no run (no config.yaml); leave --resume out, or name the folder of a run"
         assert (outcome.code, outcome.out, outcome.err) == (2, "", f"mlxlora: error: {told}\n")
     with pytest.raises(InputError, match="holds no run"):
-        recipes.sft(model=str(command[2]), data=str(command[4]), adapter_path=str(tmp_path), resume=True)
+        ml.sft(model=str(command[2]), data=str(command[4]), adapter_path=str(tmp_path), resume=True)
     assert listing(tmp_path) == before
 
 

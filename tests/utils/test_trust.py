@@ -187,13 +187,13 @@ COMMANDS = {
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
-    from mlxlora import methods as recipes
+    import mlxlora as ml
     from mlxlora.adapters.peft import to_peft
 
     folder = tmp_path_factory.mktemp("adapters")
     quick = {"iters": 1, "batch_size": 1, "num_layers": 1, "val_batches": 0, "answers": 0, "quiet": True}
     model = str(starter.model_path())
-    recipes.sft(model=model, data=str(starter.data_path("sft")), adapter_path=str(folder / "adapters"), **quick)
+    ml.sft(model=model, data=str(starter.data_path("sft")), adapter_path=str(folder / "adapters"), **quick)
     to_peft(ModelOptions(model=model), folder / "adapters", folder / "peft")
     return folder
 
@@ -305,7 +305,7 @@ def test_a_downloaded_run_is_resumed_without_its_code_and_in_its_place(place, ra
 def test_a_configuration_beside_a_model_writes_beside_it(path, downloaded, mlxlora):
     file = config(downloaded, adapter_path=path)
     outcome = mlxlora("sft", "-c", file, "--model", "model", *DATA, *QUICK)
-    assert outcome.code == 2 and f"adapter_path {path} leads out of {downloaded}" in outcome.err
+    assert outcome.code == 2 and f"adapter_path {path} points outside {downloaded}" in outcome.err
     assert not Path("out").exists() and not Path(path).exists()
 
 
@@ -353,7 +353,7 @@ TEMPLATES = {
     "a file": ("{% include '/etc/passwd' %}", "rejects this conversation"),
     "an exception": ("{{ raise_exception('no\nsuch\nrole') }}", "rejects this conversation: no such role"),
     "a long range": ("{% for i in range(10 * 1000 * 1000) %}{% endfor %}", "rejects this conversation: Range too big"),
-    "no end": (ROUNDS, "has not ended after 0.5 s"),
+    "no end": (ROUNDS, "timed out after 0.5 s"),
     "recursion": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "rejects this conversation: maximum recursion depth"),
     "a power": ("{{ 10 ** 10 ** 9 }}", "computes a power"),
     "syntax": ("{% if %}", "rejects this conversation"),
@@ -371,7 +371,7 @@ def tokenizer():
 @pytest.mark.parametrize("threaded", [False, True], ids=["main thread", "another thread"])
 def test_templates_are_held(name, threaded, tokenizer, monkeypatch):
     template, told = TEMPLATES[name]
-    monkeypatch.setattr(templates, "_SECONDS", 0.5)
+    monkeypatch.setattr(templates, "RENDER_SECONDS", 0.5)
     monkeypatch.setattr(tokenizer._tokenizer, "chat_template", template)
     caught = []
 
