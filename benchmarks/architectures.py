@@ -39,7 +39,7 @@ from mlxlora.data.tokenize import Example  # noqa: E402
 from mlxlora.models import attention  # noqa: E402
 from mlxlora.models.grad_checkpoint import checkpointed  # noqa: E402
 from mlxlora.models.logprobs import Scorer, scorer  # noqa: E402
-from mlxlora.models.row_layouts import obstacle, packed_layout  # noqa: E402
+from mlxlora.models.row_layouts import layout_obstacle, packed_layout  # noqa: E402
 
 STEPS = 4
 COLUMNS = {
@@ -166,8 +166,8 @@ def _faster(model: nn.Module) -> str:
     score = scorer(model)
     found = {
         "rows": score.split is not None and not score.trainable,
-        "prompts": obstacle(score.forward, model) is None,
-        "packing": obstacle(score.forward, model, packed_layout) is None,
+        "prompts": layout_obstacle(score.forward, model) is None,
+        "packing": layout_obstacle(score.forward, model, packed_layout) is None,
         "chunks": attention.hook(model) > 0 and _chunks(model, score),
     }
     return ", ".join(name for name, holds in found.items() if holds) or "none"

@@ -21,7 +21,7 @@ import mlx.core as mx  # noqa: E402
 from attrs import frozen  # noqa: E402
 
 from benchmarks.common import flags, interleaved, parsed, ratios, run  # noqa: E402
-from mlxlora.models.attention import CHUNK, blockwise, in_chunks, visible  # noqa: E402
+from mlxlora.models.attention import CHUNK, Scoring, blockwise, in_chunks, visible  # noqa: E402
 from mlxlora.utils.device import backend  # noqa: E402
 
 COLUMNS = {
@@ -113,7 +113,7 @@ def sides(case: Case) -> tuple[Gradients, Gradients]:
     alike = case.window is None and parts is None
 
     def ours(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        return blockwise(q, k, v, scale=scale, window=case.window, segments=parts, chunk=case.chunk)
+        return blockwise(q, k, v, Scoring(scale, case.window, parts), chunk=case.chunk)
 
     def peer(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         mask = "causal" if alike else visible(range(q.shape[2]), range(q.shape[2]), case.window, parts)

@@ -38,7 +38,7 @@ from mlxlora.rollouts.rewards import NamedReward  # noqa: E402
 from mlxlora.rollouts.sampling import Sampling  # noqa: E402
 from mlxlora.rollouts.source import Rollouts, prompts  # noqa: E402
 from mlxlora.training.reference import referenced  # noqa: E402
-from mlxlora.training.step import entropy_of, make_step  # noqa: E402
+from mlxlora.training.step import columns_of, make_step  # noqa: E402
 
 try:
     from mlx_lm_lora.trainer import grpo_trainer
@@ -134,7 +134,7 @@ def make_prompts(case: Case) -> list[Prompt]:
 def ours(case: Case, rows: Sequence[Prompt]) -> tuple[Parts, MicroBatch, Callable[[], float]]:
     """(what is measured, a batch, the norm of the gradient on it)."""
     model, objective = make_model(case), grpo(beta=case.beta)
-    step = make_step(model, optim.Adam(learning_rate=1e-5), objective, score=scorer(model, entropy=entropy_of(objective)))
+    step = make_step(model, optim.Adam(learning_rate=1e-5), objective, score=scorer(model, columns=columns_of(objective)))
     route, sampling = find_route(model), Sampling(max_tokens=case.completion)
     how = Rollouts((NamedReward("reward", reward),), case.group_size, sampling, route=route)
     make: Make = prompts(PromptData(), how).make(Context(model, Words(case.vocabulary), 0, share=True))  # as a run chooses here

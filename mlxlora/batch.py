@@ -36,6 +36,7 @@ class Batch(NamedTuple):
         divergence: [N] of the policy's distribution at each target from a teacher's, nats (distillation).
         entropy: [N] entropy of the policy's distribution at each target, if the objective asks for it.
         log_sum_sq_probs: [N] log Σ_v π(v)² of the policy's distribution at each target, if the objective asks for it.
+        correct: [N] 1 where the target is the policy's likeliest token, else 0, if the objective asks for it.
         prefix: [U, K] int32, prompts that rows continue: row r continues prompt r div (R/U); None if rows are whole.
         prefix_lengths: [U] int32, their tokens; the rest is padding, on the right.
         segments: [R, T] int32, which of a row's sequences a token belongs to, from 1, and 0 in padding; None: one per row.
@@ -57,6 +58,7 @@ class Batch(NamedTuple):
     divergence: mx.array | None = None
     entropy: mx.array | None = None
     log_sum_sq_probs: mx.array | None = None
+    correct: mx.array | None = None
     prefix: mx.array | None = None
     prefix_lengths: mx.array | None = None
     segments: mx.array | None = None
@@ -130,6 +132,7 @@ _ADDED_BY = {
     "divergence": "a scorer with a teacher",
     "entropy": "the scorer, for a term that needs it",
     "log_sum_sq_probs": "the scorer, for a term that needs it",
+    "correct": "the scorer, for a term that needs it",
 }
 
 

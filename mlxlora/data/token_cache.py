@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 
 from ..utils.files import cache_folder
-from ..utils.safetensors import Arrays, read_checked, write_arrays
+from ..utils.safetensors import NumpyArrays, read_checked, write_arrays
 from . import tokenize
 from .rows import Row
 from .tokenize import Counts, Example, Pair
@@ -129,7 +129,7 @@ def _keep(path: Path, items: Sequence[Any], rows: Sequence[Row], note: Callable[
         note(f"tokens: the cache {path} cannot be written ({error})")
 
 
-def _packed(items: Sequence[Example | Pair], row_of: dict[str, int]) -> Arrays:
+def _packed(items: Sequence[Example | Pair], row_of: dict[str, int]) -> NumpyArrays:
     """Items as flat arrays, booleans packed into bits."""
     examples = [example for item in items for example in _sides(item)]
     prompts = [example.prompt for example in examples]
@@ -146,7 +146,7 @@ def _packed(items: Sequence[Example | Pair], row_of: dict[str, int]) -> Arrays:
     }
 
 
-def _unpacked(arrays: Arrays, rows: Sequence[Row]) -> list[Any]:
+def _unpacked(arrays: NumpyArrays, rows: Sequence[Row]) -> list[Any]:
     """The items, whose sequences are views of the flat arrays."""
     numbers, ends = arrays["rows"].tolist(), arrays["ends"].tolist()
     sides = len(ends) // len(numbers)

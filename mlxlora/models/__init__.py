@@ -1,1 +1,1 @@
-"""An mlx-lm model as log-probabilities: loading, scoring, attention, memory in training."""
+"""From an mlx-lm model to log-probabilities: loading, scoring, attention, memory in training."""

@@ -1,46 +1,46 @@
-"""The one place where mlx-lm's models compute attention: fused, or in chunks of queries that the backward pass computes again.
+"""The one place where mlx-lm's models compute attention: fused, or in chunks of queries that the backward pass recomputes.
 
-mlx-lm's models call `scaled_dot_product_attention` of `mlx_lm.models.base` by that name, in their own module. `hook` puts
-`attend` there, which does the same unless the cache that a layer was handed brings its own way, or causal rows are faster
-in chunks: MLX has a fused backward for mask="causal" on GPUs, and on a CPU keeps all scores [R, heads, T, T].
+mlx-lm's models call `scaled_dot_product_attention` of `mlx_lm.models.base` by that name, in their own Python module. `hook`
+replaces it by `attend`, which does the same with two exceptions: a cache with a method `attend` computes its own attention, and
+causal rows attend in chunks where that is faster. (MLX has a fused backward pass for mask="causal" on GPUs; on a CPU it keeps
+all scores [R, heads, T, T].)
 """
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from attrs import frozen
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import base
 
 from ..utils.device import backend
+from ..utils.patches import replace_function
 
 _NAME = "scaled_dot_product_attention"
 _PLAIN = getattr(base, _NAME)
 fused = mx.fast.scaled_dot_product_attention
 
-# By device: queries of a chunk, and the positions of a row from which on chunks pay. cpu (2 shared cores, OpenBLAS, 8 heads; CPU
-# time and memory against the fused function): a whole SFT step 1.01x to 1.06x and 0.7x at 512, 0.75x to 1.0x and 0.5x at 1024,
-# so the bound lies between; attention alone at 2048 0.94x and 0.16x, with a window of 256 0.32x and 0.08x. cuda (one H200): with a
-# window of 256 1.2x and 0.8x at 4096, 0.8x and 0.34x at 8192; of 4 packed sequences 1.3x to 1.5x and about 1x at 8192.
-# metal is a guess: run benchmarks/attention.py.
-CHUNK = {"cpu": 128, "cuda": 512, "metal": 512}
-PAYS_FROM = {"cpu": 768, "cuda": 8192, "metal": 1024}
-PACKED_PAYS_FROM = PAYS_FROM | {"cuda": 16384}
+# By device, as benchmarks/attention.py measured them (metal is a guess; benchmarks/README.md has the numbers).
+CHUNK = {"cpu": 128, "cuda": 512, "metal": 512}  # queries: smaller chunks launch more kernels, larger ones hold more scores
+CHUNKS_PAY_FROM = {"cpu": 768, "cuda": 8192, "metal": 1024}  # positions of a row: below, recomputing costs more than it saves
+PACKED_CHUNKS_PAY_FROM = CHUNKS_PAY_FROM | {"cuda": 16384}
 FUSED_BACKWARD = {"cpu": False, "cuda": True, "metal": True}  # of mask="causal", in mlx 0.32.4
 
-# Rows next to shared prompts: scores that a layer may keep for its backward pass, which else computes them again (cpu: 1.1x a
-# DPO step), and scores of a chunk of queries.
+# Rows that continue prompts: a layer keeps scores up to KEPT_BYTES for its backward pass instead of computing them again;
+# SCORE_BYTES bounds the scores of one chunk of queries.
 KEPT_BYTES = {"cpu": 32 << 20, "cuda": 64 << 20, "metal": 32 << 20}
 SCORE_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20, "metal": 64 << 20}
 
-Arrays = dict[str, Any]
-
-_choice = "auto"
+_Arrays = dict[str, Any]
+_CHOICE: ContextVar[str] = ContextVar("attention", default="auto")
+"""`attend` has mlx-lm's signature, which has no room for an argument of ours."""
 
 
 class Causal(str):
@@ -61,25 +61,24 @@ class Causal(str):
 
 @contextmanager
 def using(choice: str) -> Iterator[None]:
-    """How rows attend while the block runs: "fused", "chunked", or "auto": what is faster on this device."""
-    global _choice
-    before, _choice = _choice, choice
+    """How rows attend while the context lasts: "fused", "chunked", or "auto", which takes what is faster on this device."""
+    token = _CHOICE.set(choice)
     try:
         yield
     finally:
-        _choice = before
+        _CHOICE.reset(token)
 
 
 def hook(model: nn.Module) -> int:
-    """Puts `attend` into the Python modules that the model is made of; doing it again changes nothing.
+    """Makes the model's layers call `attend`; a second call changes nothing. `utils.patches.restore` undoes it.
 
     Returns:
-        How many of them call it.
+        How many Python modules of the model call it.
     """
-    modules = {sys.modules.get(type(module).__module__) for module in model.modules()}
+    modules = {sys.modules[name] for module in model.modules() if (name := type(module).__module__) in sys.modules}
     callers = [module for module in modules if getattr(module, _NAME, None) in (_PLAIN, attend)]
     for module in callers:
-        setattr(module, _NAME, attend)
+        replace_function(model, module, _NAME, attend)
     return len(callers)
 
 
@@ -88,7 +87,7 @@ def attend(
 ) -> mx.array:
     """mlx-lm's attention, with its signature; a cache with a method `attend` computes it instead.
 
-    That is given queries [R, heads, T, d] and what `update_and_fetch` returned, and by name scale, mask and sinks.
+    The method gets queries [R, heads, T, d], the two results of `update_and_fetch`, and by name scale, mask and sinks.
     """
     if hasattr(cache, "attend"):
         return cache.attend(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
@@ -107,15 +106,15 @@ def causal(
     segments: mx.array | None = None,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """Attention of whole rows, the way that `using` chose.
+    """Attention of whole rows, computed as `using` says.
 
     Args:
         queries: [R, heads, T, d].
         keys: [R, kv heads, T, d].
         values: [R, kv heads, T, d].
         scale: of the scores.
-        window: a key is less than this behind its query.
-        segments: [R, T] int, queries see keys of their own segment; None: a row is one.
+        window: a query sees this many keys, the last of them its own; None: all.
+        segments: [R, T] int, queries see keys of their own segment; None: a row is one segment.
         sinks: [heads] logits of a key without a value.
 
     Returns:
@@ -125,21 +124,27 @@ def causal(
     window = window if window is not None and window < length else None
     whole = window is None and segments is None
     if in_chunks(length, whole, packed=segments is not None):
-        return blockwise(queries, keys, values, scale=scale, window=window, segments=segments, sinks=sinks)
+        return blockwise(queries, keys, values, Scoring(scale, window, segments, sinks))
     mask = "causal" if whole else visible(range(length), range(length), window, segments)
     return fused(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
 
 
 def in_chunks(length: int, whole: bool, *, packed: bool = False) -> bool:
-    """Whether rows of this length attend in chunks; `whole`: without windows and segments; `packed`: with segments."""
-    if _choice != "auto":
-        return _choice == "chunked"
-    here = backend()
-    return length >= (PACKED_PAYS_FROM if packed else PAYS_FROM)[here] and not (whole and FUSED_BACKWARD[here])
+    """Whether rows attend in chunks.
+
+    Args:
+        length: positions of a row.
+        whole: without windows and segments.
+        packed: with segments.
+    """
+    choice, here = _CHOICE.get(), backend()
+    if choice != "auto":
+        return choice == "chunked"
+    return length >= (PACKED_CHUNKS_PAY_FROM if packed else CHUNKS_PAY_FROM)[here] and not (whole and FUSED_BACKWARD[here])
 
 
 def visible(queries: range, keys: range, window: int | None = None, segments: mx.array | None = None) -> mx.array:
-    """[R or 1, 1, queries, keys] bool: which keys a query sees, both given by their places in the row."""
+    """[R or 1, 1, queries, keys] bool: which keys a query sees; both are given by their positions in the row."""
     q, k = mx.arange(queries.start, queries.stop)[:, None], mx.arange(keys.start, keys.stop)[None]
     seen = (q >= k)[None, None]
     if window is not None:
@@ -153,61 +158,88 @@ def visible(queries: range, keys: range, window: int | None = None, segments: mx
 # --- in chunks of queries ------------------------------------------------------------------------
 
 
+@frozen(eq=False)
+class Scoring:
+    """How scores become weights; see `causal` for the fields."""
+
+    scale: float
+    window: int | None = None
+    segments: mx.array | None = None
+    sinks: mx.array | None = None
+
+
+@frozen(eq=False)
+class Prompts:
+    """Keys and values of prompts that rows continue.
+
+    Attributes:
+        keys: [U, kv heads, K, d]; row r continues prompt r div (R/U).
+        values: [U, kv heads, K, d].
+        lengths: [U] tokens of each prompt; the rest is padding. A window counts them, too.
+    """
+
+    keys: mx.array
+    values: mx.array
+    lengths: mx.array
+
+
 def blockwise(
     queries: mx.array,
     keys: mx.array,
     values: mx.array,
-    before: Sequence[mx.array] = (),
-    *,
-    scale: float,
-    window: int | None = None,
-    segments: mx.array | None = None,
-    lengths: mx.array | None = None,
-    sinks: mx.array | None = None,
+    scoring: Scoring,
+    prompts: Prompts | None = None,
     chunk: int | None = None,
 ) -> mx.array:
     """softmax(scale·Q·Kᵀ)·V, a chunk of queries at a time; the backward pass computes the scores again.
 
-    Rows may continue prompts: one softmax then runs over a prompt's keys and the row's own. The scores of all rows of a
-    prompt against its keys are one matrix product, so these are neither repeated nor masked by an array of their size.
+    Where rows continue prompts, one softmax runs over a prompt's keys and the row's own. The scores of all rows of a prompt
+    against its keys are one matrix product, so the keys are not repeated and need no mask array of the scores' size.
 
     Args:
         queries: [R, heads, T, d].
-        keys: [R, kv heads, T, d], see `causal`, as for the arguments that it has.
+        keys: [R, kv heads, T, d].
         values: [R, kv heads, T, d].
-        before: keys and values of the prompts, [U, kv heads, K, d]; row r continues prompt r div (R/U).
-        scale: of the scores.
-        window: counts a prompt's tokens, too.
-        segments: [R, T].
-        lengths: [U] tokens of the prompts; the rest is padding.
-        sinks: [heads].
-        chunk: queries at a time.
+        scoring: scale, window, segments and sinks.
+        prompts: what the rows continue.
+        chunk: queries at a time; None: by device and prompt length.
 
     Returns:
         [R, heads, T, d].
     """
-    size = chunk or _chunk(queries, before[0].shape[2] if before else 0)
-    arrays = {"keys": [keys, *before[:1]], "values": [values, *before[1:]], "sinks": [] if sinks is None else [sinks]}
-    constants = {name: a for name, a in (("segments", segments), ("lengths", lengths)) if a is not None}
-    work = partial(_view, window)
-    if chunk is None and before and _score_bytes(queries, before[0].shape[2]) <= KEPT_BYTES[backend()]:
-        return _forward(queries, partial(work, arrays, constants), scale, size)
+    size = chunk or _chunk(queries, prompts)
+    more = ([prompts.keys], [prompts.values]) if prompts else ([], [])
+    sinks = [] if scoring.sinks is None else [scoring.sinks]
+    arrays: _Arrays = {"keys": [keys, *more[0]], "values": [values, *more[1]], "sinks": sinks}
+    named = (("segments", scoring.segments), ("lengths", prompts.lengths if prompts else None))
+    constants = {name: array for name, array in named if array is not None}
+    scale, view = scoring.scale, partial(_view, scoring.window)
+    if chunk is None and prompts and _score_bytes(queries, prompts) <= KEPT_BYTES[backend()]:
+        return _forward(queries, partial(view, arrays, constants), scale, size)
 
     @mx.custom_function
-    def forward(queries: mx.array, arrays: Arrays, constants: Arrays) -> mx.array:
-        return _forward(queries, partial(work, arrays, constants), scale, size)
+    def forward(queries: mx.array, arrays: _Arrays, constants: _Arrays) -> mx.array:
+        return _forward(queries, partial(view, arrays, constants), scale, size)
 
     @forward.vjp
-    def backward(primals: Any, gradient: mx.array, out: mx.array) -> tuple[mx.array, Arrays, Arrays]:
+    def backward(primals: Any, gradient: mx.array, out: mx.array) -> tuple[mx.array, _Arrays, _Arrays]:
         queries, arrays, constants = primals
-        dqueries, sums = _backward((queries, gradient, out), arrays, partial(work, arrays, constants), scale, size)
+        dqueries, sums = _backward((queries, gradient, out), arrays, partial(view, arrays, constants), scale, size)
         return dqueries, sums, {name: mx.zeros_like(array) for name, array in constants.items()}
 
     return forward(queries, arrays, constants)  # type: ignore[return-value]
 
 
 class _View(NamedTuple):
-    """What the queries of a chunk read: parts of keys and values with what is seen of each, sinks, and the first of the keys."""
+    """What the queries of a chunk read.
+
+    Attributes:
+        keys: of the row, then of its prompt.
+        values: of the same.
+        seen: which of each part's keys a query sees.
+        sinks: [heads].
+        first: position of the row's first key that is in `keys`.
+    """
 
     keys: list[mx.array]
     values: list[mx.array]
@@ -216,7 +248,7 @@ class _View(NamedTuple):
     first: int
 
 
-def _view(window: int | None, arrays: Arrays, constants: Arrays, rows: int, span: range) -> _View:
+def _view(window: int | None, arrays: _Arrays, constants: _Arrays, rows: int, span: range) -> _View:
     first = 0 if window is None else max(0, span.start - window + 1)
     (own, *keys), (values, *more) = arrays["keys"], arrays["values"]
     seen = [visible(span, range(first, span.stop), window, constants.get("segments"))]
@@ -241,8 +273,8 @@ def _forward(queries: mx.array, view: Callable[[int, range], _View], scale: floa
 
 
 def _backward(
-    primals: tuple[mx.array, ...], arrays: Arrays, view: Callable[[int, range], _View], scale: float, size: int
-) -> tuple[mx.array, Arrays]:
+    primals: tuple[mx.array, ...], arrays: _Arrays, view: Callable[[int, range], _View], scale: float, size: int
+) -> tuple[mx.array, _Arrays]:
     """Gradients of the queries, and of `arrays`, summed over the chunks in float32."""
     sums = tree_map(lambda array: mx.zeros(array.shape, mx.float32), arrays)
     done: list[mx.array] = []
@@ -261,27 +293,27 @@ def _backward(
 
 
 def _after(array: mx.array, done: Sequence[Any]) -> mx.array:
-    """The array, once `done` is: the scheduler would hold the scores of many chunks at once."""
+    """The array, computed after `done`; otherwise the scheduler holds the scores of many chunks at once."""
     return mx.depends(array, list(done)) if done else array  # type: ignore[return-value]
 
 
-def _chunk(queries: mx.array, prompt: int) -> int:
-    """Queries at a time; next to a prompt, as many as the budget of scores allows."""
-    if not prompt:
+def _chunk(queries: mx.array, prompts: Prompts | None) -> int:
+    """Queries at a time; after a prompt, as many as the budget of scores allows."""
+    if prompts is None:
         return CHUNK[backend()]
-    return max(32, SCORE_BYTES[backend()] * queries.shape[2] // _score_bytes(queries, prompt) // 32 * 32)
+    return max(32, SCORE_BYTES[backend()] * queries.shape[2] // _score_bytes(queries, prompts) // 32 * 32)
 
 
-def _score_bytes(queries: mx.array, prompt: int) -> int:
+def _score_bytes(queries: mx.array, prompts: Prompts) -> int:
     rows, heads, length, _ = queries.shape
-    return 4 * rows * heads * length * (prompt + length)
+    return 4 * rows * heads * length * (prompts.keys.shape[2] + length)
 
 
 def reaches(queries: range, prompt: int, lengths: mx.array, window: int | None) -> mx.array:
-    """[R, 1, queries or 1, K] bool: which tokens of its prompt a row's query sees; padding is none of them."""
-    length, place = lengths[:, None, None, None], mx.arange(prompt)
-    seen = place < length
-    return seen if window is None else seen & (length + mx.arange(queries.start, queries.stop)[:, None] < place + window)
+    """[R, 1, queries or 1, K] bool: which tokens of its prompt a row's query sees, without padding."""
+    length, position = lengths[:, None, None, None], mx.arange(prompt)
+    seen = position < length
+    return seen if window is None else seen & (length + mx.arange(queries.start, queries.stop)[:, None] < position + window)
 
 
 def _weights(queries: mx.array, view: _View) -> list[mx.array]:
@@ -301,7 +333,7 @@ def _mixed(weights: list[mx.array], values: list[mx.array], dtype: mx.Dtype) -> 
     return sum(_product(w.astype(v.dtype), v) for w, v in zip(weights, values, strict=False)).astype(dtype)  # type: ignore
 
 
-def _gradients(span: tuple[mx.array, ...], view: _View, scale: float) -> tuple[mx.array, Arrays]:
+def _gradients(span: tuple[mx.array, ...], view: _View, scale: float) -> tuple[mx.array, _Arrays]:
     """Gradients of the queries, of keys and values of each part, and of the sinks: dS = P∘(dO·Vᵀ - dO·O)."""
     queries, gradient, out = span
     scaled = queries * scale
@@ -319,7 +351,7 @@ def _gradients(span: tuple[mx.array, ...], view: _View, scale: float) -> tuple[m
 
 
 def _product(rows: mx.array, others: mx.array) -> mx.array:
-    """[R, heads, c, a] with [U, kv heads, a, b] to [R, heads, c, b]: heads of a group and rows of a prompt are one matrix."""
+    """[R, heads, c, a] with [U, kv heads, a, b] to [R, heads, c, b]: heads of a group and rows of a prompt form one matrix."""
     count, heads, length, _ = rows.shape
     prompts, groups = others.shape[:2]
     product = _folded(rows, others) @ others

@@ -1,8 +1,8 @@
 """Any mlx-lm model as a backbone (tokens to hidden states) and a head (hidden states to logits).
 
-No per-model code: the model runs as it is, with one submodule, the boundary, tapped (for the backbone) or replaced by
-a stub that returns given hidden states (for the head). So soft caps, logit scales, tied, quantised and adapted heads
-are the model's own. A split is only used after it reproduced the model's logits on a tiny input.
+There is no code for single architectures. The model runs as it is while one submodule, the boundary, is replaced by a stub: for the
+backbone the stub records the boundary's output, for the head it returns given hidden states. So soft caps, logit scales, tied,
+quantized and adapted heads are the model's own. A split is used only if it reproduces the model's logits on a tiny input.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,12 +11,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from attrs import frozen
+
+from .closeness import close_logits
 
 
 class _Stub:
-    """Stands in for a module: a call returns `call(...)`, everything else is the module's."""
+    """In place of a module: a call returns `call(...)`; everything else is the module's."""
 
     def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
         self.__dict__.update(_module=module, _call=call)
@@ -35,7 +36,7 @@ class _Stub:
 
 
 @frozen
-class Split:
+class ModelSplit:
     """A model cut at the output of one submodule.
 
     Attributes:
@@ -49,7 +50,7 @@ class Split:
     by_owner: bool = False
 
     def hidden(self, tokens: mx.array, **kwargs: Any) -> mx.array:
-        """[R, T] to [R, T, D]; the logits of all positions are built lazily and never computed."""
+        """[R, T] to [R, T, D]; the logits of all positions stay lazy and are never computed."""
         seen: list[mx.array] = []
 
         def tap(*args: Any, **kw: Any) -> mx.array:
@@ -90,23 +91,23 @@ class Split:
             dict.__setitem__(owner, name, module)
 
 
-def find_split(model: nn.Module) -> Split | None:
+def find_split(model: nn.Module) -> ModelSplit | None:
     """The first cut, outermost submodules first, that reproduces the model's logits; None if there is none."""
     tokens = mx.array([[1, 2, 3, 4, 5]])
     logits = model(tokens)
     for path in _candidates(model):
         for by_owner in (True, False):
-            split = Split(model, path, by_owner)
+            split = ModelSplit(model, path, by_owner)
             try:
                 if _exact(split, tokens, logits):
                     return split
-            except Exception:  # a cut that the model's own code cannot stand is no cut: whatever it raised
+            except Exception:  # the model's own code may raise anything at a wrong cut
                 continue
     return None
 
 
 def _candidates(model: nn.Module) -> list[str]:
-    """Paths of submodules that are not in lists of layers, outermost first."""
+    """Paths of the submodules outside of lists of layers, outermost first."""
     found: list[str] = []
 
     def walk(module: nn.Module, prefix: str) -> None:
@@ -119,23 +120,14 @@ def _candidates(model: nn.Module) -> list[str]:
     return sorted(found, key=lambda path: path.count("."))
 
 
-def _exact(split: Split, tokens: mx.array, logits: mx.array) -> bool:
+def _exact(split: ModelSplit, tokens: mx.array, logits: mx.array) -> bool:
     hidden = split.hidden(tokens)
     if hidden.ndim != 3 or hidden.shape[:2] != tokens.shape:
         return False
     if hidden.shape == logits.shape and mx.array_equal(hidden, logits).item():
-        return False  # the boundary already made the logits: nothing is left for a head
+        return False  # the boundary makes the logits itself: nothing is left for a head
     some = mx.array([3, 1, 4])
     headed = split.head(hidden[0, some])
-    if not _close(headed, logits[0, some]):
+    if not close_logits(headed, logits[0, some], full=2e-4, half=6e-2):  # a matmul of 3 rows rounds unlike one of 5
         return False
     return not mx.array_equal(split.head(mx.zeros_like(hidden[0, some])), headed).item()
-
-
-def _close(a: mx.array, b: mx.array) -> bool:
-    if a.shape != b.shape:
-        return False
-    tolerance = 1e-4 if b.dtype == mx.float32 else 3e-2  # a matmul of 3 rows rounds unlike one of 5
-    a, b = a.astype(mx.float32), b.astype(mx.float32)
-    scale = float(np.array(mx.abs(mx.where(mx.isinf(b), 0, b)).max()))
-    return bool(mx.allclose(a, b, rtol=tolerance, atol=tolerance * scale).item())

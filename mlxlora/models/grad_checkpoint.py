@@ -8,34 +8,48 @@ import mlx.nn as nn
 from attrs import define
 from mlx.utils import tree_map
 
-from .row_layouts import PromptCache, SharedCache
+from ..utils.patches import Slot, set_class, subclass
+from .row_layouts import PromptCache, TrainingCache
 
 
 def checkpointed(model: nn.Module) -> nn.Module:
-    """Makes every block of `model.layers` recompute itself: only its input is kept.
+    """Makes every block of `model.layers` recompute itself in the backward pass: only its input is kept.
 
-    The block's class is replaced by a subclass for these instances alone, so paths of parameters stay and no other
-    model is touched. Trainable parameters, a shared prompt's keys and values and the keys of dropout are explicit inputs of
-    the recomputed function: a captured array would lose its gradient, and dropout would draw another mask.
-    A block that is handed a foreign object, such as a cache that it fills for later blocks, is not recomputed.
+    Each block gets a subclass of its class, so paths of parameters stay; `utils.patches.restore` undoes it. Trainable
+    parameters, a shared prompt's keys and values and the keys of dropout are explicit inputs of the recomputed function: a
+    captured array would lose its gradient, and dropout would draw another mask. A block is not recomputed if it receives a
+    foreign object, such as a cache that it fills for later blocks.
     """
     subclasses: dict[type, type] = {}
     for layer in model.layers:  # type: ignore[union-attr]
-        cls, keys = type(layer), _Keys()
-        active = [m for m in layer.modules() if isinstance(m, nn.Dropout) and m._p_1 < 1]
-        for index, dropout in enumerate(active):
-            dropout.__class__ = _KeyedDropout
-            dropout._keys, dropout._index = keys, index
-        layer._keys, layer._dropouts = keys, len(active)
-        layer.__class__ = subclasses.setdefault(cls, type(cls.__name__, (cls,), {"__call__": _recomputing(cls)}))
+        dropouts = _Dropouts()
+        for module in layer.modules():
+            if isinstance(module, nn.Dropout) and module._p_1 < 1:
+                _KEYED.put(module, (dropouts, dropouts.count))
+                dropouts.count += 1
+                set_class(module, _KeyedDropout)
+        _DROPOUTS.put(layer, dropouts)
+        cls = type(layer)
+        set_class(layer, subclasses.setdefault(cls, subclass(cls, {"__call__": _recomputing(cls)})))
     return model
 
 
 @define
-class _Keys:
-    """Keys of a block's dropouts, [dropouts, 2], while the block runs."""
+class _Dropouts:
+    """The dropouts of a block, and their keys [count, 2] while the block runs."""
 
-    values: mx.array | None = None
+    count: int = 0
+    keys: mx.array | None = None
+
+    def draw(self, training: bool) -> mx.array:
+        """Keys from MLX's random state. In evaluation no dropout is active, so nothing is drawn and the state stays."""
+        if not (self.count and training):
+            return mx.zeros((0, 2), mx.uint32)
+        return mx.random.randint(0, 1 << 31, (self.count, 2)).astype(mx.uint32)
+
+
+_DROPOUTS: Slot[Any] = Slot("dropouts of a block", None)
+_KEYED: Slot[Any] = Slot("dropout key", None)  # the block's dropouts, and which of them a module is
 
 
 class _KeyedDropout(nn.Dropout):
@@ -44,38 +58,39 @@ class _KeyedDropout(nn.Dropout):
     def __call__(self, x: mx.array) -> mx.array:
         if not self.training:
             return x
-        keys: Any = self._keys
-        mask = mx.random.bernoulli(self._p_1, x.shape, key=keys.values[self._index])
+        dropouts, index = _KEYED.get(self)
+        mask = mx.random.bernoulli(self._p_1, x.shape, key=dropouts.keys[index])
         return (mask * x) * (1 / self._p_1)
 
 
 def _recomputing(cls: type) -> Any:
     def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        dropouts: _Dropouts = _DROPOUTS.get(layer)
         if not _plain([args, kwargs]):
-            layer._keys.values = _draw(layer)
+            dropouts.keys = dropouts.draw(layer.training)
             return cls.__call__(layer, *args, **kwargs)
-        cache = next((a for a in (*args, *kwargs.values()) if isinstance(a, SharedCache)), PromptCache())
+        cache = next((a for a in (*args, *kwargs.values()) if isinstance(a, TrainingCache)), PromptCache())
 
         def inner(parameters: dict, keys: mx.array, kv: tuple, args: tuple, kwargs: dict) -> Any:
             mine = layer.trainable_parameters()
             layer.update(parameters)
-            layer._keys.values = mx.stop_gradient(keys)
+            dropouts.keys = mx.stop_gradient(keys)
             cache.kv = kv
             out = cls.__call__(layer, *args, **kwargs)
             layer.update(mine)
             return out, cache.kv
 
-        given = (layer.trainable_parameters(), _draw(layer), cache.kv, args, kwargs)
-        out, cache.kv = _recomputed(inner)(*given)  # keys and values go in and out as arguments, not by closure
+        given = (layer.trainable_parameters(), dropouts.draw(layer.training), cache.kv, args, kwargs)
+        out, cache.kv = _recomputed(inner)(*given)  # keys and values are arguments and results, not captured
         return out
 
     return call
 
 
 def _recomputed(run: Callable[..., Any]) -> Callable[..., Any]:
-    """`run`, of whose values the backward pass keeps the inputs alone.
+    """`run`, of which the backward pass keeps the inputs only.
 
-    As `mx.checkpoint`, but the recomputation waits for the cotangents: MLX would start it early, for many blocks at once.
+    Unlike `mx.checkpoint`, recomputing waits for the cotangents; MLX would start it early, for many blocks at once.
     """
 
     def call(*given: Any) -> Any:
@@ -114,16 +129,9 @@ def _filled(tree: Any, arrays: Sequence[mx.array]) -> Any:
 
 
 def _plain(value: Any) -> bool:
-    """Whether all arrays of the value are seen by a function transformation: no foreign object holds any."""
+    """Whether function transformations see all arrays of the value: no foreign object holds one."""
     if isinstance(value, dict):
         return all(map(_plain, value.values()))
     if isinstance(value, list | tuple):
         return all(map(_plain, value))
-    return value is None or isinstance(value, mx.array | bool | int | float | str | mx.Dtype | SharedCache)
-
-
-def _draw(layer: Any) -> mx.array:
-    """[dropouts, 2] keys from the random state; no dropout is active in evaluation, which so leaves the state alone."""
-    if not (layer._dropouts and layer.training):
-        return mx.zeros((0, 2), mx.uint32)
-    return mx.random.randint(0, 1 << 31, (layer._dropouts, 2)).astype(mx.uint32)
+    return value is None or isinstance(value, mx.array | bool | int | float | str | mx.Dtype | TrainingCache)

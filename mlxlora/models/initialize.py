@@ -1,4 +1,4 @@
-"""A model folder with random weights, for training from scratch."""
+"""Makes a model folder with random weights, for training from scratch."""
 
 import json
 import shutil
@@ -9,7 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from ..errors import InputError
+from ..errors import InputError, reason
+from ..utils.files import atomic_directory
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -29,13 +30,13 @@ def init_model(config_file: str | Path, tokenizer: str | Path, output: str | Pat
     """Writes config.json, model.safetensors and the tokenizer's files to a new folder that mlx-lm loads.
 
     Weights of linear layers (of experts too) and embeddings ~ N(0, σ²), σ = `initializer_range` of the configuration or
-    0.02, their biases 0; every other parameter keeps its module's own initialisation (Radford et al., 2019, without their
+    0.02; their biases are 0. Every other parameter keeps the initialization of its module (Radford et al., 2019, without their
     scaling of residual layers). Ids of special tokens become those of the tokenizer.
 
     Args:
         config_file: config.json of an architecture that mlx-lm knows.
         tokenizer: folder of the tokenizer.
-        output: the folder to write; it appears whole or not at all.
+        output: the folder to write; it appears complete or not at all.
         seed: of the weights.
         dtype: float32, bfloat16 or float16.
 
@@ -57,7 +58,7 @@ def init_model(config_file: str | Path, tokenizer: str | Path, output: str | Pat
 
 
 def _config(path: Path, tokenizer: Path, dtype: str) -> dict[str, Any]:
-    """The configuration with the tokenizer's special tokens, checked for room for its vocabulary."""
+    """The configuration with the tokenizer's special tokens, after a check that its vocabulary fits."""
     config = _read_config(path)
     words = _tokenizer(tokenizer)
     size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
@@ -82,7 +83,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _tokenizer(folder: Path) -> Any:
-    import mlx_lm  # noqa: F401 - first: it keeps transformers from saying that it misses PyTorch
+    import mlx_lm  # noqa: F401 - first, so that transformers does not warn about a missing PyTorch
     from transformers import AutoTokenizer
 
     if not folder.is_dir():
@@ -90,7 +91,7 @@ def _tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise InputError(f"--tokenizer {folder}: {' '.join(str(error).split())}") from None
+        raise InputError(f"--tokenizer {folder}: {reason(error, 1000)}") from None
 
 
 def _model(path: Path, config: dict[str, Any]) -> nn.Module:
@@ -120,13 +121,9 @@ def _randomize(model: nn.Module, std: float, dtype: mx.Dtype) -> None:
 
 
 def _write(model: nn.Module, config: dict[str, Any], tokenizer: Path, output: Path) -> None:
-    """Everything goes to a temporary folder first, so that nobody finds half a model."""
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for file in {file for pattern in TOKENIZER_FILES for file in tokenizer.glob(pattern) if file.is_file()}:
-        shutil.copyfile(file, partial / file.name)
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    weights = dict(tree_flatten(model.parameters()))
-    mx.save_safetensors(str(partial / "model.safetensors"), weights, metadata={"format": "mlx"})
-    partial.replace(output)
+    with atomic_directory(output) as folder:
+        for file in {file for pattern in TOKENIZER_FILES for file in tokenizer.glob(pattern) if file.is_file()}:
+            shutil.copyfile(file, folder / file.name)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        weights = dict(tree_flatten(model.parameters()))
+        mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})

@@ -1,20 +1,27 @@
 """Training and evaluation mode of a model, and the dtype that it computes in."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from ..utils.patches import Slot
+
+Rounding = Callable[[nn.Module], dict[str, mx.array]]
+"""A model to the rounded weights, by path, that it computes with."""
+
+_ROUNDING: Slot[Rounding | None] = Slot("rounding", None)
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode while the context lasts.
 
-    Dropout is off, so nothing is drawn from the global random state, and trained parameters are those that a training
-    step computes with.
+    Dropout is off, so nothing is drawn from the global random state. Trained parameters have the values that a training step
+    computes with.
     """
     training = model.training
     model.eval()
@@ -28,12 +35,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def computing(model: nn.Module, parameters: Any) -> Iterator[Any]:
-    """The trainable parameters that a forward pass uses, given their values; afterwards the model has those of before.
+    """Yields the trainable parameters that a forward pass uses for the given values; afterwards the model has its old ones.
 
-    Quantisation-aware training rounds weights here, frozen ones in the model (see `quantising.rounded`): a gradient at the
-    values that this yields is taken as that of the values given.
+    Quantization-aware training (`round_weights`) rounds weights here, frozen ones too: a gradient at the yielded values counts
+    as one at the given values.
     """
-    before, rounded = model.trainable_parameters(), getattr(model, "_rounded", None)
+    before, rounded = model.trainable_parameters(), _ROUNDING.get(model)
     if rounded is None:
         try:
             yield parameters
@@ -50,22 +57,21 @@ def computing(model: nn.Module, parameters: Any) -> Iterator[Any]:
         model.update(before)
 
 
-@contextmanager
-def exact(model: nn.Module) -> Iterator[None]:
-    """Nothing is rounded in a `computing` that is entered within."""
-    rounded = getattr(model, "_rounded", None)
-    model._rounded = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        model._rounded = rounded
+def round_weights(model: nn.Module, rounding: Rounding) -> None:
+    """Makes every forward pass within `computing` use rounded weights (quantization-aware training)."""
+    _ROUNDING.put(model, rounding)
+
+
+def exact(model: nn.Module) -> AbstractContextManager[None]:
+    """While the context lasts, `computing` rounds nothing."""
+    return _ROUNDING.holding(model, None)
 
 
 def compute_cast(model: nn.Module) -> Callable[[Any], Any]:
     """Trainable parameters to the dtype that the frozen weights compute in.
 
-    float32 adapters would promote every activation of a bfloat16 model; so the masters stay float32 and their copies
-    are cast. Without frozen floating-point weights nothing is cast.
+    float32 adapters would promote every activation of a bfloat16 model, so the master weights stay float32 and copies of them
+    are cast. A model without frozen floating-point weights needs no cast.
     """
     trainable = dict(tree_flatten(model.trainable_parameters()))
     parameters: dict[str, Any] = dict(tree_flatten(model.parameters()))
@@ -76,12 +82,12 @@ def compute_cast(model: nn.Module) -> Callable[[Any], Any]:
 
 
 def vocabulary(model: nn.Module) -> int:
-    """V, from a forward pass that is never computed."""
+    """V, from the shape of a lazy forward pass."""
     return int(model(mx.zeros((1, 1), mx.int32)).shape[-1])
 
 
 def usual_dtype(parameters: Any) -> mx.Dtype | None:
-    """The floating-point type that most arrays of a tree have; None if there is no such array."""
+    """The most frequent floating-point type in a tree; None if the tree has no such array."""
     flat: list[tuple[str, mx.array]] = tree_flatten(parameters)  # type: ignore[assignment]
     dtypes = [array.dtype for _, array in flat if mx.issubdtype(array.dtype, mx.floating)]
     return max(set(dtypes), key=dtypes.count) if dtypes else None
@@ -90,5 +96,5 @@ def usual_dtype(parameters: Any) -> mx.Dtype | None:
 def freeze(model: nn.Module) -> nn.Module:
     """Makes nothing trainable."""
     if not hasattr(model, "_no_grad"):
-        nn.Module.__init__(model)  # mlx-lm's recurrent_gemma forgets to (0.32.2)
+        nn.Module.__init__(model)  # mlx-lm's recurrent_gemma forgets it (0.32.2)
     return model.freeze()

@@ -8,30 +8,31 @@ from mlx_lm.tuner.dora import DoRAEmbedding
 from mlx_lm.tuner.lora import LoRAEmbedding
 
 from ..errors import InputError
+from ..utils.patches import overridden, set_class, subclass
 from .modes import evaluating
 
 _KINDS = (nn.Embedding, nn.QuantizedEmbedding, LoRAEmbedding, DoRAEmbedding)
-_PROBE = (5, 3, 4)  # no model numbers its positions like this
+_PROBE = (5, 3, 4)  # tokens that no model uses as positions
 
 
 def noisy(model: nn.Module, alpha: float) -> nn.Module:
     """Adds U(-1, 1)·α/√(L·D) to the token embeddings in training mode; L is the row's length without padding.
 
-    The class of the embedding is replaced by a subclass for this instance alone, so paths of parameters, the tied head and
-    other models stay as they are. The noise comes from MLX's random state, as dropout's masks do, so a resumed run draws the
-    same. A packed row counts as one.
+    The embedding gets a subclass of its class, so paths of parameters, the tied head and other models stay as they are;
+    `utils.patches.restore` undoes it. The noise comes from MLX's random state, as dropout's masks do, so a resumed run draws the
+    same noise. L of a packed row is its whole length.
 
     Raises:
         InputError: the model has no embedding that reads the tokens.
     """
     module: Any = _token_embedding(model)
     cls = type(module)
-    module.__class__ = type(cls.__name__, (cls,), {"__call__": _with_noise(cls, alpha)})
+    set_class(module, subclass(cls, {"__call__": _with_noise(cls, alpha)}))
     return model
 
 
 def magnitude(tokens: mx.array, dimensions: int, alpha: float) -> mx.array:
-    """[R, T] tokens to [R, 1, 1]: α/√(L·D), L the positions up to the last token that is not 0, which pads.
+    """[R, T] tokens to [R, 1, 1]: α/√(L·D); L counts the positions up to the last token that is not 0 (0 pads).
 
     >>> magnitude(mx.array([[7, 7, 7, 7], [7, 0, 0, 0]]), 4, 2.0).reshape(-1).tolist()
     [0.5, 1.0]
@@ -52,20 +53,13 @@ def _with_noise(cls: type, alpha: float) -> Any:
 
 
 def _token_embedding(model: nn.Module) -> nn.Module:
-    """The embedding that is given the tokens, found by running the model once; not one of positions or inside an adapter."""
+    """The embedding that reads the tokens, found by running the model once; others read positions or belong to adapters."""
     seen: list[nn.Module] = []
-    embeddings: list[Any] = [m for m in model.modules() if isinstance(m, _KINDS)]
-    classes = [type(m) for m in embeddings]
-    for module, cls in zip(embeddings, classes, strict=True):
-        module.__class__ = type(cls.__name__, (cls,), {"__call__": _recorded(cls, seen)})
-    try:
-        with evaluating(model):
-            model(mx.array([_PROBE]))
-    finally:
-        for module, cls in zip(embeddings, classes, strict=True):
-            module.__class__ = cls
+    embeddings = [m for m in model.modules() if isinstance(m, _KINDS)]
+    with overridden(embeddings, lambda cls: {"__call__": _recorded(cls, seen)}), evaluating(model):
+        model(mx.array([_PROBE]))
     if not seen:
-        raise InputError("--neftune-noise-alpha: this model has no token embedding that noise could be added to")
+        raise InputError("--neftune-noise-alpha: this model has no token embedding to add noise to")
     return seen[0]
 
 

@@ -1,4 +1,4 @@
-"""Weights in fewer bits: quantised as a model is loaded, or rounded in training as they will be quantised afterwards."""
+"""Quantized weights: formats, quantizing a model while it is loaded, and reading weights back."""
 
 import io
 from collections.abc import Mapping
@@ -21,21 +21,21 @@ QUANTIZATIONS: dict[str, dict[str, Any]] = {
 """Formats by name, as mlx-lm's `quantize_model` takes them."""
 
 
-def quantized(model: nn.Module, config: Mapping[str, Any], name: str) -> tuple[nn.Module, dict[str, Any]]:
-    """The model in a format of `QUANTISATIONS`, as `mlx_lm.convert -q` makes it, and its configuration."""
+def quantize_as(model: nn.Module, config: Mapping[str, Any], name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """The model in a format of `QUANTIZATIONS`, as `mlx_lm.convert -q` makes it, and its configuration."""
     with redirect_stdout(io.StringIO()):  # mlx-lm prints the bits per weight
         return quantize_model(model, dict(config), **QUANTIZATIONS[name])
 
 
 def quantize_loaded(model: nn.Module, config: Mapping[str, Any], name: str) -> tuple[nn.Module, dict[str, Any]]:
-    """The same for a model as it is loaded, weight after weight, so that it need not fit into memory before.
+    """Quantizes a model while it is loaded, weight by weight, so that its full weights need not fit into memory.
 
     Raises:
-        InputError: it is quantised already, or has no weights that can be.
+        InputError: the model is quantized already, or has no weights that can be quantized.
     """
     if done := config.get("quantization") or config.get("quantization_config"):
-        raise InputError(f"--quantize {name}: the model is quantised already ({_told(done)}); leave --quantize out")
-    model, changed = quantized(model, config, name)
+        raise InputError(f"--quantize {name}: the model is quantized already ({_told(done)}); leave --quantize out")
+    model, changed = quantize_as(model, config, name)
     if not any("scales" in module for module in model.modules()):
         size = changed["quantization"]["group_size"]
         raise InputError(f"--quantize {name}: no matrix of the model has rows of a multiple of {size} numbers; leave it out")
@@ -45,13 +45,13 @@ def quantize_loaded(model: nn.Module, config: Mapping[str, Any], name: str) -> t
 
 
 def quantization_of(module: Any) -> dict[str, Any]:
-    """How a module is quantised, as `mx.quantize` takes it."""
+    """How a module is quantized, as arguments of `mx.quantize`."""
     mode = getattr(module, "mode", "affine")
     return {"group_size": module.group_size, "bits": module.bits, **({} if mode == "affine" else {"mode": mode})}
 
 
 def weight_of(module: Any) -> mx.array:
-    """The weights of a module, quantised ones read back."""
+    """The weights of a module, dequantized if necessary."""
     if "scales" not in module:
         return module.weight
     return mx.dequantize(module.weight, module.scales, module.get("biases"), **quantization_of(module))

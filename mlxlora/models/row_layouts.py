@@ -1,8 +1,8 @@
-"""How rows lie in a batch: whole, several to a row, or continuing a common prompt, which passes through the model once.
+"""How rows lie in a batch: whole, several packed into one row, or continuing a shared prompt that passes through the model once.
 
-Layouts below the objective, each a cache in place of mlx-lm's. `batch.prefix` [U, K] are prompts, and row r of
-`batch.tokens` continues prompt r div (R/U); gradients flow back into it. Layers that attend through `attention.hook` need no
-mask arrays; the others get them.
+Each layout is a cache that takes the place of mlx-lm's. `batch.prefix` [U, K] are prompts; row r of `batch.tokens` continues
+prompt r div (R/U), and gradients flow back into the prompt. Layers that attend through `attention.hook` need no mask arrays;
+the others get them.
 """
 
 from collections.abc import Callable
@@ -15,44 +15,49 @@ from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from ..batch import Batch
+from ..errors import one_line
 from ..utils.device import backend
-from .attention import Causal, blockwise, causal, fused, hook, reaches, visible
+from ..utils.patches import Slot
+from .attention import Causal, Prompts, Scoring, blockwise, causal, fused, hook, reaches, visible
 from .modes import evaluating
 
 Forward = Callable[..., mx.array]
 
-# Positions computed without sharing / with sharing, from which on sharing is faster. cpu (2 cores, OpenBLAS, hidden 256, CPU
-# time of a DPO step): 1.05x at 1.11, 1.10x at 1.2, 1.26x at 1.33, 1.64x at 1.75. cuda (an H200, Qwen3-0.6B's shape, 8 pairs;
-# rows next to prompts leave the fused attention): 0.57x at 1.6, 0.83x at 1.75, 1.0x at 1.8, at 1.9 0.83x and with checkpointing
-# 1.17x; with less memory everywhere. Not measured on a Mac.
-PAYS_FROM = {"cpu": 1.1, "cuda": 1.8, "metal": 1.8}
+# Sharing a prompt is faster from this ratio of positions computed without and with it. cpu and cuda as measured (numbers in
+# benchmarks/README.md): rows after prompts leave the fused attention, which costs more on a GPU. metal is a guess.
+SHARING_PAYS_FROM = {"cpu": 1.1, "cuda": 1.8, "metal": 1.8}
+
+_MASK_AXES: Slot[int | None] = Slot("mask axes", None)
+_KNOWS_WINDOWS: Slot[bool] = Slot("knows windows", False)
 
 
-def read(forward: Forward, model: nn.Module, batch: Batch) -> mx.array:
+def forward_rows(forward: Forward, model: nn.Module, batch: Batch) -> mx.array:
     """`forward` of every row of the batch, [R, T, ...], in any layout.
 
     Args:
         forward: tokens [R, T] -> [R, T, ...], with mlx-lm's argument `cache`: the model, or its backbone.
-        model: the model, which knows how many caches it has.
+        model: the model, which has one cache for each layer.
+        batch: whole rows, packed rows or rows that continue prompts.
     """
     hook(model)
     if batch.prefix is None or batch.prefix_lengths is None:
-        if batch.segments is None and not getattr(model, "_windowed", False):
+        if batch.segments is None and not _KNOWS_WINDOWS.get(model):
             return forward(batch.tokens)
-        return forward(batch.tokens, cache=[RowCache(mask_axes(model), batch.segments) for _ in make_prompt_cache(model)])
+        caches = [WholeRowCache(mask_axes(model), batch.segments) for _ in make_prompt_cache(model)]
+        return forward(batch.tokens, cache=caches)
     axes, repeats = mask_axes(model), batch.tokens.shape[0] // batch.prefix.shape[0]
     prompts: list[Any] = [PromptCache(axes) for _ in make_prompt_cache(model)]
-    forward(batch.prefix, cache=prompts)  # lazy: what is not needed for keys and values is never computed
+    forward(batch.prefix, cache=prompts)  # lazy: only keys and values are computed
     rows: list[Any] = [ContinuedCache(prompt.kv, batch.prefix_lengths, repeats, axes) for prompt in prompts]
     return forward(batch.tokens, cache=rows)
 
 
-class RowCache:
+class WholeRowCache:
     """In place of a layer's cache: whole rows, of one segment or several.
 
     Attributes:
-        axes: of mask arrays; 0: the layer passes `Causal` on to `attention.attend`, which needs none.
-        segments: [R, T] int32, tokens see those of their own segment; None: a row is one.
+        axes: of mask arrays; 0: the layer passes `Causal` on to `attention.attend`, which needs no array.
+        segments: [R, T] int32, tokens see those of their own segment; None: a row is one segment.
         kv: keys and values that other rows will read.
     """
 
@@ -63,7 +68,7 @@ class RowCache:
         self.kv: tuple[mx.array, ...] = ()
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """As they are."""
+        """Returns them unchanged."""
         return keys, values
 
     def make_mask(self, n: int, *, return_array: bool = False, window_size: int | None = None) -> Any:
@@ -82,11 +87,11 @@ class RowCache:
         return causal(queries, keys, values, scale=scale, window=window, segments=self.segments, sinks=sinks)
 
 
-class PromptCache(RowCache):
+class PromptCache(WholeRowCache):
     """Hands out the keys and values of the prompts, [U, heads, K, d]."""
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Keeps them and returns them as they are."""
+        """Keeps them and returns them unchanged."""
         self.kv = keys, values
         return keys, values
 
@@ -99,7 +104,7 @@ class ContinuedCache:
         self.offset = mx.repeat(lengths, repeats)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """As they are; next to a mask array the prompt's come first, [R, heads, K + C, d]."""
+        """Returns them unchanged; where the layer needs a mask array, after the prompt's: [R, heads, K + C, d]."""
         if not self.axes:
             return keys, values
         before = (_repeated(array, self.repeats) for array in self.kv)
@@ -107,7 +112,7 @@ class ContinuedCache:
         return joined[0], joined[1]
 
     def make_mask(self, n: int, *, return_array: bool = False, window_size: int | None = None) -> Any:
-        """[R, 1, C, K + C] bool; the prompt's padding lies between prompt and row and is never seen."""
+        """[R, 1, C, K + C] bool; no query sees the padding between prompt and row."""
         if not self.axes:
             return Causal.within(window_size)
         shape = (self.offset.shape[0], 1, n)
@@ -116,30 +121,32 @@ class ContinuedCache:
         return _with_axes(mx.concatenate([to_prompt, to_itself], axis=-1), self.axes)
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Any, sinks: Any) -> mx.array:
-        """One softmax over the prompt's keys, which all of its rows read, and the row's own."""
+        """One softmax over the keys of the prompt, which all of its rows read, and of the row."""
         if not isinstance(mask, Causal):
             return fused(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
-        return blockwise(queries, keys, values, self.kv, scale=scale, window=mask.window, lengths=self.lengths, sinks=sinks)
+        scoring, prompts = Scoring(scale, mask.window, None, sinks), Prompts(self.kv[0], self.kv[1], self.lengths)
+        return blockwise(queries, keys, values, scoring, prompts)
 
 
-SharedCache = RowCache | ContinuedCache
+TrainingCache = WholeRowCache | ContinuedCache
 
 
 def mask_axes(model: nn.Module) -> int:
-    """How many axes the mask arrays of the model's layers have; 0: all of them attend through the hook and need no arrays.
+    """How many axes the mask arrays of the model's layers have; 0: all layers attend through the hook and need no arrays.
 
-    Found by building, not computing, the model's output on many rows, so that an axis of rows fits no other; once a model.
+    Found once per model, by building (not computing) its output on many rows, so that no other axis has the size of the rows.
     """
-    if not hasattr(model, "_mask_axes"):
+    known = _MASK_AXES.get(model)
+    if known is None:
         hook(model)
         with evaluating(model):
-            found = (axes for axes in (0, 4, 5) if _accepts(model, axes))
-            object.__setattr__(model, "_mask_axes", next(found, 4))
-    return model._mask_axes  # type: ignore[return-value]
+            known = next((axes for axes in (0, 4, 5) if _accepts(model, axes)), 4)
+        _MASK_AXES.put(model, known)
+    return known
 
 
-class _Counting(RowCache):
-    """Counts how often a layer attended through it with the mask that it made."""
+class _Counting(WholeRowCache):
+    """Counts how often a layer attends through it with the mask that it made."""
 
     attended = 0
 
@@ -153,13 +160,13 @@ def _accepts(model: nn.Module, axes: int) -> bool:
     caches = [_Counting(axes, tokens) for _ in make_prompt_cache(model)]
     try:
         model(tokens, cache=caches)
-    except Exception:  # a model's code that cannot stand such a mask: whatever it raised
+    except Exception:  # the model's own code may raise anything at a wrong mask
         return False
     return bool(axes) or all(cache.attended == 1 for cache in caches)
 
 
 def _with_axes(mask: mx.array, axes: int) -> mx.array:
-    """[R, 1, ...] to as many axes: gemma2 splits the heads into two."""
+    """[R, 1, ...] to this number of axes: gemma2 splits the heads into two."""
     return mask.reshape(*mask.shape[:2], *[1] * (axes - 4), *mask.shape[2:])
 
 
@@ -173,19 +180,19 @@ def _repeated(array: mx.array, repeats: int) -> mx.array:
 
 
 def pays(plain: int, shared: int, on: str | None = None) -> bool:
-    """Whether sharing is faster, by the positions that the model computes without it and with it.
+    """Whether sharing prompts is faster, by the positions that the model computes without (`plain`) and with it (`shared`).
 
     >>> pays(plain=2 * (384 + 64), shared=384 + 2 * 64, on="cpu"), pays(2 * (128 + 128), 128 + 2 * 128, "cuda")
     (True, False)
     """
-    return plain >= shared * PAYS_FROM[on or backend()]
+    return plain >= shared * SHARING_PAYS_FROM[on or backend()]
 
 
-Layout = Callable[[list[list[int]]], tuple[Batch, mx.array]]
-"""Four whole rows, the first two of one prompt, the others of another, to (a batch, where [R*T] their tokens from `_FROM` are)."""
+ProbeLayout = Callable[[list[list[int]]], tuple[Batch, mx.array]]
+"""Lays out four rows, two of one prompt and two of another: the batch, and the places in it [R*T] of the tokens from `_FROM` on."""
 
 _ROWS = [[1, 2, 3, 4, 5, 2, 9, 4], [1, 2, 3, 4, 5, 7, 1, 3], [6, 7, 8, 8, 5, 2], [6, 7, 8, 1, 6, 9]]
-_FROM = [5, 5, 3, 3]  # tokens of their prompts
+_FROM = [5, 5, 3, 3]  # lengths of their prompts
 
 
 def shared_layout(rows: list[list[int]]) -> tuple[Batch, mx.array]:
@@ -203,21 +210,24 @@ def packed_layout(rows: list[list[int]]) -> tuple[Batch, mx.array]:
     return _batch(_right_padded(packs, 16), segments=mx.array(segments)), mx.concatenate([mx.arange(f, f + 3) for f in first])
 
 
-def obstacle(forward: Forward, model: nn.Module, layout: Layout = shared_layout) -> str | None:
-    """Why rows cannot be laid out so, after trying it on a tiny input; None: values and gradients are those of whole rows."""
+def layout_obstacle(forward: Forward, model: nn.Module, layout: ProbeLayout = shared_layout) -> str | None:
+    """Why the model cannot take this layout, after a try on a tiny input; None: values and gradients equal those of whole rows."""
     if strange := {type(cache).__name__ for cache in make_prompt_cache(model)} - {KVCache.__name__, RotatingKVCache.__name__}:
         return f"it keeps more than keys and values ({', '.join(sorted(strange))})"
     try:
         with evaluating(model):
             return _difference(forward, model, layout)
-    except Exception as error:  # a model's code that cannot stand these caches: whatever it raised
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    except Exception as error:  # the model's own code may raise anything when it meets these caches
+        return one_line(error, 120)
 
 
-def know_windows(forward: Forward, model: nn.Module) -> bool:
-    """Lets whole rows know the windows of their layers, where the model has windows and computes the same then.
+def use_windows(forward: Forward, model: nn.Module) -> bool:
+    """Tells the layers of whole rows their windows, if the model has windows and computes the same with them.
 
-    An array would hide them: the keys of a chunk of queries are then cut to what the window reaches.
+    A mask array hides a window; a layer that knows it reads only the keys that the window reaches.
+
+    Returns:
+        Whether they are used from now on.
     """
 
     def layout(rows: list[list[int]]) -> tuple[Batch, mx.array]:
@@ -225,11 +235,12 @@ def know_windows(forward: Forward, model: nn.Module) -> bool:
         return _batch(_right_padded(rows, 8), segments=mx.ones((4, 8), mx.int32)), mx.array(found)
 
     windows = any(isinstance(cache, RotatingKVCache) for cache in make_prompt_cache(model))
-    object.__setattr__(model, "_windowed", windows and not mask_axes(model) and obstacle(forward, model, layout) is None)
-    return model._windowed  # type: ignore[return-value]
+    used = windows and not mask_axes(model) and layout_obstacle(forward, model, layout) is None
+    _KNOWS_WINDOWS.put(model, used)
+    return used
 
 
-def _difference(forward: Forward, model: nn.Module, layout: Layout) -> str | None:
+def _difference(forward: Forward, model: nn.Module, layout: ProbeLayout) -> str | None:
     plain = _batch(_right_padded(_ROWS, 8))
     batch, location = layout(_ROWS)
     first = mx.array(_FROM)[:, None] + mx.arange(3)[None]
@@ -238,11 +249,11 @@ def _difference(forward: Forward, model: nn.Module, layout: Layout) -> str | Non
         return mx.take_along_axis(forward(plain.tokens), first[..., None], axis=1).flatten(0, 1)
 
     def of_layout() -> mx.array:
-        return read(forward, model, batch).flatten(0, 1)[location]
+        return forward_rows(forward, model, batch).flatten(0, 1)[location]
 
     expected, found = _probe(model, of_plain), _probe(model, of_layout)
     for name, a, b in zip(("values", "gradients"), found, expected, strict=True):
-        tolerance = 1e-3 if all(x.dtype == mx.float32 for x in b) else 5e-2  # a wrong mask or position is far beyond
+        tolerance = 1e-3 if all(x.dtype == mx.float32 for x in b) else 5e-2  # a wrong mask or position differs far more
         if not (distance := _distance(a, b)) < tolerance:
             return f"its {name} differ by {distance:.1e}"
     return None
@@ -254,7 +265,7 @@ def _batch(tokens: mx.array, **layout: mx.array) -> Batch:
 
 
 def _probe(model: nn.Module, run: Callable[[], mx.array]) -> tuple[list[mx.array], list[mx.array]]:
-    """What `run` returns, and the gradient of a random projection of it with respect to the trainable parameters."""
+    """The result of `run`, and the gradient of a random projection of it with respect to the trainable parameters."""
     parameters = model.trainable_parameters()
     if not tree_flatten(parameters):
         return [run()], []

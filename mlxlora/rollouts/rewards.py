@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from attrs import frozen
 
-from ..errors import InputError, RunError, listed, plain, quoted
-from ..utils.user_code import execute, line_in, one_line
+from ..errors import InputError, RunError, listed, one_line, plain, quoted
+from ..utils.user_code import line_in, run_file
 from .reward_functions import BUILT_IN, Reward, text_of
 
 _LARGEST = 1e15  # squares of larger rewards overflow float32 within a standard deviation
@@ -59,7 +59,7 @@ _REGISTRY = "mlx_lm_lora.trainer.grpo_reward_functions"
 def _executed(file: str) -> ModuleType:
     """A user's file, which has what it registers as mlx-lm-lora's files do under the names that it gives."""
     registered: dict[str, Reward] = {}
-    module = execute(file, "--reward-file", _registry(registered))
+    module = run_file(file, "--reward-file", _registry(registered))
     theirs = getattr(sys.modules.get(_REGISTRY), "REWARD_REGISTRY", {})  # of an installed mlx-lm-lora
     registered |= {name: function for name, function in theirs.items() if function.__module__ == module.__name__}
     vars(module).update(registered)

@@ -1,1 +1,1 @@
-"""Files, locks, devices, trust: help that knows nothing of training."""
+"""Files, locks, devices, trust: helpers that know nothing about training."""

@@ -1,4 +1,4 @@
-"""A fast BLAS for MLX's CPU backend on Linux, where the one it comes with is 30 times slower."""
+"""A fast BLAS for MLX's CPU backend on Linux, where MLX's own is 30 times slower."""
 
 import ctypes
 import os
@@ -22,14 +22,14 @@ CALLED = (
 
 @cache
 def load_fast_blas() -> str | None:
-    """Loads OpenBLAS if there is one, so that MLX, imported later, resolves its matrix products to it; never raises.
+    """Loads OpenBLAS if there is one, so that MLX, imported later, uses it for matrix products; never raises.
 
-    The system's, else that of the package scipy-openblas32, whose names have a prefix. Symbols of a library loaded with
-    RTLD_GLOBAL come before those of the one that MLX is linked with. Nothing is done outside Linux, where MLX is imported
-    already, or with MLXLORA_BLAS=off; a second call tells what the first one did.
+    Takes the system's library, else that of the package scipy-openblas32, whose names have a prefix. Symbols of a library
+    loaded with RTLD_GLOBAL come before those of the library that MLX is linked with. Does nothing outside Linux, after MLX was
+    imported, or with MLXLORA_BLAS=off; a second call returns the result of the first.
 
     Returns:
-        The library's name, None if nothing was loaded.
+        The library's name; None if nothing was loaded.
     """
     if sys.platform != "linux" or "mlx.core" in sys.modules or os.environ.get("MLXLORA_BLAS") == "off":
         return None
@@ -41,7 +41,7 @@ def _first(names: tuple[str, ...], load: Callable[[str], object]) -> str | None:
     for name in names:
         try:
             load(name)
-        except (OSError, AttributeError):  # not there; not of this machine; other names
+        except (OSError, AttributeError):  # missing; built for another machine; other names
             continue
         return name
     return None
@@ -52,7 +52,7 @@ def _load(name: str) -> None:
 
 
 def _load_prefixed(path: str) -> None:
-    """The package's library stays private: its names would come before those of SciPy's own copy."""
+    """Keeps the library private; otherwise its names would come before those of SciPy's own copy."""
     library = ctypes.CDLL(path)
     functions = {name: getattr(library, _PREFIX + name) for name in CALLED}
     give_names({name: ctypes.cast(function, ctypes.c_void_p).value or 0 for name, function in functions.items()})

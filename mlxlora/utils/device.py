@@ -18,20 +18,20 @@ def backend() -> str:
 
 
 def device_name() -> str:
-    """As the device calls itself; empty where it does not."""
+    """The device's own name; empty if it has none."""
     info = mx.device_info()
     return str(info.get("device_name") or info.get("architecture") or "")
 
 
 def device_memory(info: Mapping[str, Any] | None = None) -> int:
-    """Bytes that the default device can use, or the machine's where MLX does not say; `info` is `mx.device_info()`."""
+    """Bytes that the default device can use; the machine's memory if MLX reports none. `info` is `mx.device_info()`."""
     info = mx.device_info() if info is None else info
     known = (info.get(name) for name in ("max_recommended_working_set_size", "total_memory", "memory_size"))
     return int(next((size for size in known if size), 0) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def package_version(name: str) -> str | None:
-    """Of an installed package; None if it is not.
+    """The version of a package; None if it is not installed.
 
     >>> package_version("nonesuch") is None
     True
@@ -42,14 +42,14 @@ def package_version(name: str) -> str | None:
         return None
 
 
-_SHARE = 0.8  # of the device's memory; the rest is for the system and what MLX does not count
+_SHARE = 0.8  # of the device's memory; the system and allocations that MLX does not count need the rest
 
 
 def limit_memory(gigabytes: float | None = None) -> int:
-    """Bounds what MLX holds: near the limit, its scheduler waits for running work in place of starting more.
+    """Bounds the memory that MLX holds: near the limit, its scheduler waits for running work before it starts more.
 
     Args:
-        gigabytes: 10^9 bytes; None = 80 % of what the device can use.
+        gigabytes: 10^9 bytes; None: 80 % of what the device can use.
 
     Returns:
         The limit in bytes.
@@ -62,12 +62,12 @@ def limit_memory(gigabytes: float | None = None) -> int:
 
 
 def memory_limit() -> int:
-    """The limit in bytes."""
+    """MLX's memory limit in bytes."""
     return mx.get_memory_limit()
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether MLX could not allocate; its errors have no type of their own.
+    """Whether an error says that MLX could not allocate memory; such errors have no type of their own.
 
     >>> out_of_memory(RuntimeError("[malloc] Unable to allocate 123 bytes."))
     True
@@ -85,7 +85,7 @@ _SMALLER = (
 
 
 def smaller(no_use: Iterable[str] = ()) -> list[str]:
-    """What makes a run need less memory, the cheapest first, without what is of `no_use` to it.
+    """Remedies that make a run need less memory, the cheapest first, without those of `no_use` to it.
 
     >>> smaller(["--micro-batch 1", "--grad-checkpoint"])[:2]
     ['a smaller --max-seq-length', '--quantize 4']

@@ -1,4 +1,4 @@
-"""What a run would find here: versions, device, BLAS, compiler, memory, disk; and what to do about what is missing."""
+"""Reports the setup that a run has here (versions, device, BLAS, compiler, memory, disk) and how to improve it."""
 
 import os
 import platform
@@ -15,23 +15,23 @@ from attrs import frozen
 from .device import backend, device_memory, device_name, package_version
 from .files import cache_folder
 
-PACKAGES = ("mlxlora", "mlx", "mlx-lm", "transformers", "tokenizers", "numpy")
+REQUIRED = ("mlxlora", "mlx", "mlx-lm", "transformers", "tokenizers", "numpy")
 OPTIONAL = {"datasets": "hub data sets"}
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_ENDPOINT", "HF_HOME")
-SLOW = 30.0  # GFLOP/s in float32 of a BLAS without vector instructions, with a margin; a fast one makes 50 and more on one core
+SLOW = 30.0  # GFLOP/s in float32: more than a BLAS without vector instructions reaches; a fast one reaches 50 on one core
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 LITTLE_DISK = 5e9  # bytes
 
 
 @frozen
 class Finding:
-    """One thing looked at.
+    """One property of the setup.
 
     Attributes:
-        name: what.
-        value: what was found.
-        ok: whether a run is as good as it can be here, as far as this goes.
-        remedy: what to do if it is not.
+        name: of the property.
+        value: its value here.
+        ok: whether it needs no change.
+        remedy: what to do if it does.
     """
 
     name: str
@@ -46,20 +46,20 @@ def examine(blas: str | None) -> list[Finding]:
     Args:
         blas: the library that `load_fast_blas` loaded.
     """
-    found = [*versions(PACKAGES), device(backend()), memory(mx.device_info())]
+    found = [*versions(REQUIRED), device(backend()), memory(mx.device_info())]
     if backend() == "cpu":
         found += [matrix_products(blas, gigaflops()), compiler(shutil.which)]
     return [*found, disk(cache_folder("")), *hub(os.environ), *extras(OPTIONAL)]
 
 
 def versions(packages: Sequence[str]) -> list[Finding]:
-    """Python and packages that have to be there."""
+    """Python and the packages that a run needs."""
     found = [_package(name) or Finding(name, "not installed", False, f"pip install {name}") for name in packages]
     return [Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"), *found]
 
 
 def device(on: str) -> Finding:
-    """The backend. A machine with a GPU that MLX does not use is told so."""
+    """The backend; not ok on a machine with a GPU that MLX does not use."""
     if on == "cpu" and sys.platform == "darwin":
         return Finding("device", "cpu", False, "MLX sees no GPU: it needs a Mac with Apple silicon and a native (arm64) Python")
     if on == "cpu" and shutil.which("nvidia-smi"):
@@ -70,12 +70,12 @@ def device(on: str) -> Finding:
 
 
 def memory(info: dict[str, Any]) -> Finding:
-    """What the device may hold, or the machine where MLX does not say."""
+    """Memory of the device; the machine's if MLX reports none."""
     return Finding("memory", f"{device_memory(info) / 1e9:.1f} GB")
 
 
 def gigaflops(size: int = 768, repetitions: int = 4) -> float:
-    """10⁹ operations a second in float32 matrix products: the best of a few."""
+    """Speed of float32 matrix products in 10⁹ operations per second; the best of a few repetitions."""
     a = mx.random.normal((size, size), key=mx.random.key(0))
     mx.eval(a)
     seconds = []
@@ -87,7 +87,7 @@ def gigaflops(size: int = 768, repetitions: int = 4) -> float:
 
 
 def matrix_products(blas: str | None, speed: float) -> Finding:
-    """BLAS of the CPU backend, judged by what it does."""
+    """BLAS of the CPU backend, judged by its measured speed."""
     fast = blas or ("Accelerate" if sys.platform == "darwin" else None)
     name = fast or "MLX's own" + " (MLXLORA_BLAS=off)" * _switched_off()
     slow = speed < SLOW
@@ -95,7 +95,7 @@ def matrix_products(blas: str | None, speed: float) -> Finding:
 
 
 def _faster(fast: bool) -> str:
-    """What to do about slow products: of a fast BLAS that is kept from it, or for want of one."""
+    """The remedy for slow products, with a fast BLAS loaded or without one."""
     if not fast:
         return "unset MLXLORA_BLAS" if _switched_off() else "pip install scipy-openblas32, or apt-get install libopenblas0-pthread"
     limits = [f"{name}={os.environ[name]}" for name in THREADS if os.environ.get(name)]
@@ -111,7 +111,7 @@ def _switched_off() -> bool:
 
 
 def compiler(which: Callable[[str], str | None]) -> Finding:
-    """What mx.compile calls on a CPU; without it MLX runs every operation by itself."""
+    """The compiler that mx.compile calls on a CPU; without it MLX runs each operation separately."""
     path = which("g++")
     if path or sys.platform == "darwin":
         return Finding("compiler", path or "clang")
@@ -119,7 +119,7 @@ def compiler(which: Callable[[str], str | None]) -> Finding:
 
 
 def disk(folder: Path) -> Finding:
-    """Room for what is kept between runs."""
+    """Free space for the cache."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     few = "free some, or set MLXLORA_CACHE to a folder elsewhere" if free < LITTLE_DISK else ""
@@ -127,12 +127,12 @@ def disk(folder: Path) -> Finding:
 
 
 def hub(environment: Any) -> list[Finding]:
-    """Variables that decide where models come from."""
+    """Environment variables that decide where models come from."""
     return [Finding(name, environment[name]) for name in OFFLINE if environment.get(name)]
 
 
 def extras(packages: dict[str, str]) -> list[Finding]:
-    """Packages that some options need; a run does without."""
+    """Packages that only some options need."""
     return [_package(name) or Finding(name, f"not installed (only for {use})") for name, use in packages.items()]
 
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: everything is written to a temporary name and renamed."""
+"""Writes files and folders atomically: to a temporary name, which is renamed at the end."""
 
 import errno
 import os
@@ -8,18 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_BEFORE = ".before.tmp"  # what a folder is called from the moment when it makes room to the one when it is removed
+_BEFORE = ".before.tmp"  # suffix of a folder that is being replaced
 
 
 def cache_folder(name: str) -> Path:
-    """Where one kind of result is kept for later runs: in $MLXLORA_CACHE, or ~/.cache/mlxlora."""
+    """The folder of one kind of cached result: in $MLXLORA_CACHE, or ~/.cache/mlxlora."""
     return Path(os.environ.get("MLXLORA_CACHE") or Path.home() / ".cache" / "mlxlora") / name
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary name to write to; renamed to `path` at the end, removed if anything went wrong."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # several ranks may keep the same result
+    """Yields a temporary file name; renamed to `path` at the end, removed after an error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # several ranks may write the same result
     try:
         yield temporary
         _sync(temporary)
@@ -31,10 +31,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """A temporary folder to fill; renamed to `path` at the end, removed if anything went wrong.
+    """Yields a temporary folder; renamed to `path` at the end, removed after an error.
 
-    What was at `path` is there until then. Between the two renames it has another name; whoever is killed there leaves it to the
-    next writer, or to `sweep`, who puts it back.
+    An existing folder at `path` stays until then. It has another name between two renames; after a kill at that moment, the next
+    writer or `sweep` puts it back.
     """
     temporary, before = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}{_BEFORE}")
     put_back(path)
@@ -46,7 +46,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             _sync(file)
         shutil.rmtree(before, ignore_errors=True)
         if path.exists():
-            path.replace(before)  # deleting takes time in which there would be neither
+            path.replace(before)  # not deleted before: while that runs there would be no folder
         temporary.replace(path)
         _sync(path.parent)
         shutil.rmtree(before, ignore_errors=True)
@@ -56,12 +56,12 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path, *names: str, older: float = 0.0) -> None:
-    """Removes what writers that were killed left half written, and puts back what they were about to replace.
+    """Removes temporary files of killed writers, and puts back folders that they were about to replace.
 
     Args:
-        folder: where; folders in it are left alone.
-        names: what they were writing, `*.safetensors` for instance.
-        older: seconds since it was written to; 0 where nobody else may be writing.
+        folder: the folder to clean; not its subfolders.
+        names: patterns of the files that were written, such as `*.safetensors`.
+        older: remove only what was not written to for this many seconds; 0: everything, if no one else may be writing.
     """
     for path in (path for name in names for path in folder.glob(f".{name}{_BEFORE}")):
         with suppress(OSError):
@@ -73,19 +73,19 @@ def sweep(folder: Path, *names: str, older: float = 0.0) -> None:
 
 
 def put_back(path: Path) -> None:
-    """The folder that somebody who was killed then was about to replace, if there is no other."""
+    """Puts back a folder that a killed writer was about to replace, unless there is a new one."""
     before = path.with_name(f".{path.name}{_BEFORE}")
     if before.exists() and not path.exists():
         before.replace(path)
 
 
 def _sync(path: Path) -> None:
-    """Reaches the disk before what follows does, so that a crash leaves the old file or the new one; a folder: the names in it."""
+    """Flushes a file, or the names in a folder, to disk, so that a crash leaves the old file or the new one."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # the file system cannot sync folders
             raise
     finally:
         os.close(handle)

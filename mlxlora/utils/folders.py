@@ -1,4 +1,4 @@
-"""Folders that a command writes whole: none is mixed with what was there, and nothing else is ever deleted."""
+"""Output folders: never mixed with older content, and nothing else is ever deleted."""
 
 import errno
 import fcntl
@@ -18,14 +18,17 @@ _UNWRITABLE = _FULL | {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.
 def check_vacant(
     path: str | Path, flag: str, *, overwrite: bool, marker: str, apart_from: Iterable[str | Path | None] = ()
 ) -> Path:
-    """The folder to write, once it is known to be free, before anything expensive happens.
+    """Checks that a folder can be written, before anything expensive happens.
 
     Args:
         path: of the folder.
         flag: the option that names it.
-        overwrite: whether one with `marker` in it may be replaced.
-        marker: a file that shows that the folder holds what is going to be written again.
-        apart_from: folders that are read, which it must neither be nor contain.
+        overwrite: whether a folder with `marker` in it may be replaced.
+        marker: a file that shows that the folder holds an older result of the same kind.
+        apart_from: folders that are read; the output must neither be nor contain one of them.
+
+    Returns:
+        The folder.
 
     Raises:
         InputError: it may not be written.
@@ -34,7 +37,7 @@ def check_vacant(
     for other in apart_from:
         if other is not None and Path(other).resolve().is_relative_to(folder.resolve()) and Path(other).exists():
             raise InputError(f"{flag} {path}: {other} is read from there; name another folder")
-    with suppress(OSError, ValueError):  # it cannot be written, or has no name: whoever writes says so
+    with suppress(OSError, ValueError):  # unwritable or without a name: the writer reports it
         put_back(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{flag} {path} is a file; name a folder")
@@ -49,17 +52,17 @@ def check_vacant(
 
 @contextmanager
 def writing(folder: Path, flag: str) -> Iterator[None]:
-    """A folder while one process has it for itself; made if there is none, and removed again if nothing was written.
+    """Locks a folder for this process while the context lasts; makes it, and removes it again if it stays empty.
 
-    The system drops the lock with the process, however that ends.
+    The system releases the lock when the process ends, however it ends.
 
     Args:
         folder: to write to.
         flag: the option that names it.
 
     Raises:
-        InputError: another process has the folder, or it cannot be made.
-        RunError: the disk became full, a quota is used up, or the folder cannot be written any more.
+        InputError: another process has the lock, or the folder cannot be made.
+        RunError: the disk or a quota is full, or the folder is no longer writable.
     """
     absent = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -80,7 +83,7 @@ def writing(folder: Path, flag: str) -> Iterator[None]:
 
 
 def _locked(folder: Path, flag: str) -> int:
-    """A handle of the folder, locked as long as it is open: the folder itself, so that no file is left to become stale."""
+    """An open handle that locks the folder: the folder itself, so that no lock file can become stale."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
@@ -94,11 +97,11 @@ def _locked(folder: Path, flag: str) -> int:
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), folder.stat()):
                 return handle
-        os.close(handle)  # whoever made it has just removed it
+        os.close(handle)  # another process has just removed it
 
 
 def _within(error: OSError, folder: Path) -> bool:
-    """Whether it is about the folder; a failed write does not say where it was, other failures do."""
+    """Whether the error is about the folder; a failed write has no file name, other failures have."""
     if error.filename is None:
         return error.errno in _FULL | {errno.EIO}
     return Path(os.fsdecode(error.filename)).absolute().is_relative_to(folder.absolute())

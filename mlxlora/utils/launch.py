@@ -1,4 +1,4 @@
-"""Which of several processes this one is, as whoever launched them says; without MLX, so that messages need not wait for it."""
+"""The rank of this process, from the launcher's environment; without MLX, so that messages need not wait for its import."""
 
 import os
 import sys
@@ -8,16 +8,16 @@ LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 
 
 def is_launched() -> bool:
-    """Whether anybody says so."""
+    """Whether a launcher started this process."""
     return any(name in os.environ for name in LAUNCHED)
 
 
 def launched_rank() -> int:
-    """From 0; 0 too if this process is alone."""
+    """The rank, from 0; 0 if this process is alone."""
     return next((int(os.environ[name]) for name in LAUNCHED if os.environ.get(name, "").isdigit()), 0)
 
 
 def warn(text: str) -> None:
-    """Says something on standard error where no reporter of a run is, once for all processes."""
+    """Prints a warning on standard error, where there is no reporter of a run; only rank 0 prints."""
     if not launched_rank():
         print(f"warning: {text}", file=sys.stderr, flush=True)

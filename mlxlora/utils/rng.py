@@ -1,4 +1,4 @@
-"""The state of MLX's global random generator, which is all the chance of a training step (dropout, noise)."""
+"""The state of MLX's global random generator, the only source of randomness in a training step (dropout, noise)."""
 
 from typing import Any
 
@@ -13,6 +13,6 @@ def random_key() -> mx.array:
 
 
 def restore_random_key(key: mx.array) -> None:
-    """Puts a state back: the key of a seed is its two halves."""
+    """Restores a state: the key of a seed is its two halves."""
     high, low = (int(half) for half in np.array(key))
     mx.random.seed((high << 32) | low)

@@ -1,4 +1,4 @@
-"""Arrays kept on disk for later runs: a safetensors file with a digest of all of it, whole or not there."""
+"""Safetensors files: numpy arrays kept for later runs with a digest, and checks before MLX reads a file."""
 
 import hashlib
 import zlib
@@ -11,16 +11,16 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ..errors import InputError
+from ..errors import InputError, reason
 from .files import atomic_file, sweep
 
-Arrays = dict[str, np.ndarray]
+NumpyArrays = dict[str, np.ndarray]
 _LARGEST = 2**31 - 1  # MLX keeps dimensions in 32 bits
-_DAY = 86400.0  # seconds; whoever wrote to a temporary name so long ago is gone
+_DAY = 86400.0  # seconds; no writer takes so long
 
 
-def write_arrays(path: Path, arrays: Arrays) -> None:
-    """Writes them, and the folder if there is none.
+def write_arrays(path: Path, arrays: NumpyArrays) -> None:
+    """Writes arrays with their digest; makes the folder if there is none.
 
     Raises:
         OSError: they cannot be written.
@@ -34,8 +34,8 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
         raise OSError(str(error)) from None
 
 
-def read_checked(path: Path) -> Arrays:
-    """What `write_arrays` wrote.
+def read_checked(path: Path) -> NumpyArrays:
+    """Reads what `write_arrays` wrote.
 
     Raises:
         ValueError: the file is damaged.
@@ -53,7 +53,7 @@ def read_checked(path: Path) -> Arrays:
 
 
 def check_header(path: Path) -> None:
-    """Checks a safetensors file before MLX's reader, which trusts the header, sees it: lengths, types, shapes and places.
+    """Checks the header of a safetensors file, which MLX's reader trusts: lengths, types, shapes and offsets.
 
     Raises:
         InputError: it is damaged or cannot be read.
@@ -62,16 +62,16 @@ def check_header(path: Path) -> None:
         with safe_open(path, framework="np") as file:
             wide = [name for name in file.keys() if max(file.get_slice(name).get_shape(), default=0) > _LARGEST]  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({' '.join(str(error).split())[:200]})") from None
+        raise InputError(f"{path}: not a readable safetensors file ({reason(error)})") from None
     if wide:
         raise InputError(f"{path}: {wide[0][:200]!r} has a dimension beyond {_LARGEST}, which MLX cannot hold")
 
 
-# --- those of MLX -----------------------------------------------------------------------------
+# --- arrays of MLX -----------------------------------------------------------------------------
 
 
 def counted(crc: int, name: str, array: Any) -> int:
-    """CRC-32 that goes on with the name, the type and the shape of an array; its bytes follow."""
+    """CRC-32 of what `crc` covers and the name, type and shape of an array; its bytes follow."""
     return zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), crc)
 
 
@@ -81,7 +81,7 @@ def bytes_of(array: mx.array) -> memoryview:
 
 
 def checksum(named: Iterable[tuple[str, mx.array]]) -> str:
-    """CRC-32 of the names, types, shapes and bytes of arrays, which come in the order of their names.
+    """CRC-32 of the names, types, shapes and bytes of arrays, which must be sorted by name.
 
     >>> checksum([("a", mx.zeros(2))]) != checksum([("a", mx.zeros(2, mx.int32))])
     True

@@ -1,4 +1,4 @@
-"""A time limit on Python code of others, in whichever thread it runs."""
+"""A time limit on foreign Python code, in any thread."""
 
 import ctypes
 import threading
@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 from attrs import define
 
-_LOOK = 0.25  # seconds between two looks at the clock, while anything is being watched
+_LOOK = 0.25  # seconds between two checks, while a thread is watched
 
 
 class TooLong(Exception):
-    """Raised in a thread whose time is up."""
+    """Raised in a thread that exceeds its time limit."""
 
 
 @define(eq=False)
@@ -30,12 +30,12 @@ _watcher: threading.Thread | None = None
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Raises `TooLong` in this thread once so much time has passed; costs microseconds where it does not.
+    """Raises `TooLong` in this thread after this time; a block that ends sooner pays microseconds.
 
-    It is raised between two instructions of Python: one call into C, such as a product of huge numbers, ends first.
+    The error comes between two Python instructions: a running call into C, such as a product of huge numbers, ends first.
 
     Raises:
-        TooLong: the time is up.
+        TooLong: the block exceeded the limit.
     """
     own = _Watched(threading.get_ident(), time.monotonic() + seconds)
     with _lock:
@@ -47,12 +47,12 @@ def at_most(seconds: float) -> Iterator[None]:
     finally:
         with _lock:
             _watched.discard(own)
-            if own.struck:  # what was raised at the very end must not strike whoever comes next
+            if own.struck:  # an error raised at the very end must not reach later code
                 _raise_in(own.thread, None)
 
 
 def _start() -> None:
-    """Starts the watcher; a process that was forked has none."""
+    """Starts the watcher thread; a forked process has none."""
     global _watcher
     if _watcher is None or not _watcher.is_alive():
         _watcher = threading.Thread(target=_watch, daemon=True, name="mlxlora-limits")

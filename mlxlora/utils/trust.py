@@ -1,7 +1,7 @@
-"""Whose code runs and whose paths are written to: what a user named on the command line, nothing that came with a model.
+"""Which code may run and which paths may be written: only those that the user names on the command line.
 
-What came with a model or with adapters, and what a run stored, is data from elsewhere: it may not name code that runs, nor
-places outside its own folder.
+Files that came with a model or with adapters, and files that a run stored, are foreign data: they cannot enable code, and
+they cannot name places outside their own folder.
 """
 
 import json
@@ -14,26 +14,26 @@ from ..errors import InputError
 from .launch import launched_rank
 
 CODE = {"objective", "reward_file", "trust_remote_code"}
-"""Options that make somebody's Python code run."""
+"""Options that run Python code."""
 
 SENDS = {"push_to_hub"}
-"""Options that send something away."""
+"""Options that upload something."""
 
 PLACES = {"adapter_path", "save_path", "peft", "gguf"}
-"""Options that name a place to write to."""
+"""Options that name an output path."""
 
 _MARKERS = ("adapter_config.json", "*.safetensors", "config.json")
-_NEAR = 3  # folders above a file in which the model that it came with is looked for
+_NEAR = 3  # folders above a file that are searched for a model
 
 
 def announce(text: str) -> None:
-    """Says on standard error which code of a model is going to run, also under --quiet."""
+    """Prints on standard error which code of a model will run, also with --quiet."""
     if not launched_rank():
         print(f"running Python code: {text}", file=sys.stderr, flush=True)
 
 
 def came_with_model(file: str | Path) -> bool:
-    """Whether a file lies in a folder of a model or of adapters, or just below one; a config.json counts beside it only."""
+    """Whether a file lies in or just below a folder of a model or of adapters; a config.json counts only in the file's own folder."""
     folders = Path(file).resolve().parents[:_NEAR]
     markers = [_MARKERS, *[_MARKERS[:2]] * (len(folders) - 1)]
     return any(next(folder.glob(marker), None) for folder, some in zip(folders, markers, strict=True) for marker in some)
@@ -42,17 +42,17 @@ def came_with_model(file: str | Path) -> bool:
 def check_config(
     file: str | Path, values: Mapping[str, Any], named: Iterable[str], lines: Mapping[str, int], *, stored: bool = False
 ) -> None:
-    """Checks what a configuration file asks for beyond numbers.
+    """Refuses a foreign configuration file that asks for code, uploads or paths outside its folder.
 
     Args:
         file: the configuration.
         values: its options.
-        named: options named on the command line, which win over the file's.
-        lines: of the options in the file.
-        stored: a run wrote it, wherever it lies.
+        named: options on the command line, which override the file's.
+        lines: line numbers of the options in the file.
+        stored: a run wrote the file, so it is foreign wherever it lies.
 
     Raises:
-        InputError: it came with a model or a run and names code, a place outside its folder, or somewhere to send to.
+        InputError: the file is foreign and asks for one of them.
     """
     asked = {name: value for name, value in values.items() if name in CODE | SENDS | PLACES and value and name not in set(named)}
     if not asked or not (stored or came_with_model(file)):
@@ -68,12 +68,12 @@ def check_config(
             raise InputError(f"{location} {told}, which a configuration {kept} may not; add {flag} to the command line to allow it")
         if not inside(str(value), folder, Path()):
             raise InputError(
-                f"{location} {value} leads out of {folder}, where this configuration came from; add {flag} to allow it"
+                f"{location} {value} points outside {folder}, where this configuration came from; add {flag} to allow it"
             )
 
 
 def inside(path: str | Path, folder: Path, start: Path | None = None) -> bool:
-    """Whether a path, from `start` or else from the folder, is the folder or lies in it, links followed.
+    """Whether a path, relative to `start` or else to the folder, is the folder or lies in it, after following links.
 
     >>> inside("a/b", Path("/m")), inside("a/../../n", Path("/m")), inside("/etc", Path("/m"))
     (True, False, False)
@@ -82,15 +82,15 @@ def inside(path: str | Path, folder: Path, start: Path | None = None) -> bool:
 
 
 def check_model_code(folder: Path, flag: str, trusted: bool | None) -> None:
-    """Refuses a model folder whose Python code would run, or names that code in the log.
+    """Refuses a model folder with Python code that would run, unless that is allowed; then prints which code runs.
 
     Args:
         folder: of the model.
-        flag: option and value that name it, for messages.
-        trusted: whether --trust-remote-code was given; None: such models are never trusted.
+        flag: the option and value that name it, for messages.
+        trusted: whether --trust-remote-code was given; None: never trust this model.
 
     Raises:
-        InputError: there is such code and it is not trusted, or it is no file of the folder.
+        InputError: the code is not trusted, or is not a file of the folder.
     """
     file = _object(folder / "config.json").get("model_file")
     if file is not None:
@@ -107,7 +107,7 @@ def check_model_code(folder: Path, flag: str, trusted: bool | None) -> None:
 
 
 def inside_by_name(path: str) -> bool:
-    """Whether a relative path stays in its folder, whatever is linked there: the hub's cache is made of links.
+    """Whether a relative path stays in its folder by its name; links do not count, because the hub's cache consists of links.
 
     >>> inside_by_name("a/b.py"), inside_by_name("../b.py"), inside_by_name("/b.py")
     (True, False, False)
@@ -116,7 +116,7 @@ def inside_by_name(path: str) -> bool:
 
 
 def _object(file: Path) -> dict[str, Any]:
-    """A JSON object, read as mlx-lm reads it; empty where there is none, which whoever needs it says better."""
+    """A JSON object, read as mlx-lm reads it; empty if there is none, which its user reports."""
     try:
         found = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""A user's own Python file, executed only when a flag names it."""
+"""A user's own Python file, which runs only if a flag names it."""
 
 import importlib.util
 import sys
@@ -10,28 +10,28 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, one_line
 
 _PACKAGES = {"PIL": "pillow", "bs4": "beautifulsoup4", "cv2": "opencv-python", "sklearn": "scikit-learn"}
-"""Packages that are not called as their modules are."""
+"""Packages whose name is not that of their module."""
 
 
-def execute(file: str, flag: str, stand_ins: Mapping[str, ModuleType] | None = None) -> ModuleType:
-    """Runs a Python file as a module; its folder is importable for it.
+def run_file(file: str, flag: str, stand_ins: Mapping[str, ModuleType] | None = None) -> ModuleType:
+    """Runs a user's Python file as a module; the file can import its neighbors.
 
     Args:
         file: the Python file.
-        flag: what names it.
-        stand_ins: modules, with the packages that they are in, for it to import where these packages are not installed.
+        flag: the option that names it.
+        stand_ins: modules by name that the file can import although their packages are not installed.
 
     Raises:
-        InputError: no such file, or it raised: with the line of the file.
+        InputError: no such file, or it raised an error; the message has the line of the file.
     """
     path = Path(file)
     if not path.is_file():
         raise InputError(f"{flag} {file}: no such file")
     if str(path.parent.resolve()) not in sys.path:
-        sys.path.append(str(path.parent.resolve()))  # so that it can import its neighbours
+        sys.path.append(str(path.parent.resolve()))
     loader = SourceFileLoader(f"mlxlora_user_{path.stem}", str(path))
     spec = importlib.util.spec_from_loader(loader.name, loader)
     assert spec is not None
@@ -48,7 +48,7 @@ def execute(file: str, flag: str, stand_ins: Mapping[str, ModuleType] | None = N
 
 @contextmanager
 def _importable(modules: Mapping[str, ModuleType]) -> Iterator[None]:
-    """Modules that stand in for those that are not installed, while the context lasts."""
+    """Makes modules importable while the context lasts, unless their packages are installed."""
     absent = {name: module for name, module in modules.items() if not _installed(name)}
     sys.modules.update(absent)
     try:
@@ -64,7 +64,7 @@ def _installed(name: str) -> bool:
 
 
 def _missing(error: BaseException) -> str | None:
-    """What to do about an import of something that is not there; None: the error is another one."""
+    """What to do about a failed import; None: the error is another one."""
     name = error.name.partition(".")[0] if isinstance(error, ImportError) and error.name else ""
     if not name or _installed(name):
         return None
@@ -81,19 +81,13 @@ def load_object(reference: str, flag: str) -> Any:
     file, _, name = reference.rpartition(":")
     if not file or not name.isidentifier():
         raise InputError(f"{flag} {reference}: expected file.py:name")
-    module = execute(file, flag)
+    module = run_file(file, flag)
     if not hasattr(module, name):
         raise InputError(f"{flag} {reference}: {file} defines no {name}")
     return getattr(module, name)
 
 
 def line_in(error: BaseException, file: str) -> int | None:
-    """The innermost line of `file` that an error passed through."""
+    """The innermost line of `file` in an error's traceback."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     return lines[-1] if lines else None
-
-
-def one_line(error: BaseException) -> str:
-    """Type and message of an error, without line breaks."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

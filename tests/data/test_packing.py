@@ -169,7 +169,7 @@ def test_a_mask_that_ignores_segments_is_found(name: str, monkeypatch: pytest.Mo
     model = adapted(MODELS[name]())
     assert mask_axes(model) in (0, 5)
     visible = attention.visible
-    for module in ("attention", "sharing"):
+    for module in ("models.attention", "models.row_layouts"):
         monkeypatch.setattr(f"mlxlora.{module}.visible", lambda q, k, window=None, segments=None: visible(q, k, window))
     monkeypatch.setattr("mlxlora.models.row_layouts.causal", lambda *a, segments, **k: attention.causal(*a, **k))
     assert "differ" in str(layout_obstacle(model, model, packed_layout))

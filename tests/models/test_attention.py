@@ -18,10 +18,10 @@ from mlx_lm.models import gemma3_text, gpt_oss, qwen3
 from mlxlora import AdapterOptions, prepare
 from mlxlora.data.batching import collate
 from mlxlora.models import attention
-from mlxlora.models.attention import Causal, attend, blockwise, causal, hook, in_chunks, using, visible
+from mlxlora.models.attention import Causal, Prompts, Scoring, attend, blockwise, causal, hook, in_chunks, using, visible
 from mlxlora.models.grad_checkpoint import checkpointed
 from mlxlora.models.logprobs import scorer
-from mlxlora.models.row_layouts import know_windows, mask_axes
+from mlxlora.models.row_layouts import mask_axes, use_windows
 from mlxlora.objectives.supervised import sft
 from tests.support.tiny import LLAMA, VOCABULARY, dense, distance, loss_and_gradient, shaken, softcapped
 from tests.support.tiny import example as random_example
@@ -82,7 +82,7 @@ def by_array(length: int, window: int | None, segments: mx.array | None, scale: 
 
 def by_chunks(chunk: int, window: int | None, segments: mx.array | None, scale: float = 0.3) -> Any:
     def run(q: mx.array, k: mx.array, v: mx.array, sinks: mx.array | None = None) -> mx.array:
-        return blockwise(q, k, v, scale=scale, window=window, segments=segments, sinks=sinks, chunk=chunk)
+        return blockwise(q, k, v, Scoring(scale, window, segments, sinks), chunk=chunk)
 
     return run
 
@@ -143,9 +143,8 @@ def test_rows_after_a_prompt_are_exact(
     sink = sinks if sunk else None
 
     def one(q: mx.array, k: mx.array, v: mx.array, pk: mx.array, pv: mx.array, sinks: mx.array | None = None) -> mx.array:
-        return blockwise(
-            q, k, v, (pk, pv), scale=0.3, window=window, lengths=mx.array(lengths.astype(np.int32)), sinks=sinks, chunk=chunk
-        )
+        prompts = Prompts(pk, pv, mx.array(lengths.astype(np.int32)))
+        return blockwise(q, k, v, Scoring(0.3, window, None, sinks), prompts, chunk)
 
     def whole(q: mx.array, k: mx.array, v: mx.array, pk: mx.array, pv: mx.array, sinks: mx.array | None = None) -> mx.array:
         done = []
@@ -244,7 +243,7 @@ def test_models_compute_the_same(name: str, checkpoint: bool, monkeypatch: pytes
     model = adapted(MODELS[name]())
     with using("fused"):
         before = loss_and_gradient(model, sft(), batch)
-    assert know_windows(scorer(model).forward, model) == (name in ("gemma3", "sinks"))
+    assert use_windows(scorer(model).forward, model) == (name in ("gemma3", "sinks"))
     if checkpoint:
         checkpointed(model)
     with using("chunked"):

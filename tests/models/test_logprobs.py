@@ -74,7 +74,7 @@ def gradient(model: nn.Module, values: Callable[[], tuple[mx.array, mx.array]], 
 @pytest.mark.parametrize(("make", "trainable"), HEADS.values(), ids=HEADS.keys())
 def test_head_is_log_softmax(make: Callable[[], nn.Module], trainable: int, chunk: int | None) -> None:
     model = make()
-    score = scorer(model, entropy=True, chunk=chunk)
+    score = scorer(model, columns={"entropy": True}, chunk=chunk)
     assert score.split is not None and len(score.trainable) == trainable
 
     def bounded() -> tuple[mx.array, mx.array]:
@@ -99,7 +99,7 @@ def test_without_a_gradient(make: Callable[[], nn.Module], trainable: int) -> No
 
 def test_a_watched_entropy_has_no_gradient() -> None:
     model = lora(dense)
-    score = scorer(model, entropy=False, chunk=32)
+    score = scorer(model, columns={"entropy": False}, chunk=32)
 
     def bounded() -> tuple[mx.array, mx.array]:
         logps, batch = score(BATCH)

@@ -18,7 +18,7 @@ from mlxlora.batch import Batch
 from mlxlora.data.tokenize import Example
 from mlxlora.models.logprobs import Scorer, scorer
 from mlxlora.objectives.objective import Objective
-from mlxlora.training.step import entropy_of
+from mlxlora.training.step import columns_of
 
 VOCABULARY = 96
 _SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "rms_norm_eps": 1e-5, "vocab_size": VOCABULARY}
@@ -111,7 +111,7 @@ def example(seed: int, *, score_prompt: bool = False, reference: bool = False, l
 
 def loss_and_gradient(model: nn.Module, objective: Objective, batch: Batch, score: Scorer | None = None) -> tuple[dict, dict]:
     """Metrics as numbers and the gradient by name of the parameter."""
-    score = score or scorer(model, entropy=entropy_of(objective))
+    score = score or scorer(model, columns=columns_of(objective))
 
     def loss(parameters: Any) -> tuple[mx.array, dict]:
         model.update(parameters)
