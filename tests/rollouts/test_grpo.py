@@ -193,6 +193,7 @@ def test_second_step_on_a_rollout_is_off_policy(command: tuple[Any, ...], tmp_pa
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every model that is loaded."""
     from mlxlora.adapters import prepare
+    from mlxlora.training import session
 
     original, seen = prepare.load_with_config, []
 

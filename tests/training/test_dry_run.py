@@ -8,7 +8,7 @@ from mlxlora.errors import InputError
 from mlxlora.methods import METHODS
 from mlxlora.training.dry_run import representative_batches
 
-RUNNABLE = [name for name, row in RUNNABLE.items() if row.starter.runs]
+RUNNABLE = [name for name, row in METHODS.items() if row.starter.runs]
 SAMPLED = ("grpo", "online-dpo")
 
 
