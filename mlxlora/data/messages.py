@@ -16,7 +16,6 @@ _ROLES = {
     **dict.fromkeys(("tool", "observation"), "tool"),
     "system": "system",
 }
-_SECONDS = 60.0  # for one conversation; templates take milliseconds
 
 
 def as_messages(value: Any, location: str, field: str) -> list[Message]:
@@ -52,7 +51,8 @@ def _message(item: Any, location: str, field: str) -> Message:
     if item[role_key] == "function_call" and calls is None:
         calls = _sharegpt_call(content)
         content = content if calls is None else None
-    role = _ROLES.get(item[role_key].lower(), item[role_key])
+    name: str = item[role_key]
+    role = _ROLES.get(name.lower(), name)
     text, reasoning = _content(content, calls, location, field, role)
     message = {**reasoning, **rest, "role": role, "content": text}
     return message if calls is None else {**message, "tool_calls": calls}
@@ -85,7 +85,7 @@ def _tool_calls(item: Message, location: str, field: str) -> list[Message] | Non
         calls = [{"type": "function", "function": calls}]
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise InputError(f"{location}: '{name}' in '{field}' must be a list of objects, got {described(calls)}")
-    return [_with_parsed_arguments(call) for call in calls]
+    return calls
 
 
 def _parsed(value: Any) -> Any:
@@ -94,16 +94,6 @@ def _parsed(value: Any) -> Any:
         return orjson.loads(value) if isinstance(value, str) else value
     except orjson.JSONDecodeError:
         return value
-
-
-def _with_parsed_arguments(call: Message) -> Message:
-    """OpenAI writes arguments as a JSON string; templates print objects, and would quote a string once more."""
-    function = call.get("function", call)
-    arguments = json_object(function.get("arguments")) if isinstance(function, dict) else None
-    if arguments is None:
-        return call
-    parsed = {**function, "arguments": arguments}
-    return {**call, "function": parsed} if "function" in call else parsed
 
 
 def _sharegpt_call(text: Any) -> list[Message] | None:

@@ -84,13 +84,13 @@ def test_openai_tool_calls_and_content_parts() -> None:
     )
     assert user["content"] == "ab"
     assert answer["content"] is None
-    assert answer["tool_calls"][0]["function"]["arguments"] == {"zone": "UTC"}
+    assert answer["tool_calls"][0]["function"]["arguments"] == '{"zone": "UTC"}'  # parsed if the template wants objects
     assert as_tools("[]", "a.jsonl:7") is None
 
 
 def test_openais_former_calls_and_calls_as_text() -> None:
     function = {"name": "now", "arguments": '{"zone": "UTC"}'}
-    call = {"type": "function", "function": {"name": "now", "arguments": {"zone": "UTC"}}}
+    call = {"type": "function", "function": {"name": "now", "arguments": '{"zone": "UTC"}'}}
     former = [
         {"role": "assistant", "content": None, "function_call": function},
         {"role": "function", "name": "now", "content": "12"},

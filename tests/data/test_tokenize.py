@@ -187,12 +187,11 @@ def test_a_conversation_that_the_assistant_opens() -> None:
     assert micros(example, tokenizer(CHATML)) == ["2<|im_end|>\n", "3 <3<|im_end|>\n"]
 
 
-def test_a_template_that_hides_the_turns_is_an_error() -> None:
+def test_a_template_without_headers_that_rewrites_messages() -> None:
     tok = tokenizer(SHOUTING)
     shout = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     assert text(supervised_example(row(messages=shout), tok), tok) == "abC"
-    with pytest.raises(InputError, match=r"a\.jsonl:7: cannot tell .* message 2 .*generation %} marks"):
-        supervised_example(row(messages=shout), tok, mask_prompt=True)
+    assert micros(supervised_example(row(messages=shout), tok, mask_prompt=True), tok) == ["b"]
 
 
 def test_mask_prompt_needs_an_assistant() -> None:
@@ -203,7 +202,7 @@ def test_mask_prompt_needs_an_assistant() -> None:
 def test_template_errors_are_the_users() -> None:
     with pytest.raises(InputError, match=r"a\.jsonl:7: messages need a chat template"):
         supervised_example(row(messages=CHAT), tokenizer())
-    with pytest.raises(InputError, match=r"a\.jsonl:7: .*rejects this conversation: no system role"):
+    with pytest.raises(InputError, match=r"a\.jsonl:7: .*rejects this conversation: no system role; put the text .* first user"):
         supervised_example(row(messages=CHAT, system="s"), tokenizer(WITH_BOS))
     with pytest.raises(InputError, match=r"a\.jsonl:7: messages need a chat template"):
         prompt_example(row(prompt="a"), tokenizer(), use_chat_template=True)

@@ -1,0 +1,215 @@
+"""A conversation under a Jinja template: its text with origins, its tokens, and those that the model has to write."""
+
+from bisect import bisect_right
+from collections.abc import Collection, Sequence
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Any
+
+from attrs import define, field, frozen
+
+from ..errors import InputError
+from .messages import Message
+from .template_habits import Template, asks_again, shows_beside_calls, turn_end
+from .traced_template import Rendering
+from .turn_parts import Turn, assistant_parts, content_end, dropped, foreign_parts, prompt_tail
+
+
+def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """The number of leading items that two sequences share.
+
+    >>> common_prefix([1, 2, 3], [1, 2, 4, 5])
+    2
+    """
+    length = min(len(a), len(b))
+    return next((i for i in range(length) if a[i] != b[i]), length)
+
+
+@frozen
+class Encoded:
+    """Token ids of a text.
+
+    Attributes:
+        ids: [L] token ids.
+        starts: [L] where the characters of a token start in the text.
+        stops: [L] where they stop.
+    """
+
+    ids: list[int]
+    starts: list[int]
+    stops: list[int]
+
+    def within(self, start: int, stop: int) -> range:
+        """The tokens that have a character of text[start:stop]."""
+        first = bisect_right(self.stops, start)
+        last = first
+        while last < len(self.ids) and self.starts[last] < stop:
+            last += 1
+        return range(first, last)
+
+
+def encoded(inner: Any, text: str, edges: Collection[int] = ()) -> Encoded:
+    """Token ids of a rendered text, which has its special tokens already.
+
+    Args:
+        inner: a transformers tokenizer.
+        text: the text.
+        edges: places in it; a tokenizer without offsets tells only between which of them a token is.
+    """
+    if not getattr(inner, "is_fast", False):
+        return _without_offsets(inner, text, sorted({0, *edges, len(text)}))
+    offsets = (encoding := inner(text, add_special_tokens=False).encodings[0]).offsets
+    stops = list(accumulate((stop for _, stop in offsets), max))
+    starts = [min(start, before) for (start, _), before in zip(offsets, [0, *stops], strict=False)]
+    return Encoded(list(encoding.ids), starts, stops)
+
+
+def _without_offsets(inner: Any, text: str, edges: list[int]) -> Encoded:
+    ids = list(inner.encode(text, add_special_tokens=False))
+    places = [common_prefix(inner.encode(text[:edge], add_special_tokens=False), ids) for edge in edges[:-1]]
+    places = list(accumulate([*places, len(ids)], max))
+    starts, stops = [0] * len(ids), [0] * len(ids)
+    for (first, last), (start, stop) in zip(pairwise(places), pairwise(edges), strict=True):
+        starts[first:last], stops[first:last] = [start] * (last - first), [stop] * (last - first)
+    return Encoded(ids, starts, stops)
+
+
+@define(slots=False)
+class Conversation:
+    """A conversation as a template accepts it.
+
+    Attributes:
+        template: the tokenizer's.
+        messages: the conversation.
+        tools: definitions that the template shows to the model.
+        location: "file:line" for errors.
+    """
+
+    template: Template
+    messages: list[Message]
+    tools: list[Message] | None
+    location: str
+    _tails: dict[str | None, str | None] = field(factory=dict, init=False)
+
+    @cached_property
+    def whole(self) -> Rendering:
+        """All of it, rendered.
+
+        Raises:
+            InputError: the template drops a message.
+        """
+        return self._complete(self.template.render(self.messages, self.tools))
+
+    def prompt(self, continue_final: bool) -> str:
+        """What the model is to continue: the header of an assistant's turn, or the last message.
+
+        Raises:
+            InputError: the template drops a message.
+        """
+        end = content_end(self.whole, len(self.messages) - 1, "content") if continue_final else None
+        if end is not None:
+            return self.whole.text[:end]
+        return self._complete(self.template.render(self.messages, self.tools, prompt=True)).text
+
+    def tokens(self, stops: Collection[int], trained: Collection[int]) -> tuple[list[int], list[bool]]:
+        """[L] token ids, and [L] which of them the assistant turns `trained` wrote, with the token that ends each.
+
+        Args:
+            stops: tokens at which generation stops.
+            trained: indices of messages.
+        """
+        turns = assistant_parts(self.whole, self._roles, self._tails_of) if trained else []
+        foreign = foreign_parts(self.whole, self._roles)
+        edges = [edge for part in [*foreign, *(part for turn in turns for part in turn.parts)] for edge in part]
+        text = encoded(self.template.inner, self.whole.text, edges)
+        mask = [False] * len(text.ids)
+        ends = _Ends(self.template, frozenset(stops), text.ids)
+        others = {t for part in foreign for t in text.within(*part)}
+        for turn in turns:
+            if turn.message in trained:
+                for t in (t for tokens in ends.of(turn, text) for t in tokens):
+                    mask[t] = t not in others
+        end = ends.missing(self.messages[-1])
+        return (text.ids, mask) if end is None else ([*text.ids, end], [*mask, len(self.messages) - 1 in trained])
+
+    @property
+    def _roles(self) -> list[str]:
+        return [message["role"] for message in self.messages]
+
+    def _complete(self, rendering: Rendering) -> Rendering:
+        """The rendering, if it shows every message."""
+        lost = dropped(rendering, self.messages)
+        if lost is None:
+            return rendering
+        message, what = self.messages[lost[0]], lost[1]
+        told = f"{self.location}: the model's chat template drops"
+        name = f"message {lost[0] + 1} (role '{message['role']}')"
+        if what == "tool_calls":
+            raise InputError(f"{told} the calls of {name}, which has content too; make them two messages")
+        if not message.get("tool_calls"):
+            raise InputError(f"{told} {name}; rename its role to one that the template has, or remove it")
+        if shows_beside_calls(self.template):  # as reasoning, which the template drops where an answer follows
+            return rendering
+        raise InputError(f"{told} the content of {name} beside its calls; remove one of them, or make them two messages")
+
+    def _tails_of(self, message: int) -> list[str]:
+        """The tails of prompts that a turn answers: after a message of that role, and after a question."""
+        before = self._roles[message - 1] if message else None
+        return [tail for role in dict.fromkeys((before, "user")) if (tail := self._tail(role)) is not None]
+
+    def _tail(self, role: str | None) -> str | None:
+        if role not in self._tails:
+            self._tails[role] = self._find_tail(role)
+        return self._tails[role]
+
+    def _find_tail(self, role: str | None) -> str | None:
+        """The tail of the prompt of the last turn after a message of a role."""
+        roles = self._roles
+        turns = [i for i in range(1, len(roles)) if roles[i] == "assistant" and roles[i - 1] == role]
+        prompts = [self.messages[:turn] for turn in turns[-1:]]
+        if role == "user":  # the beginning may be rejected: then the prompt of a question after all of it
+            prompts += [asks_again(self.template, self.messages), asks_again(self.template, [])]
+        for messages in prompts:
+            prompt = self.template.attempt(messages, self.tools, prompt=True)
+            tail = None if prompt is None else prompt_tail(prompt, len(messages) - 1)
+            if tail is not None:
+                return tail
+        return None
+
+
+class _Ends:
+    """Finds the tokens at which generation stops."""
+
+    def __init__(self, template: Template, stops: frozenset[int], ids: list[int]) -> None:
+        found = [turn_end(template, calls) for calls in (False, True)]
+        self.closes = found[0].own is not None
+        self.template, self.ids = template, ids
+        self.stops = stops | {token for end in found for token in (end.own, end.following) if token is not None}
+        self.named = template.inner.added_tokens_decoder.keys()
+
+    def of(self, turn: Turn, text: Encoded) -> list[range]:
+        """The tokens of a turn, each part with the token at which it stops."""
+        parts = [tokens for part in turn.parts if (tokens := text.within(*part))]
+        return [self._ended(tokens, tokens is parts[-1]) for tokens in parts]
+
+    def _ended(self, part: range, last: bool) -> range:
+        before = next((t for t in reversed(part) if not self._blank(t)), part.start)
+        after = next((t for t in range(part.stop, len(self.ids)) if not self._blank(t)), len(self.ids))
+        if self.ids[before] in self.stops or after == len(self.ids):
+            return part
+        header = last and not self._closed(before) and self.ids[after] in self.named
+        return range(part.start, after + 1) if header or self.ids[after] in self.stops else part
+
+    def _closed(self, t: int) -> bool:
+        """Whether a turn with last token t has its end; where turns have none, a tag at the end is not one."""
+        return self.ids[t] in self.stops or (self.closes and self.ids[t] in self.named)
+
+    def _blank(self, t: int) -> bool:
+        return self.ids[t] not in self.named and not self.template.inner.decode([self.ids[t]]).strip()
+
+    def missing(self, last: Message) -> int | None:
+        """The token at which generation stops after the last message, where the template writes it with the next only."""
+        if last["role"] != "assistant" or not self.ids:
+            return None
+        t = next((t for t in reversed(range(len(self.ids))) if not self._blank(t)), 0)
+        return None if self._closed(t) else turn_end(self.template, bool(last.get("tool_calls"))).following
