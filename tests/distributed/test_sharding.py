@@ -1,9 +1,8 @@
-"""Ranks that keep slices of the parameters train what one process trains, and none holds the whole.
+"""Ranks that hold slices of the parameters train what one process trains, and none holds the whole model.
 
-Ranks are processes of this machine, on the CPU, that talk through MLX's ring over the loopback device.
+Ranks are processes on this machine's CPU that communicate over MLX's ring backend and the loopback device.
 """
 
-import json
 import signal
 import subprocess
 import sys
@@ -27,7 +26,18 @@ from mlxlora.errors import InputError
 from mlxlora.starter import model_path
 from mlxlora.training.checkpoint import newest
 from mlxlora.training.startup import check_options
-from tests.distributed.test_ranks import assert_same, checkpoints, ended, environment, finished, free_ports, start, to_run, wait_for
+from tests.support.ranks import (
+    assert_same,
+    checkpoints,
+    ended,
+    environment,
+    finished,
+    launched,
+    own_lines,
+    start,
+    to_run,
+    wait_for,
+)
 from tests.support.tiny import dense, quantized
 
 needs_ring = pytest.mark.skipif(not mx.distributed.is_available("ring"), reason="this MLX was built without the ring backend")
@@ -45,8 +55,8 @@ FOUR = {"rows": f"sft --iters 1 --batch-size 3 {UNSEEN}"}
 
 @needs_ring
 @pytest.mark.parametrize(("ranks", "methods"), [(2, TWO), (4, FOUR)], ids=["2 ranks", "4 ranks"])
-def test_slices_report_what_one_process_reports(tmp_path, ranks, methods):
-    finished(start(tmp_path, 1, *to_run(tmp_path, methods, 1)))
+def test_slices_report_what_one_process_reports(tmp_path, alone, ranks, methods):
+    alone(*to_run(tmp_path, methods, 1))
     finished(start(tmp_path, ranks, *([*run, "--fully-shard"] for run in to_run(tmp_path, methods, ranks))))
     for name in methods:
         one, several = tmp_path / f"{name}-1", tmp_path / f"{name}-{ranks}"
@@ -61,15 +71,15 @@ def test_slices_report_what_one_process_reports(tmp_path, ranks, methods):
 
 
 @needs_ring
-def test_a_run_goes_on_with_other_numbers_of_ranks_and_whole_parameters(tmp_path):
+def test_a_run_goes_on_with_other_numbers_of_ranks_and_whole_parameters(tmp_path, alone):
     whole = f"sft --batch-size 6 --lr-schedule constant --warmup 0 --learning-rate 1e-3 {UNSEEN}".split()
 
     def until(step, folder, *more):
         return [*whole, "--iters", step, "--adapter-path", tmp_path / folder, *more]
 
-    finished(start(tmp_path, 1, until(6, "whole"), until(2, "parts")))
+    alone(until(6, "whole"), until(2, "parts"))
     finished(start(tmp_path, 2, until(4, "parts", "--resume", "--fully-shard")))
-    finished(start(tmp_path, 1, until(6, "parts", "--resume")))
+    alone(until(6, "parts", "--resume"))
     assert_same(tmp_path / "whole", tmp_path / "parts", tolerance=5e-4)
 
 
@@ -81,9 +91,9 @@ def test_a_rank_that_is_killed_leaves_the_last_checkpoint(tmp_path):
     processes[1].send_signal(signal.SIGKILL)
     processes[1].wait()
     processes[0].send_signal(signal.SIGTERM)  # as mlx.launch does: the ring of MLX 0.32 may wait for ever
-    (code, said), (other, _) = ended(processes, 30)
+    (code, output), (other, _) = ended(processes)
     assert code not in (0, None) and other not in (0, None)
-    assert "another rank ended" in said and "last checkpoint" in said
+    assert "another rank ended" in output and "last checkpoint" in output
     assert len(checkpoints(tmp_path / "run")) == 2
 
 
@@ -100,9 +110,9 @@ main()
 @needs_ring
 def test_a_rank_that_is_lost_before_the_first_step_does_not_keep_the_others_waiting(tmp_path):
     run = f"sft --iters 1 {UNSEEN} --fully-shard --adapter-path run"
-    (code, said), _ = processes_of(tmp_path, LOST, run.split(), MLXLORA_RANK_TIMEOUT="2")
-    lines = [line for line in said.splitlines() if not line.startswith("[ring]")]
-    assert code == 1 and len(lines) == 1 and lines[0].startswith("mlxlora: error: "), said
+    (code, output), _ = ended(launched(tmp_path, 2, LOST, *run.split(), MLXLORA_RANK_TIMEOUT="10"))
+    assert code == 1 and len(own_lines(output)) == 1 and own_lines(output)[0].startswith("mlxlora: error: "), output
+    assert "Traceback" not in output
 
 
 HELD = """
@@ -140,26 +150,16 @@ print(held / whole, (start / whole), (mx.get_peak_memory() - start) / whole, out
 """
 
 
-def processes_of(tmp_path, script, arguments, size=2, **variables):
-    """(exit code, output) of each of the ranks that run a script."""
-    hosts = tmp_path / "hosts.json"
-    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(size)]))
-    env = environment(tmp_path) | variables | {"MLX_HOSTFILE": str(hosts)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": tmp_path}
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    return ended([subprocess.Popen(command, env=env | {"MLX_RANK": str(r)}, **pipes) for r in range(size)])
-
-
 def run_ranks(tmp_path, script, *arguments, size=2):
-    """The output of each, once all have ended well."""
-    outcomes = processes_of(tmp_path, script, (Path(__file__).resolve().parents[2], *arguments), size)
+    """The output of each rank, once all have succeeded."""
+    outcomes = ended(launched(tmp_path, size, script, Path(__file__).resolve().parents[2], *arguments))
     assert [code for code, _ in outcomes] == [0] * size, outcomes
-    return [said for _, said in outcomes]
+    return [output for _, output in outcomes]
 
 
 @needs_ring
 def test_a_rank_holds_its_share_of_parameters_and_optimizer(tmp_path, size=2):
-    found = [list(map(float, said.split())) for said in run_ranks(tmp_path, HELD, size=size)]
+    found = [list(map(float, output.split())) for output in run_ranks(tmp_path, HELD, size=size)]
     for held, active, more, total in found:
         assert held == pytest.approx(3 / size, rel=0.01), "parameters and two moments"
         assert active < 3 / size + 0.05
@@ -219,8 +219,8 @@ tell(lambda: save(whole, 2))
 
 @needs_ring
 def test_what_rank_0_cannot_do_ends_all_in_step(tmp_path):
-    """A model that does not call its blocks, and a disk that is full in the middle of arrays of which every rank has slices."""
-    first, second = (said.splitlines() for said in run_ranks(tmp_path, FAILS, tmp_path))
+    """A model that does not call its blocks, and a disk that is full while rank 0 writes arrays of which every rank has slices."""
+    first, second = (output.splitlines() for output in run_ranks(tmp_path, FAILS, tmp_path))
     refused = "--fully-shard: this model reads parameters of a block without calling it; omit the flag ("
     assert first[0].startswith(f"InputError {refused}") and second[0].startswith(f"SharedError {refused}")
     assert [line.split()[0] for line in first[1:]] == ["OSError"] * 3

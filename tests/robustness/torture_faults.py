@@ -29,7 +29,7 @@ from mlxlora.data.shape_buckets import LIMIT
 from mlxlora.errors import InputError
 from mlxlora.reporting.history import SETTINGS
 from mlxlora.utils.safetensors import read_checked, write_arrays
-from tests.distributed.test_ranks import free_ports
+from tests.support.ranks import free_ports
 from tests.training.test_resume import reached, records, same_run
 
 CHILD = Path(__file__).with_name("torture_child.py")
