@@ -10,6 +10,7 @@ compiled). `difference` is that of the gradient's norm on the same completions a
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -25,14 +26,14 @@ from attrs import frozen  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
 from benchmarks.common import Cost, flags, interleaved, parsed, qwen3_600m, ratios, small_llama, tell  # noqa: E402
-from mlxlora.adapters.prepare import prepare  # noqa: E402
+from mlxlora.adapters.prepare import disabled, prepare  # noqa: E402
 from mlxlora.config.options import AdapterOptions, PromptData  # noqa: E402
 from mlxlora.data.batching import Make, MicroBatch  # noqa: E402
 from mlxlora.data.sources import Context  # noqa: E402
 from mlxlora.data.tokenize import Prompt  # noqa: E402
 from mlxlora.models.logprobs import scorer  # noqa: E402
 from mlxlora.objectives.grpo import grpo  # noqa: E402
-from mlxlora.rollouts.engine import sample  # noqa: E402
+from mlxlora.rollouts.engine import Decoding, sample  # noqa: E402
 from mlxlora.rollouts.kv_cache import find_route  # noqa: E402
 from mlxlora.rollouts.rewards import NamedReward  # noqa: E402
 from mlxlora.rollouts.sampling import Sampling  # noqa: E402
@@ -139,12 +140,13 @@ def ours(case: Case, rows: Sequence[Prompt]) -> tuple[Parts, MicroBatch, Callabl
     how = Rollouts((NamedReward("reward", reward),), case.group_size, sampling, route=route)
     make: Make = prompts(PromptData(), how).make(Context(model, Words(case.vocabulary), 0, share=True))  # as a run chooses here
     if case.beta:
-        make = referenced(make, model, 1.0)
+        make = referenced(make, partial(disabled, model), 1.0)
     numbers, tokens = count(), [row.tokens.tolist() for row in rows]
     micro = make(rows, next(numbers))
 
     def rollout() -> None:
-        sample(model, tokens, case.group_size, sampling, {case.vocabulary}, key=mx.random.key(next(numbers)), route=route)
+        how = Decoding(sampling, {case.vocabulary}, case.group_size, route=route)
+        sample(model, tokens, how, key=mx.random.key(next(numbers)))
 
     def whole() -> None:
         step(make(rows, next(numbers)).batch)

@@ -30,7 +30,7 @@ from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 from mlx_lm.sample_utils import make_sampler  # noqa: E402
 
 from benchmarks.common import flags, interleaved, parsed, qwen3_600m, tell  # noqa: E402
-from mlxlora.rollouts.engine import sample  # noqa: E402
+from mlxlora.rollouts.engine import Decoding, sample  # noqa: E402
 from mlxlora.rollouts.kv_cache import Route, find_route  # noqa: E402
 from mlxlora.rollouts.sampling import Sampling  # noqa: E402
 
@@ -111,7 +111,8 @@ def prepare(case: Case, make: Callable[[Case], nn.Module]) -> Work:
 
 def ours(work: Work) -> int:
     limits = Sampling(max_tokens=work.case.tokens, kv_bits=work.case.kv_bits)
-    groups = sample(work.model, work.prompts, work.case.group, limits, work.stop, key=mx.random.key(0), route=work.route)
+    how = Decoding(limits, work.stop, work.case.group, route=work.route)
+    groups = sample(work.model, work.prompts, how, key=mx.random.key(0))
     return sum(len(completion.tokens) for group in groups for completion in group)
 
 

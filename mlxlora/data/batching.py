@@ -1,4 +1,4 @@
-"""Examples to batches: what goes together, in which order and in which shape."""
+"""Examples to batches: which rows share a batch, in which order and in which shape."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -10,22 +10,23 @@ from attrs import frozen
 
 from ..batch import Batch
 from ..distributed.ranks import Ranks
+from ..utils.integers import ceil_div, round_up
 from .tokenize import Example, Pair
 
 ALIGN = 32
 
 
 class MicroBatch(NamedTuple):
-    """A batch with what is known about it outside the compiled step.
+    """A batch, and what is known about it outside the compiled step.
 
     Attributes:
         batch: the arrays.
         tokens: tokens of the sequences, without padding.
-        rows: where the rows came from, as `file:line`.
-        metrics: what the source measured while it made the batch, such as rewards.
-        samples: what a person may want to read, such as completions with their rewards.
-        units: the sequences that have to stay together if the piece is divided: a row, a pair, a prompt's group.
-        mute: it stands where a rank has no row of a batch, and must not count.
+        rows: where the rows come from, as `file:line`.
+        metrics: values that the source measured while it made the batch, such as rewards.
+        samples: text for people to read, such as completions with their rewards.
+        groups: sequences that stay together when the micro-batch is divided: a row, a pair, the completions of a prompt.
+        is_padding: it stands in for a rank that has no row of a batch, and must not count.
     """
 
     batch: Batch
@@ -41,28 +42,29 @@ class MicroBatch(NamedTuple):
 
 
 def bucket(size: int) -> int:
-    """The smallest of 4, 5, 6, 7 times a power of two that holds `size`, from 32 on: few shapes are compiled.
+    """The smallest of 4, 5, 6, 7 times a power of two that is >= `size` and >= 32, so that few shapes are compiled.
 
-    They are multiples of 32, from 256 on of 64, from 1024 on of 256: lengths that GPU kernels like (CUDA: one that is
-    no multiple of 8 costs 2.5x). At most 25 % is filler, 11 % on average.
+    These are multiples of 32, from 256 on of 64, from 1024 on of 256, which suit GPU kernels (on CUDA a length that is no
+    multiple of 8 takes 2.5 times as long). Padding is at most 25 %, 11 % on average.
 
     >>> [bucket(n) for n in (1, 33, 300, 1000, 1025, 2048)]
     [32, 64, 320, 1024, 1280, 2048]
     """
     step = max(ALIGN, 1 << max((size - 1).bit_length() - 3, 0))
-    return -(-max(size, 1) // step) * step
+    return round_up(max(size, 1), step)
 
 
 def collate(examples: Sequence[Example], *, groups: Sequence[Sequence[int]] = (), **columns: Any) -> Batch:
-    """Right-pads the examples into one batch; sequence s is example s.
+    """Right-pads S examples into one batch; sequence s is example s.
 
     Args:
-        examples: S rows.
-        groups: numbers of the examples that share a prompt, which is then computed once; all of one size. Empty: whole rows.
+        examples: S examples.
+        groups: numbers of the examples that share a prompt, which is then computed once; groups have one size. Empty: whole
+            rows.
         columns: further columns of the batch, as arrays.
 
     Returns:
-        A batch whose T, N and K are on the ladder: padding and filler change no result.
+        A batch whose T, N and K are sizes of `bucket`; padding changes no result.
     """
     prefixes = [examples[group[0]].tokens[: shared_tokens([examples[s] for s in group])] for group in groups]
     if not any(map(len, prefixes)):
@@ -77,7 +79,7 @@ def collate(examples: Sequence[Example], *, groups: Sequence[Sequence[int]] = ()
 
 
 def laid_out(examples: Sequence[Example], tokens: np.ndarray, begin: Mapping[int, int], **columns: Any) -> Batch:
-    """The batch of token rows [R, T] in which example s, if it were whole, would begin at place `begin[s]` of the R*T."""
+    """The batch of token rows [R, T]; example s begins at flat position `begin[s]` of R·T, or would if its prompt were there."""
     parts = []
     for s, e in enumerate(examples):
         at = np.flatnonzero(e.loss_mask)
@@ -98,12 +100,12 @@ def laid_out(examples: Sequence[Example], tokens: np.ndarray, begin: Mapping[int
 
 
 def target_size(count: int, positions: int) -> int:
-    """N of a batch with so many scored tokens: on the ladder, but no more than all of its positions."""
-    return min(bucket(count), _up(positions))
+    """N of a batch with `count` trained tokens: a size of `bucket`, but not more than its positions."""
+    return min(bucket(count), round_up(positions, ALIGN))
 
 
 def shared_tokens(examples: Sequence[Example]) -> int:
-    """Tokens that the examples have in common before the one that predicts the first scored token of any of them."""
+    """Length of the common prefix of the examples, up to the token that predicts the first trained token of any of them."""
     limit = min(int(e.loss_mask.argmax() if e.loss_mask.any() else len(e.tokens)) - 1 for e in examples)
     heads = np.stack([e.tokens[:limit] for e in examples])
     differ = (heads != heads[0]).any(axis=0)
@@ -111,7 +113,7 @@ def shared_tokens(examples: Sequence[Example]) -> int:
 
 
 def read_positions(groups: Iterable[Sequence[Example]]) -> tuple[int, int]:
-    """Positions that the model computes, padding included, if every row is whole, and if each group's prompt is read once."""
+    """Positions that the model computes, with padding: (every row whole, the prompt of each group computed once)."""
     plain = shared = 0
     for group in groups:
         start = shared_tokens(group)
@@ -121,7 +123,7 @@ def read_positions(groups: Iterable[Sequence[Example]]) -> tuple[int, int]:
 
 
 def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Rows of the next length on the ladder, filled with 0."""
+    """Rows of one length of `bucket`, padded with 0."""
     padded = np.zeros((len(rows), bucket(max(map(len, rows)))), np.int32)
     for place, row in zip(padded, rows, strict=True):
         place[: len(row)] = row
@@ -129,7 +131,7 @@ def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def completion_tokens(example: Example) -> int:
-    """Scored tokens that do not belong to the prompt."""
+    """Trained tokens that do not belong to the prompt."""
     loss_mask = example.loss_mask if example.prompt is None else example.loss_mask & ~example.prompt
     return int(loss_mask.sum())
 
@@ -147,25 +149,21 @@ def _ref_logps(examples: Sequence[Example], filler: int) -> mx.array | None:
     return mx.array(np.pad(np.concatenate([e.ref_logps for e in examples]), (0, filler)))  # type: ignore[arg-type]
 
 
-def _up(size: int) -> int:
-    return -(-size // ALIGN) * ALIGN
-
-
 # --- order ----------------------------------------------------------------------------------
 
 
 @frozen
 class Order:
-    """Which rows make the k-th batch: a pure function of the seed, so that a run resumes by counting.
+    """Which rows make batch k: a function of the seed and of k alone, so that a run resumes by counting batches.
 
-    Every row comes once an epoch. Shuffled rows are sorted by padded length within windows of 16 batches, so that a
-    batch pads little, and the batches are shuffled again. Rows of one padded length stay in random order: sorting
-    them further would save nothing and make batches of look-alikes.
+    Each epoch has every row once. Shuffled rows are sorted by padded length within windows of 16 batches, so that a batch has
+    little padding; then the batches are shuffled. Rows of equal padded length stay in random order: sorting them by exact length
+    would save nothing and group similar rows.
 
     Attributes:
-        lengths: of the rows, in tokens.
-        batch_size: rows in a batch; the last one of an epoch may be smaller.
-        seed: of the shuffling; None keeps the order of the file.
+        lengths: tokens of each row.
+        batch_size: rows in a batch; the last batch of an epoch may be smaller.
+        seed: shuffles; None keeps the order of the file.
     """
 
     lengths: tuple[int, ...]
@@ -174,7 +172,7 @@ class Order:
 
     def per_epoch(self) -> int:
         """Batches in an epoch."""
-        return -(-len(self.lengths) // self.batch_size)
+        return ceil_div(len(self.lengths), self.batch_size)
 
     def batches(self, start: int = 0) -> Iterator[list[int]]:
         """Row numbers of batch `start` and of those after it, without end."""
@@ -199,23 +197,23 @@ def _cut(rows: list[int], size: int) -> list[list[int]]:
 
 
 def grouped(micros: Iterator[MicroBatch], size: int) -> Iterator[tuple[MicroBatch, ...]]:
-    """`size` pieces at a time: the batches of one optimiser step."""
+    """`size` micro-batches at a time: those of one optimizer step."""
     while group := tuple(islice(micros, size)):
         yield group
 
 
 Make = Callable[[Sequence[Any], int], MicroBatch]
-"""(items, number of the batch) -> its piece; the number seeds whatever is random in it."""
+"""(items, number of the batch) -> its micro-batch; the number seeds its randomness."""
 
 
 def stream(items: Sequence[Any], order: Order, make: Make, start: int = 0) -> Iterator[MicroBatch]:
-    """The pieces of batch `start` and of those after it, without end."""
+    """The micro-batches of batch `start` and of those after it, without end."""
     for index, rows in enumerate(order.batches(start), start):
         yield make([items[i] for i in rows], index)
 
 
 def spread(make: Make, ranks: Ranks) -> Make:
-    """This rank's share of every batch; where there are fewer rows than ranks, a row without weight stands in."""
+    """Makes this rank's share of every batch; with fewer rows than ranks, a row without weight stands in."""
     if ranks.size == 1:
         return make
 
@@ -227,25 +225,22 @@ def spread(make: Make, ranks: Ranks) -> Make:
 
 
 def as_padding(micro: MicroBatch) -> MicroBatch:
-    """The piece as a stand-in."""
+    """The micro-batch as padding, which does not count."""
     return micro._replace(tokens=0, rows=(), samples=(), is_padding=True)
 
 
 def example_batch(examples: Sequence[Example]) -> MicroBatch:
-    """Supervised rows: each is one sequence."""
+    """Supervised rows: one sequence each."""
     return MicroBatch(collate(examples), token_count(examples), tuple(e.location for e in examples), groups=singles(len(examples)))
 
 
 def singles(sequences: int) -> tuple[tuple[int, ...], ...]:
-    """Every sequence alone."""
+    """Groups of one sequence each."""
     return tuple((s,) for s in range(sequences))
 
 
 def pair_batch(pairs: Sequence[Pair], *, share: bool = False) -> MicroBatch:
-    """Preference pairs: S = 2P sequences, all chosen, then all rejected, in one forward pass.
-
-    `share` computes a pair's prompt once.
-    """
+    """P preference pairs as S = 2P sequences, all chosen, then all rejected; `share` computes the prompt of a pair once."""
     examples = [p.chosen for p in pairs] + [p.rejected for p in pairs]
     scores = [p.preference_score for p in pairs]
     weights = None if all(s is None for s in scores) else mx.array([1.0 if s is None else s for s in scores])

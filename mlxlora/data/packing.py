@@ -1,8 +1,8 @@
-"""Several examples to a row: what is computed is tokens, not padding, and every batch has one shape.
+"""Several examples in one row: little padding, and one shape for all batches.
 
-A layout below the objective: an example stays a sequence of its own, and attention keeps it from seeing its neighbours.
-Rotary positions are relative, so they need no reset. Which examples share a row is decided once; rows are then shuffled
-and resumed as any items are.
+The objective does not see packing: each example stays a sequence, and attention masks the other examples of its row. Rotary
+positions are relative, so they need no reset. Examples are assigned to rows once; the rows are then shuffled and resumed like
+other items.
 """
 
 from bisect import bisect_left, insort
@@ -16,17 +16,20 @@ from .batching import Make, MicroBatch, bucket, example_batch, laid_out, token_c
 from .sources import Context, Encoder, Source, Split
 from .tokenize import Example
 
-ROW = 256  # positions that a row has at least, so that several short examples fit
-WINDOW = 1024  # examples that rows are filled from at once
+ROW = 256  # minimal positions of a row, so that several short examples fit
+WINDOW = 1024  # examples that are assigned to rows together
 
 Pack = tuple[Example, ...]
 
 
 def best_fit(sizes: Sequence[int], room: int, seed: int | None = None) -> list[list[int]]:
-    """Numbers of the items that share a row of `room` positions: each, the longest first, where it leaves least room.
+    """Best-fit decreasing: the items, the longest first, each go to the row of `room` positions where they leave least room.
 
-    Items are taken from windows of `WINDOW`, in an order that `seed` shuffles (None: as they are), so that long and short
-    ones stay mixed.
+    `seed` shuffles the items (None keeps their order). Each window of `WINDOW` items is packed separately, so that rows with
+    long and with short items stay mixed.
+
+    Returns:
+        The item numbers of each row.
 
     >>> best_fit([5, 3, 6, 2], 8)
     [[2, 3], [0, 1]]
@@ -50,12 +53,12 @@ def _filled(order: Sequence[int], sizes: Sequence[int], room: int) -> list[list[
 
 
 def row_length(examples: Sequence[Example], longest_allowed: int) -> int:
-    """Positions of a row: the longest example's, and `ROW` where examples may be that long."""
+    """Positions of a row: those of the longest example, and at least `ROW` if examples may be that long."""
     return max(bucket(max(len(e.tokens) for e in examples) - 1), min(ROW, bucket(longest_allowed - 1)))
 
 
 def packed_batch(packs: Sequence[Pack], length: int) -> MicroBatch:
-    """Rows of `length` positions; sequence s is the s-th example of all."""
+    """Rows of `length` positions; sequence s is example s of all packs."""
     examples = [example for pack in packs for example in pack]
     tokens, segments = np.zeros((2, len(packs), length), np.int32)
     begin: dict[int, int] = {}
@@ -73,7 +76,7 @@ def packed_batch(packs: Sequence[Pack], length: int) -> MicroBatch:
 
 
 def packed(source: Source, splits: Mapping[str, Split], seed: int) -> tuple[Source, dict[str, Split]]:
-    """The source and the splits with training examples packed into rows; those of the other splits stay rows of their own."""
+    """The source and the splits with packed training examples; examples of the other splits keep rows of their own."""
     examples: Sequence[Example] = splits["train"].items
     length = row_length(examples, source.data.max_seq_length)
     rows = best_fit([len(e.tokens) - 1 for e in examples], length, seed if source.data.shuffle else None)

@@ -1,4 +1,4 @@
-"""Batches made while a step runs: `mx.eval` releases Python's lock, so that a thread can collate meanwhile."""
+"""Batches that a thread makes while a step runs: `mx.eval` releases Python's lock."""
 
 import threading
 from collections.abc import Iterator
@@ -6,22 +6,22 @@ from contextlib import suppress
 from queue import Empty, Full, Queue
 from typing import TypeVar
 
-Item = TypeVar("Item")
+_Item = TypeVar("_Item")
 
 _END = object()
 
 
-def prefetched(items: Iterator[Item], ahead: int = 2) -> Iterator[Item]:
-    """The items, at most `ahead` of them made in advance by a thread, in the same order.
+def prefetched(items: Iterator[_Item], ahead: int = 2) -> Iterator[_Item]:
+    """The items in the same order; a thread makes up to `ahead` of them in advance.
 
-    What `items` raises is raised here, where the item would have come. The thread ends with the items, when this
-    generator is closed or forgotten, and with the program. MLX's streams belong to threads: arrays made from numbers
-    may be used here, results that are yet to be computed may not.
+    An error of `items` is raised here in the place of its item. The thread ends after the last item, when this generator is
+    closed or collected, and with the program. MLX's streams belong to threads: `items` may return arrays made from numbers, but
+    not results that are still to be computed.
 
     >>> list(prefetched(iter([1, 2, 3])))
     [1, 2, 3]
     """
-    queue: Queue[tuple[Item | object, BaseException | None]] = Queue(ahead)
+    queue: Queue[tuple[_Item | object, BaseException | None]] = Queue(ahead)
     closed = threading.Event()
     thread = threading.Thread(target=_fill, args=(items, queue, closed), name="prefetch", daemon=True)
     thread.start()
@@ -39,15 +39,15 @@ def prefetched(items: Iterator[Item], ahead: int = 2) -> Iterator[Item]:
         thread.join()
 
 
-def _fill(items: Iterator[Item], queue: Queue, closed: threading.Event) -> None:
-    """Puts the items, then their end or the error, until nobody wants them."""
+def _fill(items: Iterator[_Item], queue: Queue, closed: threading.Event) -> None:
+    """Puts the items, then their end or the error, until the generator is closed."""
     try:
         for item in items:
             _put(queue, (item, None), closed)
             if closed.is_set():
                 return
         _put(queue, (_END, None), closed)
-    except BaseException as error:  # raised again where the item would have come
+    except BaseException as error:  # raised again by the generator
         _put(queue, (None, error), closed)
 
 
@@ -59,7 +59,7 @@ def _put(queue: Queue, entry: tuple, closed: threading.Event) -> None:
 
 
 def _empty(queue: Queue) -> None:
-    """So that the thread, which may be waiting to put, sees at once that it is over."""
+    """Makes room, so that a thread that waits to put sees at once that the generator is closed."""
     with suppress(Empty):
         while True:
             queue.get_nowait()

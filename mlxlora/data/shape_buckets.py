@@ -1,7 +1,7 @@
-"""A bound on the shapes that a run compiles: every new one is traced anew, and hundreds of them crash Metal.
+"""A bound on the number of shapes that a run compiles: each new shape is traced, and hundreds of them crash Metal.
 
-The ladder of lengths leaves a few shapes of rows, but as many as the product of all ladders where scored tokens and shared
-prompts vary too. From a number on, a batch is padded to a shape that was there before.
+`bucket` leaves few lengths, but where rows, trained tokens and shared prompts all vary, their product is large. Once there are
+enough shapes, a batch is padded to an earlier shape.
 """
 
 from collections.abc import Sequence
@@ -15,29 +15,37 @@ from ..batch import Batch
 from .batching import Make, MicroBatch
 
 LIMIT = 64
-_OWN = 48  # batches have shapes of their own; the others are for batches larger than all before
+_OWN = 48  # shapes that batches may add; the rest is for batches larger than all before
 
 Sizes = tuple[int, int, int]
-"""T, N and K (0: no shared prompts), which padding may raise."""
+"""T, N and K (0: no shared prompts), which padding may increase."""
 
 _FILLER = {"positions": 0, "targets": 0, "prompt": False, "ref_logps": 0.0, "old_logps": 0.0}
-"""[N] columns and what fills them; `sequence` is filled with S."""
-_ROWS = ("tokens", "segments")  # [R, T], filled with 0
+"""[N] columns and their padding; that of `sequence` is S."""
+_ROWS = ("tokens", "segments")  # [R, T], padded with 0
 
 
 @define
 class Signatures:
-    """`fit(batch)`: the batch, padded to a shape that was there before once there were `own` of them; changes no result.
+    """The shapes of a run so far.
 
-    The smallest one that holds it; if none does, one that is twice as large as all before where it has to be, so that
-    sizes of up to 2¹⁶ times the largest of the first ones stay below `LIMIT`. Shapes depend on the batches since the start
-    of the process: a resumed run may round differently in the last bit once the bound was reached.
+    Shapes depend on the batches since the start of the process: once the bound is reached, a resumed run may differ in the last
+    bit of a sum.
+
+    Attributes:
+        own: shapes that batches may add before padding begins.
+        seen: the sizes of each group of shapes that differ by padding alone.
     """
 
     own: int = _OWN
     seen: dict[Any, list[Sizes]] = field(factory=dict)
 
     def fit(self, batch: Batch) -> Batch:
+        """The batch, padded to an earlier shape once there are `own` of them; padding changes no result.
+
+        It takes the smallest earlier shape that holds the batch. If there is none, it adds one with the too small sizes doubled,
+        so that the number of shapes stays below `LIMIT` for sizes up to 2¹⁶ times the largest of the first `own` ones.
+        """
         fixed, sizes = _signature(batch)
         known = self.seen.setdefault(fixed, [])
         if sizes in known:
@@ -53,7 +61,7 @@ class Signatures:
 
 
 def capped(make: Make) -> Make:
-    """Pieces whose batches have a bounded number of shapes."""
+    """`make` with a bounded number of batch shapes."""
     signatures = Signatures()
 
     def fitted(items: Sequence[Any], index: int) -> MicroBatch:
@@ -64,7 +72,7 @@ def capped(make: Make) -> Make:
 
 
 def padded(batch: Batch, sizes: Sizes) -> Batch:
-    """The same batch with longer rows, more filler among the scored tokens and longer shared prompts."""
+    """The same batch with longer rows, more padding among the trained tokens and longer shared prompts."""
     before, (after, loss_mask, prompts) = batch.tokens.shape[1], sizes
     positions = np.array(batch.positions)
     columns = {name: np.array(value) for name in _FILLER if (value := getattr(batch, name)) is not None}
@@ -80,7 +88,7 @@ def padded(batch: Batch, sizes: Sizes) -> Batch:
 
 
 def _signature(batch: Batch) -> tuple[Any, Sizes]:
-    """(what padding cannot change, what it can)."""
+    """(the part of the shape that padding keeps, the sizes that it changes)."""
     raised = {*_FILLER, *_ROWS, "sequence", "prefix"}
     columns = [(name, value) for name, value in batch._asdict().items() if value is not None]
     fixed = tuple((name, None if name in raised else value.shape) for name, value in columns)
@@ -90,14 +98,14 @@ def _signature(batch: Batch) -> tuple[Any, Sizes]:
 
 
 def _larger(known: Sequence[Sizes], sizes: Sizes) -> Sizes:
-    """What holds everything before, and `sizes`, with room to grow where it did not."""
+    """Sizes that hold all known ones and `sizes`; those that were too small become a power of two."""
     most = [max(column) for column in zip(*known, (0, 0, 0), strict=True)]
     length, loss_mask, prompt = (a if a >= b else 1 << (b - 1).bit_length() for a, b in zip(most, sizes, strict=True))
     return length, loss_mask, prompt
 
 
 def _work(batch: Batch, sizes: Sizes) -> int:
-    """Positions to compute, and scored ones once more for the head."""
+    """Positions to compute, plus the trained ones once more for the head."""
     length, loss_mask, prompt = sizes
     prompts = batch.prefix.shape[0] * prompt if batch.prefix is not None else 0
     return batch.tokens.shape[0] * length + prompts + loss_mask

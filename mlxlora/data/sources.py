@@ -1,7 +1,8 @@
-"""Where the batches of a method come from: rows to items, items to pieces."""
+"""Sources of batches: rows to items, items to micro-batches."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, final
 
@@ -15,7 +16,7 @@ from .batching import Make, example_batch, pair_batch
 from .formats import KEYS
 from .rows import Row, read_splits, split_off
 from .token_cache import remembered
-from .tokenize import Counts, Example, Pair, preference_pair, supervised_example, tokenize_all
+from .tokenize import Counts, Example, Pair, check_ids, preference_pair, supervised_example, tokenize_all
 
 Tokenizer = Any
 Encoder = Callable[[Row, Tokenizer], Any | None]
@@ -27,13 +28,15 @@ class Context:
     """What a source may use to make batches during a run.
 
     Attributes:
-        model: the policy, as it is when a batch is made.
+        model: the current policy.
         tokenizer: its tokenizer.
-        seed: of whatever is random in a batch, with the batch's number.
-        validation: whether the batches are for validation or test.
-        items: the training items, where a source needs more than it was given.
+        seed: seeds the randomness of a batch, together with the number of the batch.
+        validation: the batches are for validation or test.
+        items: the training items, for sources that need others than those of the batch.
         share: compute a prompt once for all of its completions.
-        ranks: who trains together.
+        ranks: the processes that train together.
+        reference: a context in which a model computes what the reference does, if the objective needs a reference of what the
+            policy samples; None: it needs none.
     """
 
     model: nn.Module
@@ -43,6 +46,7 @@ class Context:
     items: Sequence[Any] = ()
     share: bool = False
     ranks: Ranks = ALONE
+    reference: Callable[[], AbstractContextManager[nn.Module]] | None = None
 
 
 @frozen
@@ -190,7 +194,7 @@ class PairSource(Source):
 
 @frozen
 class Split:
-    """The items of a split and how many of its rows were cut or dropped."""
+    """The items of a split, and how many of its rows were cut or dropped."""
 
     items: Sequence[Any] = ()
     counts: Counts = field(factory=lambda: Counts(0, 0, 0))
@@ -212,18 +216,18 @@ def pairs(data: str | PairData, *, score_prompt: bool = False, **options: Any) -
 
     Args:
         data: folder, file or hub data set; or all options at once.
-        score_prompt: score the prompt too (ORPO's NLL over prompt and completion).
+        score_prompt: train on the prompt too (ORPO's NLL over prompt and completion).
         options: fields of `PairData`, such as `max_seq_length=1024`.
     """
     data = PairData(data=data, **options) if isinstance(data, str) else evolve(data, **options)
     return PairSource(data, score_prompt, share=data.share_prompts)
 
 
-def read(data: RowOptions, seed: int) -> dict[str, list[Row]]:
-    """The rows of each split; a validation split is made if asked for and there is none.
+def load_rows(data: RowOptions, seed: int) -> dict[str, list[Row]]:
+    """The rows of each split; `valid_fraction` makes a validation split if there is none.
 
     Raises:
-        InputError: there are no such rows, or they are broken.
+        InputError: the data does not exist or cannot be read.
     """
     if data.data is None:
         raise InputError("--data is missing: a folder with train.jsonl, a JSONL file or a hub data set name")
@@ -267,14 +271,10 @@ def tokenize(
 
 
 def check_tokens(source: Source, splits: Mapping[str, Split], vocabulary: int, tokenizer: Tokenizer) -> None:
-    """Checks that the model has all tokens of the rows: MLX would read past the end of its embedding.
+    """Checks that every token has an embedding; MLX would read past the end of the matrix.
 
     Raises:
-        InputError: it has not; the row is named.
+        InputError: a token is not in the vocabulary of the model; the message names the row.
     """
     for example in (e for split in splits.values() for item in split.items for e in source.examples(item)):
-        if len(example.tokens) and (largest := int(example.tokens.max())) >= vocabulary:
-            raise InputError(
-                f"{example.location}: token {largest} ({tokenizer.decode([largest])!r}) is not among the model's {vocabulary}: "
-                "the tokenizer has more than the weights; take the one that belongs to them"
-            )
+        check_ids(example.tokens, example.location, vocabulary, tokenizer)

@@ -1,8 +1,8 @@
-"""Completions sampled from the policy, G to a prompt, many rows at a time.
+"""Completions sampled from the policy, G for each prompt, many rows in a batch.
 
-Each prompt is read once for its group; rows that ended leave the batch and waiting ones enter; the host looks at the
-tokens of every few steps while the next ones are computed. A row's chance comes from its own key, so its completion
-does not depend on the rows beside it (but for the rounding of sums in batches of another size).
+The model reads each prompt once for its group. Finished rows leave the batch and waiting ones enter. The host looks at the
+tokens of every few steps while the device computes the next ones. Each row has its own random key, so its completion does not
+depend on the other rows, except for the rounding of sums in batches of another size.
 """
 
 from collections import deque
@@ -12,21 +12,21 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from attrs import define, frozen
+from attrs import define, evolve, frozen
 
 from ..errors import InputError, RunError
 from ..models.modes import evaluating, vocabulary
 from ..utils.device import backend
 from .kv_cache import Route, Rows, enter, find_route, reader
-from .sampling import Sampling, choose, uniforms
+from .sampling import Sampling, draw_tokens, uniforms
 
-__all__ = ["Completion", "Route", "Sampling", "find_route", "length_stats", "rollout_stats", "sample"]
+__all__ = ["Completion", "Decoding", "Route", "Sampling", "find_route", "length_stats", "sample"]
 
 _LOOK_EVERY = 8  # steps between looks at the sampled tokens
-_AHEAD = 2  # steps that are in flight meanwhile
-_DEAD_SHARE = 0.25  # of the batch that makes it worth copying the rest
-_DEAD_SHARE_COMPILED = 0.5  # and tracing the step anew
-_MOST_SHAPES = 64  # of a compiled step, which keeps them all: then it is made anew
+_AHEAD = 2  # steps that the device computes meanwhile
+_DEAD_SHARE = 0.25  # of finished rows, from which on it pays to copy the others
+_DEAD_SHARE_COMPILED = 0.5  # the same where the step is traced again, too
+_MOST_SHAPES = 64  # of a compiled step, which keeps them all; then it is compiled again
 
 
 @frozen(eq=False)
@@ -35,7 +35,7 @@ class Completion:
 
     Attributes:
         tokens: [n] int32, n >= 1, with the stop token if it was sampled.
-        logps: [n] float32, log softmax(logits/temperature), nats; with `kv_bits` those of the policy with the quantised cache.
+        logps: [n] float32, log softmax(logits/temperature), nats; with `kv_bits` those of the policy with the quantized cache.
         finished: a stop token ended it, not the limit.
     """
 
@@ -44,60 +44,60 @@ class Completion:
     finished: bool
 
 
-def sample(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    group_size: int,
-    sampling: Sampling,
-    stop: Collection[int],
-    *,
-    key: mx.array,
-    batch: int = 0,
-    route: Route | None = None,
-) -> list[list[Completion]]:
-    """Samples `group_size` completions of every prompt, in evaluation mode; the global random state is not used.
+@frozen
+class Decoding:
+    """How completions are generated.
+
+    Attributes:
+        sampling: how tokens are drawn.
+        stop: tokens that end a completion.
+        group_size: G, completions of each prompt.
+        batch: rows generated together; 0 = all.
+        route: the result of `find_route(model)`; None calls it.
+    """
+
+    sampling: Sampling
+    stop: Collection[int]
+    group_size: int = 1
+    batch: int = 0
+    route: Route | None = None
+
+
+def sample(model: nn.Module, prompts: Sequence[Sequence[int]], how: Decoding, *, key: mx.array) -> list[list[Completion]]:
+    """Samples G completions of every prompt, in evaluation mode; the global random state is not used.
 
     Args:
         model: maps [R, T] token ids to [R, T, V] logits and takes mlx-lm's caches.
         prompts: token ids, at least one each.
-        stop: tokens that end a completion.
+        how: sampling, stop tokens and G.
         key: all randomness; the same key gives the same completions. Or [prompts·G, 2], a key for each completion.
-        batch: rows generated together; 0 = all.
-        route: what `find_route(model)` found; None looks again.
 
     Returns:
         [prompts][G] completions.
 
     Raises:
-        InputError: a prompt without tokens, or group_size < 1.
+        InputError: a prompt without tokens, or G < 1.
         RunError: the model's log-probabilities are not finite.
+
+    >>> sample(model, [[1, 2, 3]], Decoding(Sampling(max_tokens=8), stop={2}), key=mx.random.key(0))  # doctest: +SKIP
     """
-    _check(prompts, group_size, batch)
+    _check(prompts, how)
     if not prompts:
         return []
-    route = route or find_route(model)
-    if sampling.kv_bits and not route.shared:
-        raise InputError(f"--kv-bits {sampling.kv_bits}: this model's cache cannot be quantised; leave it out ({route.note})")
+    how = evolve(how, route=how.route or find_route(model))
     with evaluating(model):
-        run = _start(model, prompts, group_size, sampling, stop, key, route)
-        _generate(run, batch or len(run.done))
+        run = _start(model, prompts, how, key)
+        _generate(run, how.batch or len(run.done))
     flat = [_completion(run, row) for row in range(len(run.done))]
-    return [flat[start : start + group_size] for start in range(0, len(flat), group_size)]
-
-
-def rollout_stats(completions: Sequence[Sequence[Completion]], seconds: float) -> dict[str, float]:
-    """Lengths in tokens, share cut at the limit and tokens per second, under TRL's names.
-
-    >>> one = Completion(np.zeros(3, np.int32), np.zeros(3, np.float32), finished=True)
-    >>> rollout_stats([[one, one]], 2.0)["rollout_tokens_per_second"]
-    3.0
-    """
-    flat = [completion for group in completions for completion in group]
-    return length_stats([len(completion.tokens) for completion in flat], [completion.finished for completion in flat], seconds)
+    return [flat[start : start + how.group_size] for start in range(0, len(flat), how.group_size)]
 
 
 def length_stats(lengths: Sequence[float], finished: Sequence[bool], seconds: float) -> dict[str, float]:
-    """The same, from the lengths."""
+    """Lengths in tokens, share cut at the limit and tokens per second, under TRL's names.
+
+    >>> length_stats([3, 3], [True, True], 2.0)["rollout_tokens_per_second"]
+    3.0
+    """
     lengths = lengths or [0]
     return {
         "completions/mean_length": float(np.mean(lengths)),
@@ -113,7 +113,7 @@ def length_stats(lengths: Sequence[float], finished: Sequence[bool], seconds: fl
 
 @frozen(eq=False)
 class _Run:
-    """The constants of one call, and what its rows have sampled; row r is sample r mod G of prompt r div G."""
+    """The constants of one call, and the tokens of its rows so far; row r is completion r mod G of prompt r // G."""
 
     model: nn.Module
     prompts: Sequence[tuple[int, ...]]  # [rows]
@@ -121,7 +121,7 @@ class _Run:
     stop: Sequence[int]
     route: Route
     keys: mx.array  # [rows, 2]
-    tokens: np.ndarray  # [rows, max_tokens]; what follows a stop token is refuse
+    tokens: np.ndarray  # [rows, max_tokens]; tokens after a stop token have no meaning
     logps: np.ndarray
     done: np.ndarray  # [rows] bool: a stop token was seen
     vocabulary: int  # V where the repetition penalty needs it, else 0
@@ -129,23 +129,19 @@ class _Run:
     dead_share: float
 
 
-def _start(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    group_size: int,
-    sampling: Sampling,
-    stop: Collection[int],
-    key: mx.array,
-    route: Route,
-) -> _Run:
-    rows = [tuple(prompt) for prompt in prompts for _ in range(group_size)]
+def _start(model: nn.Module, prompts: Sequence[Sequence[int]], how: Decoding, key: mx.array) -> _Run:
+    sampling, route = how.sampling, how.route
+    assert route is not None
+    if sampling.kv_bits and not route.shared:
+        raise InputError(f"--kv-bits {sampling.kv_bits}: this model's cache cannot be quantized; leave it out ({route.note})")
+    rows = [tuple(prompt) for prompt in prompts for _ in range(how.group_size)]
     tokens = np.full((len(rows), sampling.max_tokens), -1, np.int32)
     logps, done = np.zeros(tokens.shape, np.float32), np.zeros(len(rows), bool)
     size = vocabulary(model) if sampling.repetition_penalty != 1 else 0
     keys = key if key.ndim == 2 else mx.random.split(key, len(rows))
     compiled = route.shared and _compiles()
     return _Run(
-        *(model, rows, sampling, sorted(stop), route, keys, tokens, logps, done, size),
+        *(model, rows, sampling, sorted(how.stop), route, keys, tokens, logps, done, size),
         (_compiled if compiled else _plain)(model, route, sampling),
         _DEAD_SHARE_COMPILED if compiled else _DEAD_SHARE,
     )
@@ -156,13 +152,13 @@ def _plain(model: nn.Module, route: Route, sampling: Sampling) -> Callable[..., 
 
 
 def _compiled(model: nn.Module, route: Route, sampling: Sampling) -> Callable[..., Any]:
-    """The step, traced once for each shape of the run; weights are inputs, so it sees those of the moment."""
+    """The step, traced once for each shape; the weights are inputs, so it uses the current ones."""
     step, shapes = route.steps.get(sampling, (None, []))
     if step is None or len(shapes) > _MOST_SHAPES:
         advance, shapes = _plain(model, route, sampling), []
 
         def traced(*state: Any) -> Any:
-            shapes.append(None)  # this line runs when a new shape is traced
+            shapes.append(None)  # runs only when a new shape is traced
             return advance(*state)
 
         step = mx.compile(traced, inputs=[model.state])
@@ -171,19 +167,19 @@ def _compiled(model: nn.Module, route: Route, sampling: Sampling) -> Callable[..
 
 
 def _compiles() -> bool:
-    """A GPU waits for Python between a step's hundreds of small kernels; a CPU does not, and would compile for seconds."""
+    """A GPU waits for Python between the hundreds of small kernels of a step; a CPU does not, and would compile for seconds."""
     return backend() != "cpu"
 
 
 def _advance(read: Callable[..., Any], sampling: Sampling) -> Callable[..., Any]:
-    """A step: what the rows have -> (tokens [R], logps [R], and what they have then)."""
+    """A step: the state of the rows -> (tokens [R], logps [R], and the next state)."""
 
     def advance(
         fixed: Any, own: Any, last: mx.array, place: mx.array, noise: mx.array, seen: mx.array | None
     ) -> tuple[mx.array, mx.array, Any, mx.array, mx.array | None]:
         logits, own = read(fixed, own, last, place)
         here = mx.minimum(place, noise.shape[1] - 1)[:, None, None]
-        tokens, logps = choose(logits, sampling, mx.take_along_axis(noise, here, axis=1)[:, 0], seen)
+        tokens, logps = draw_tokens(logits, sampling, mx.take_along_axis(noise, here, axis=1)[:, 0], seen)
         if seen is not None:
             seen = mx.put_along_axis(seen, tokens[:, None], mx.array(True), axis=-1)
         return tokens, logps, own, place + 1, seen
@@ -193,10 +189,10 @@ def _advance(read: Callable[..., Any], sampling: Sampling) -> Callable[..., Any]
 
 @define(eq=False)
 class _Active:
-    """The rows that are generated together. R = len(rows)."""
+    """The R rows that are generated together."""
 
-    rows: np.ndarray  # [R] into the run's
-    positions: np.ndarray  # [R] tokens asked for so far
+    rows: np.ndarray  # [R] their numbers in the run
+    positions: np.ndarray  # [R] tokens that were dispatched so far
     cache: Rows
     last: mx.array  # [R] int32, what the model reads next
     place: mx.array  # [R] int32, `positions` on the device
@@ -206,7 +202,7 @@ class _Active:
 
 @frozen(eq=False)
 class _Sampled:
-    """A step's result, still being computed."""
+    """The result of a step, which the device may still compute."""
 
     rows: np.ndarray
     positions: np.ndarray
@@ -224,9 +220,9 @@ def _completion(run: _Run, row: int) -> Completion:
     return Completion(tokens[:length].copy(), logps, bool(stops.size))
 
 
-def _check(prompts: Sequence[Sequence[int]], group_size: int, batch: int) -> None:
-    if group_size < 1 or batch < 0:
-        raise InputError(f"--group-size must be >= 1 and --rollout-batch >= 0, got {group_size} and {batch}")
+def _check(prompts: Sequence[Sequence[int]], how: Decoding) -> None:
+    if how.group_size < 1 or how.batch < 0:
+        raise InputError(f"--group-size must be >= 1 and --rollout-batch >= 0, got {how.group_size} and {how.batch}")
     for index, prompt in enumerate(prompts):
         if not len(prompt):
             raise InputError(f"prompt {index + 1} of {len(prompts)} has no tokens: nothing to continue")
@@ -255,7 +251,7 @@ def _step(run: _Run, active: _Active) -> _Sampled:
     tokens, logps, cache.own, place, active.seen = run.advance(
         cache.fixed, own, active.last, active.place, active.noise, active.seen
     )
-    del own  # its last reference: what comes next writes in place
+    del own  # its last reference, so that the next step writes in place
     mx.async_eval(tokens, logps)
     sampled = _Sampled(active.rows, active.positions, tokens, logps)
     active.last, active.place, active.positions = tokens, place, active.positions + 1
@@ -263,7 +259,7 @@ def _step(run: _Run, active: _Active) -> _Sampled:
 
 
 def _look(run: _Run, pending: deque[_Sampled], ahead: int) -> None:
-    """Writes down what was sampled, but for the last `ahead` steps."""
+    """Copies the sampled tokens to the host, except those of the last `ahead` steps."""
     while len(pending) > ahead:
         step = pending.popleft()
         inside = step.positions < run.sampling.max_tokens
@@ -274,7 +270,7 @@ def _look(run: _Run, pending: deque[_Sampled], ahead: int) -> None:
 
 
 def _turnover(run: _Run, active: _Active | None, waiting: deque[int], size: int) -> _Active | None:
-    """Rows that ended leave if that is worth the copy, and waiting ones take their places; None when all is done."""
+    """Finished rows leave if that pays for the copy, and waiting ones take their places; None when all rows are done."""
     if active is not None:
         alive = np.flatnonzero(~run.done[active.rows] & (active.positions < run.sampling.max_tokens))
         dead = len(active.rows) - alive.size
@@ -286,7 +282,7 @@ def _turnover(run: _Run, active: _Active | None, waiting: deque[int], size: int)
 
 
 def _entering(run: _Run, active: _Active | None, waiting: deque[int], size: int) -> list[int]:
-    """Takes the next rows off the queue: as many as there is room for, equally long ones only where the route asks."""
+    """Takes the next rows from the queue, as many as there is room for; only equally long ones if the route needs that."""
     room = size - (0 if active is None else len(active.rows))
     entering: list[int] = []
     while waiting and len(entering) < room:
@@ -297,7 +293,7 @@ def _entering(run: _Run, active: _Active | None, waiting: deque[int], size: int)
 
 
 def _admitted(run: _Run, active: _Active | None, rows: list[int]) -> _Active:
-    """`active` and those rows."""
+    """`active` with these rows."""
     prompts = [run.prompts[row] for row in rows]
     bits = run.sampling.kv_bits
     cache = active.cache.join(run.model, prompts) if active else enter(run.model, run.route, prompts, bits)

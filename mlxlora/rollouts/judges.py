@@ -9,12 +9,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..data.chat_template import rendering
-from ..errors import InputError
+from ..errors import InputError, reason
 from ..utils.safetensors import check_header
 from ..utils.trust import check_model_code
+from .reward_functions import TextOrMessages
 from .rewards import NamedReward
 
-Prompt = str | list[dict[str, Any]]
 _TOGETHER = 8  # texts that a reward model reads at once, of about one length, padded on the right
 
 QUESTION = """Which answer is better? Reply with the letter A or B alone.
@@ -49,7 +49,7 @@ def reward_model(folder: str) -> NamedReward:
         model: Any = load_model(path, strict=False)[0]
         tokenizer = tokenizer_of(path, {"trust_remote_code": False})
     except Exception as error:  # any file of the model: the user can act on each of their messages
-        raise InputError(f"--reward-model {folder}: cannot be loaded: {' '.join(str(error).split())}") from error
+        raise InputError(f"--reward-model {folder}: cannot be loaded: {reason(error)}") from error
     model.freeze().eval()
     backbone = model.model if hasattr(model, "model") else model.backbone
     mx.eval(model.parameters(), head)
@@ -84,7 +84,9 @@ def text_of_turns(value: Any) -> str:
     return value if isinstance(value, str) else "\n".join(str(message["content"]) for message in value)
 
 
-def _judged(chance: Callable[[str, str, str], float], prompts: Sequence[Prompt], completions: Sequence[Any]) -> list[float | None]:
+def _judged(
+    chance: Callable[[str, str, str], float], prompts: Sequence[TextOrMessages], completions: Sequence[Any]
+) -> list[float | None]:
     found: list[float | None] = []
     for prompt, first, second in zip(prompts[::2], completions[::2], completions[1::2], strict=True):
         question, *answers = (text_of_turns(value) for value in (prompt, first, second))
@@ -103,7 +105,7 @@ def _first_preferred(model: Any, tokenizer: Any, letters: list[int], prompt: str
 
 
 def _scored(
-    backbone: Any, head: mx.array, tokenizer: Any, prompts: Sequence[Prompt], completions: Sequence[Any]
+    backbone: Any, head: mx.array, tokenizer: Any, prompts: Sequence[TextOrMessages], completions: Sequence[Any]
 ) -> list[float | None]:
     texts = [_conversation(tokenizer, *pair) for pair in zip(prompts, completions, strict=True)]
     scores: list[float | None] = [None] * len(texts)
@@ -118,7 +120,7 @@ def _scored(
     return scores
 
 
-def _conversation(tokenizer: Any, prompt: Prompt, completion: Any) -> list[int]:
+def _conversation(tokenizer: Any, prompt: TextOrMessages, completion: Any) -> list[int]:
     """Token ids: by the chat template where there is one, which a row of strings does without."""
     if isinstance(prompt, str) or not tokenizer.has_chat_template:
         return list(tokenizer.encode(text_of_turns(prompt) + text_of_turns(completion)))

@@ -1,8 +1,8 @@
-"""Caches of many rows at once: prompts prefilled once, rows repeated, dropped and added; and which of them a model can use.
+"""Caches of many rows: prompts are computed once, rows are repeated, dropped and added; and which caches a model can use.
 
-Where our own (`decode`) do not fit, mlx-lm's batch caches do the bookkeeping (left padding, per-row positions, windows,
-recurrent states), and one method of theirs does three jobs: `filter` with repeated indices gives a prompt's cache to the
-samples of its group, with fewer indices it drops finished rows.
+Where our own caches (`prefix_cache`) do not fit, mlx-lm's batch caches handle left padding, positions per row, windows and
+recurrent states. Their `filter` with repeated indices copies the cache of a prompt to the rows of its group, and with fewer
+indices it drops finished rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,24 +14,25 @@ import mlx.nn as nn
 from attrs import define, field, frozen
 from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 
+from ..models.closeness import close_logits
 from ..models.modes import evaluating
-from . import prefix_cache as decode
-from .prefix_cache import Prompt, feed
+from . import prefix_cache
+from .prefix_cache import TokenIds, feed
 
 Cache = list[Any]  # one mlx-lm cache a layer
 
-_GROWTH = 64  # positions that a cache grows by; mlx-lm's 256 is up to twice the memory of a short completion
+_GROWTH = 64  # positions that a cache grows by; mlx-lm's 256 can double the memory of short completions
 
 
 @frozen
 class Route:
-    """How a model's rows can be sampled together.
+    """How the rows of a model can be sampled together.
 
     Attributes:
-        mixed: prompts of any lengths in one batch, rows leave and enter; else only rows of equally long prompts, to the end.
-        note: for the log.
-        shared: in our own caches, which keep a prompt once.
-        steps: compiled steps of this model, by how they sample; they last from one call to the next.
+        mixed: prompts of any length in one batch, rows leave and enter; else only rows of equally long prompts, until all end.
+        note: describes the route in the log.
+        shared: our own caches, which keep each prompt once.
+        steps: compiled steps of this model by `Sampling`, kept between calls.
     """
 
     mixed: bool
@@ -41,7 +42,7 @@ class Route:
 
 
 class Rows(Protocol):
-    """Caches of R rows. `fixed` and `own` are what `reader` takes; `own` it also gives back."""
+    """Caches of R rows; `reader` takes `fixed` and `own`, and returns the next `own`."""
 
     fixed: Any
     own: Any
@@ -50,26 +51,26 @@ class Rows(Protocol):
         """The given rows, in that order."""
         ...
 
-    def join(self, model: nn.Module, prompts: Sequence[Prompt]) -> Self:
-        """A row more for each of `prompts`."""
+    def join(self, model: nn.Module, prompts: Sequence[TokenIds]) -> Self:
+        """These rows and one more for each of `prompts`."""
         ...
 
     def reserve(self, positions: int, limit: int) -> None:
-        """Makes room for so many tokens of each row, of at most `limit`."""
+        """Makes room for `positions` tokens of each row; there will never be more than `limit`."""
         ...
 
 
-def enter(model: nn.Module, route: Route, prompts: Sequence[Prompt], bits: int | None = None) -> Rows:
-    """A row for each of `prompts`, all of whose tokens but the last are read."""
+def enter(model: nn.Module, route: Route, prompts: Sequence[TokenIds], bits: int | None = None) -> Rows:
+    """A row for each of `prompts`, with all tokens but the last in its cache."""
     if route.shared:
-        return decode.start(model, prompts, bits)
+        return prefix_cache.start(model, prompts, bits)
     return Batched(_repeated(model, prompts) if route.mixed else prefill_equal(model, prompts))
 
 
 def reader(model: nn.Module, route: Route, bits: int | None = None) -> Callable[..., tuple[mx.array, Any]]:
     """(fixed, own, last [R], place [R]) -> (logits [R, V] after the tokens `last`, own)."""
     if route.shared:
-        return partial(decode.read, model, bits)
+        return partial(prefix_cache.decode_step, model, bits)
     return lambda cache, own, last, place: (model(last[:, None], cache=cache)[:, -1], own)
 
 
@@ -85,22 +86,22 @@ class Batched:
         keep_rows(self.fixed, rows)
         return self
 
-    def join(self, model: nn.Module, prompts: Sequence[Prompt]) -> Self:
+    def join(self, model: nn.Module, prompts: Sequence[TokenIds]) -> Self:
         """See `Rows`."""
         join(self.fixed, _repeated(model, prompts))
         return self
 
     def reserve(self, positions: int, limit: int) -> None:
-        """They grow by themselves."""
+        """mlx-lm's caches grow by themselves."""
 
 
-def _repeated(model: nn.Module, prompts: Sequence[Prompt]) -> Cache:
+def _repeated(model: nn.Module, prompts: Sequence[TokenIds]) -> Cache:
     slots = {prompt: slot for slot, prompt in enumerate(dict.fromkeys(prompts))}
-    return keep_rows(prefill(model, list(slots)), [slots[prompt] for prompt in prompts])
+    return keep_rows(prefill_batch(model, list(slots)), [slots[prompt] for prompt in prompts])
 
 
-def prefill(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Cache:
-    """The cache of all tokens but the last of each prompt, a row a prompt."""
+def prefill_batch(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Cache:
+    """mlx-lm's batch cache of all tokens but the last of each prompt, one row for each prompt."""
     rows = [make_prompt_cache(model) for _ in prompts]
     cache = [layer[0].merge(list(layer)) for layer in zip(*rows, strict=True)]
     for layer in cache:
@@ -118,14 +119,14 @@ def prefill(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Cache:
 
 
 def prefill_equal(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Cache:
-    """`prefill` of equally long prompts with the model's own caches."""
+    """The same for equally long prompts, in the caches that the model makes."""
     cache = make_prompt_cache(model)
     feed(model, prompts, len(prompts[0]) - 1, cache)
     return cache
 
 
 def keep_rows(cache: Cache, rows: Sequence[int]) -> Cache:
-    """The given rows, in that order; a row may be asked for more than once."""
+    """The given rows, in that order; a row may occur more than once."""
     for layer in cache:
         layer.filter(mx.array(list(rows)))
     return cache
@@ -139,8 +140,8 @@ def join(cache: Cache, more: Cache) -> Cache:
 
 
 def find_route(model: nn.Module) -> Route:
-    """Tries our caches, then mlx-lm's batch caches, on a tiny input against the model without a cache."""
-    obstacle = decode.obstacle(model)
+    """The best route whose logits agree with those of the model without a cache on a tiny input."""
+    obstacle = prefix_cache.cache_obstacle(model)
     ours = Route(True, "rollouts: prompts of all lengths in one batch, each prompt's keys and values kept once", shared=True)
     if obstacle is None and (obstacle := _trouble(model, ours)) is None:
         return ours
@@ -154,12 +155,12 @@ def _trouble(model: nn.Module, route: Route) -> str | None:
     try:
         with evaluating(model):
             return None if _reproduces(model, route) else "its cached logits differ from the uncached ones"
-    except Exception as error:  # a cache that cannot be batched is no error of ours: whatever it raised
+    except Exception as error:  # a cache that cannot be batched may raise anything
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def _reproduces(model: nn.Module, route: Route) -> bool:
-    """Two prompts, three rows, a step; one row dropped, one added, another step."""
+    """Steps three rows of two prompts, drops a row, adds one, and steps again."""
     short, long, after = (3, 1), (1, 2, 3, 4, 5, 6, 7), [2, 4]
     read = reader(model, route)
     rows = enter(model, route, [long, short, short])
@@ -168,11 +169,5 @@ def _reproduces(model: nn.Module, route: Route) -> bool:
     second, _ = read(rows.fixed, rows.own, mx.array([*after, long[3]]), mx.array([1, 1, 0]))
     expected = [(first[0], long), (first[2], short)]
     expected += [(second[0], (*long, after[0])), (second[1], (*short, after[1])), (second[2], long[:4])]
-    return all(_alike(got, model(mx.array([tokens]))[0, -1]) for got, tokens in expected)
-
-
-def _alike(a: mx.array, b: mx.array) -> bool:
-    tolerance = 1e-3 if b.dtype == mx.float32 else 5e-2  # of the largest logit; a wrong position or mask moves it far more
-    a, b = a.astype(mx.float32), b.astype(mx.float32)
-    scale = float(mx.abs(mx.where(mx.isinf(b), 0, b)).max().item())  # type: ignore[arg-type]
-    return bool(mx.allclose(a, b, rtol=0, atol=tolerance * scale).item())
+    wanted = ((got, model(mx.array([tokens]))[0, -1]) for got, tokens in expected)
+    return all(close_logits(got, want, full=1e-3, half=5e-2) for got, want in wanted)  # wrong positions or masks differ far more

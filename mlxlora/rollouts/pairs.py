@@ -1,4 +1,4 @@
-"""Pairs that the policy makes itself: completions of one prompt, of which rewards choose the better one (online DPO, XPO)."""
+"""On-policy pairs: the best and the worst of several completions of a prompt, by their rewards (online DPO, XPO)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,30 +13,31 @@ from ..data.batching import collate
 from ..data.sources import Context, Source
 from ..data.tokenize import Example, Prompt
 from .engine import Completion
-from .source import Group, Laid, PromptSource, Rollouts, by_policy, online_fields, sequence, with_advantages
+from .groups import CompletionGroup
+from .source import Laid, PromptSource, Rollouts, by_policy, prompt_fields, sequence, with_advantages
 
 
 def on_policy_pairs(data: str | PromptData, rollouts: Rollouts, *, explore: bool = False, **options: Any) -> Source:
-    """Prompts that the policy answers several times; the answers of highest and of lowest reward make a pair.
+    """Prompts that the policy answers several times; the completions with the highest and the lowest reward make a pair.
 
-    A prompt whose rewards are all equal, or not there, decides nothing: its pair has no scored tokens and so no gradient.
+    If the rewards of a prompt are all equal or all None, its pair has no trained token and so no gradient.
 
     Args:
         data: folder, file or hub data set; or all options at once.
         rollouts: how completions are sampled and rewarded.
-        explore: two answers, the second by the reference, which is the model without its adapters (XPO).
+        explore: two completions, the second by the reference, which is the policy as training starts (XPO).
         options: fields of `PromptData`.
     """
     how = evolve(rollouts, group_size=2) if explore else rollouts
-    return OnPolicyPairSource(**online_fields(data, how, **options), explore=explore)
+    return OnPolicyPairSource(**prompt_fields(data, how, **options), online=True, explore=explore)
 
 
 @frozen
 class OnPolicyPairSource(PromptSource):
-    """Prompts whose best and worst answers make a pair; validation rewards the likeliest answer, as for any `PromptSource`.
+    """Prompts whose best and worst completions make a pair; validation rewards the likeliest one, as in `PromptSource`.
 
     Attributes:
-        explore: two answers, the second by the reference.
+        explore: two completions, the second by the reference.
     """
 
     explore: bool = False
@@ -46,7 +47,7 @@ class OnPolicyPairSource(PromptSource):
         sampler = against_reference if self.explore and not context.validation else by_policy
         return sampler(context, how, prompts, key)
 
-    def batch(self, context: Context, how: Rollouts, groups: Sequence[Group]) -> Laid:
+    def batch(self, context: Context, how: Rollouts, groups: Sequence[CompletionGroup]) -> Laid:
         """The pairs of the groups."""
         if context.validation:
             return with_advantages(context, how, groups)
@@ -54,17 +55,17 @@ class OnPolicyPairSource(PromptSource):
 
 
 def against_reference(context: Context, how: Rollouts, items: Sequence[Prompt], key: mx.array) -> list[list[Completion]]:
-    """Of each prompt one completion by the policy, then one by the model without its adapters."""
+    """For each prompt one completion of the policy, then one of the reference (the model without adapters if none is given)."""
     one = evolve(how, group_size=1)
     ours, theirs = mx.random.split(key)
     policy = by_policy(context, one, items, ours)
-    with disabled(context.model):
-        reference = by_policy(context, one, items, theirs)
+    with context.reference() if context.reference else disabled(context.model) as model:
+        reference = by_policy(evolve(context, model=model), one, items, theirs)
     return [[*a, *b] for a, b in zip(policy, reference, strict=True)]
 
 
-def best_and_worst(context: Context, how: Rollouts, groups: Sequence[Group], *, explore: bool) -> Laid:
-    """P pairs: all the best completions, then all the worst; undecided ones keep their place without scored tokens."""
+def best_and_worst(context: Context, how: Rollouts, groups: Sequence[CompletionGroup], *, explore: bool) -> Laid:
+    """P pairs: the best completions, then the worst; undecided pairs keep their place without trained tokens."""
     places = [_places(group.rewards) for group in groups]
     pairs = [_pair(how, group, place) for group, place in zip(groups, places, strict=True)]
     examples = [example for side in zip(*pairs, strict=True) for example in side]
@@ -74,8 +75,8 @@ def best_and_worst(context: Context, how: Rollouts, groups: Sequence[Group], *, 
     return collate(examples, groups=together if context.share else (), **columns), examples, together
 
 
-def _pair(how: Rollouts, group: Group, places: tuple[int, int]) -> tuple[Example, ...]:
-    """Both sides; without scored tokens unless one is better and both have some."""
+def _pair(how: Rollouts, group: CompletionGroup, places: tuple[int, int]) -> tuple[Example, ...]:
+    """Both sides; without trained tokens unless one side is better and both have some."""
     sides = [sequence(group.prompt, group.completions[i], how) for i in places]
     best, worst = group.rewards[list(places)]
     decided = bool(best > worst) and all(e.loss_mask.any() for e in sides)
@@ -83,7 +84,7 @@ def _pair(how: Rollouts, group: Group, places: tuple[int, int]) -> tuple[Example
 
 
 def _places(rewards: np.ndarray) -> tuple[int, int]:
-    """Numbers of the best and of the worst completion, two different ones; one without a reward is neither, if others have one.
+    """Numbers of the best and the worst completion, which differ; completions without a reward count only if at most one has one.
 
     >>> _places(np.array([0.5, np.nan, 2.0, 1.0])), _places(np.array([1.0, 1.0]))
     ((2, 0), (0, 1))

@@ -1,9 +1,9 @@
-"""Rows that continue prompts by a token at a time; a prompt's keys and values are kept once, however many rows read them.
+"""Decoding with shared prompts: the keys and values of a prompt are stored once for all rows that continue it.
 
-A row attends to its prompt and to its own tokens under one softmax. The prompt's part is one matrix product for all rows
-of that prompt; the rows' own keys and values stand in arrays that are allocated ahead and written in place, each row at
-its own position, so rows that began at different times are one batch. All shapes stay the same for dozens of steps: a
-step can be compiled. For models whose layers keep plain keys and values, in a window or not.
+A row attends to its prompt and to its own tokens under one softmax. The prompt part is one matrix product for all rows of the
+prompt. The rows' own keys and values are in preallocated arrays that are written in place, each row at its own position, so
+that rows that began at different times form one batch. Shapes stay the same for dozens of steps, so that a step can be
+compiled. This works for models whose layers store plain keys and values, with or without a sliding window.
 """
 
 from collections.abc import Sequence
@@ -19,23 +19,25 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from ..errors import InputError
 from ..models.attention import hook
+from ..utils.integers import round_up
 
-Prompt = tuple[int, ...]
-Stored = tuple[mx.array, ...]  # [rows, heads, positions, d]; or its quantised weights, scales and biases
+TokenIds = tuple[int, ...]
+Stored = tuple[mx.array, ...]  # [rows, heads, positions, d]; or its quantized weights, scales and biases
 KeysValues = tuple[Stored, Stored]
 
-_PREFILL_TOKENS = 2048  # tokens that pass through the model at once
-_ALIGN = 32  # positions: matrix products of other lengths leave a GPU's fast kernels
-_ROOM = 64  # positions that rows are given at first; then half as many again, so that few shapes occur
+_PREFILL_TOKENS = 2048  # tokens that pass through the model together
+_ALIGN = 32  # positions are multiples of this, which GPU kernels need to be fast
+_ROOM = 64  # first positions of a row; arrays grow by half, so that few shapes occur
 
 
 class Fixed(NamedTuple):
-    """What a step reads and does not change.
+    """The inputs of a step that it does not change.
 
     Attributes:
-        prompts: a layer each: keys and values [U, heads, K, d] of the prompts, all tokens but the last.
-        lengths: [R] int32, of them the row's prompt has.
-        grid: the row of each of a prompt's places [U, W], and a row's place in that [R]; None: rows in order, W to a prompt.
+        prompts: for each layer, keys and values [U, heads, K, d] of all tokens but the last of the prompts.
+        lengths: [R] int32, number of these tokens in the prompt of each row.
+        grid: the rows of each prompt [U, W], and the flat position of each row in them [R]; None: rows are in order, W for each
+            prompt.
     """
 
     prompts: list[KeysValues]
@@ -43,40 +45,52 @@ class Fixed(NamedTuple):
     grid: tuple[mx.array, mx.array] | None
 
 
-def obstacle(model: nn.Module) -> str | None:
-    """Why a model's rows cannot be kept so, as far as its caches and its attention tell; None: try."""
+def cache_obstacle(model: nn.Module) -> str | None:
+    """Why the caches or the attention of a model rule this out; None if they do not."""
     layers = make_prompt_cache(model)
     if strange := {type(layer).__name__ for layer in layers if type(layer) not in (KVCache, RotatingKVCache)}:
         return f"it keeps more than keys and values ({', '.join(sorted(strange))})"
     return None if hook(model) else "it computes attention in its own way"
 
 
-def read(model: nn.Module, bits: int | None, fixed: Fixed, own: list[KeysValues], last: mx.array, place: mx.array) -> Any:
-    """A step: the tokens `last` [R], each the `place`-th [R] after its prompt's cache, to (logits [R, V], `own` with them)."""
+def decode_step(model: nn.Module, bits: int | None, fixed: Fixed, own: list[KeysValues], last: mx.array, place: mx.array) -> Any:
+    """One step of all rows.
+
+    Args:
+        model: an mlx-lm model.
+        bits: of quantized keys and values.
+        fixed: the prompts.
+        own: for each layer, keys and values [R, heads, C, d] of the rows' own tokens.
+        last: [R] the tokens to read.
+        place: [R] their positions after the cached part of the prompt.
+
+    Returns:
+        Logits [R, V], and `own` with the new tokens.
+    """
     windows = _windows(model)
-    cache = [RowCache(*layer, fixed, place, bits) for layer in zip(fixed.prompts, own, windows, strict=True)]
+    cache = [StepCache(*layer, fixed, place, bits) for layer in zip(fixed.prompts, own, windows, strict=True)]
     logits = model(last[:, None], cache=cache)[:, -1]
     return logits, [layer.own for layer in cache]
 
 
-class RowCache:
-    """In place of a layer's cache, for one step."""
+class StepCache:
+    """Replaces the cache of a layer for one step."""
 
     def __init__(
         self, prompt: KeysValues, own: KeysValues, window: int | None, fixed: Fixed, place: mx.array, bits: int | None
     ) -> None:
         self.prompt, self.own, self.window = prompt, own, window
-        self.fixed, self.place, self._bits = fixed, place, bits  # mlx-lm takes a cache with `bits` for its own
+        self.fixed, self.place, self._bits = fixed, place, bits  # not `bits`: mlx-lm would take this for its own quantized cache
         self.offset = fixed.lengths + place
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Writes a position [R, heads, 1, d] down, and returns it."""
-        at = mx.minimum(self.place, self.own[0][0].shape[2] - 1)[:, None, None, None]  # rows that ended may run over
+        """Stores a position [R, heads, 1, d], and returns it."""
+        at = mx.minimum(self.place, self.own[0][0].shape[2] - 1)[:, None, None, None]  # finished rows may exceed it
         self.own = _written(self.own[0], _packed(keys, self._bits), at), _written(self.own[1], _packed(values, self._bits), at)
         return keys, values
 
     def make_mask(self, n: int, *, return_array: bool = False, window_size: int | None = None) -> mx.array:
-        """[R, 1, 1, K + C] bool: what a row sees of its prompt and of its own positions."""
+        """[R, 1, 1, K + C] bool: the positions of its prompt and of its own tokens that a row attends to."""
         prompt, own = mx.arange(self.prompt[0][0].shape[2]), mx.arange(self.own[0][0].shape[2])
         length, place, window = self.fixed.lengths[:, None], self.place[:, None], window_size or self.window
         to_prompt, to_own = prompt < length, own <= place
@@ -87,7 +101,7 @@ class RowCache:
     def attend(
         self, queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Any, sinks: mx.array | None
     ) -> mx.array:
-        """[R, heads, 1, d] to [R, heads, 1, d]."""
+        """Attention of the rows: [R, heads, 1, d] to [R, heads, 1, d]."""
         mask = mask if isinstance(mask, mx.array) else self.make_mask(1)
         rows, heads = keys.shape[:2]
         queries = queries.reshape(rows, heads, -1, queries.shape[-1])
@@ -102,10 +116,10 @@ class RowCache:
         return (out + own.reshape(out.shape)).reshape(rows, -1, 1, own.shape[-1])
 
     def _of_prompts(self, x: mx.array, stored: Stored, *, transpose: bool) -> mx.array:
-        """[R, heads, r, n] times what is stored of the row's prompt: one product for all rows of a prompt.
+        """[R, heads, r, n] times the stored arrays of the row's prompt, in one product for all rows of a prompt.
 
         Returns:
-            [a, b, heads, r, m] where R = a · b; not in this order in memory.
+            [a, b, heads, r, m] with R = a · b; in memory the order differs.
         """
         prompts, grid = stored[0].shape[0], self.fixed.grid
         heads, repeats, size = x.shape[1:]
@@ -117,7 +131,7 @@ class RowCache:
 
 
 def _softmax(scores: mx.array, sinks: mx.array | None) -> mx.array:
-    """[R, heads, r, n]; a sink [heads · r] is a logit that takes its share and gives nothing."""
+    """Softmax of [R, heads, r, n]; a sink [heads · r] is one more logit without a value."""
     if sinks is None:
         return mx.softmax(scores, axis=-1, precise=True)
     more = mx.broadcast_to(sinks.reshape(1, *scores.shape[1:3], 1), (*scores.shape[:3], 1))
@@ -132,7 +146,7 @@ def _product(x: mx.array, stored: Stored, bits: int | None, *, transpose: bool) 
 
 
 def _packed(x: mx.array, bits: int | None) -> Stored:
-    """Quantised in groups of 64 or 32 of a head's entries, if at all."""
+    """Quantized in groups of 64 or 32 entries of a head, if `bits` is set."""
     if bits is None:
         return (x,)
     if x.shape[-1] % 32:
@@ -149,7 +163,7 @@ def _windows(model: nn.Module) -> list[int | None]:
     return [getattr(layer, "max_size", None) for layer in make_prompt_cache(model)]
 
 
-# --- which rows there are ---------------------------------------------------------------------------
+# --- rows and their prompts ---------------------------------------------------------------------------
 
 
 @define(eq=False)
@@ -157,96 +171,96 @@ class Shared:
     """R rows and their U prompts.
 
     Attributes:
-        texts: of the prompts.
-        owner: [R], the prompt of each row.
-        fixed: what `read` needs of them.
-        own: a layer each: keys and values [R, heads, C, d] of the rows' own tokens.
-        bits: of quantised keys and values.
+        texts: token ids of the prompts.
+        owner: [R], the number of the prompt of each row.
+        fixed: the prompts as `decode_step` reads them.
+        own: for each layer, keys and values [R, heads, C, d] of the rows' own tokens.
+        bits: of quantized keys and values.
     """
 
-    texts: list[Prompt]
+    texts: list[TokenIds]
     owner: np.ndarray
     fixed: Fixed
     own: list[KeysValues]
     bits: int | None
 
     def keep(self, rows: Sequence[int]) -> Self:
-        """The given rows, and the prompts that they need."""
+        """The given rows and their prompts."""
         used, owner = np.unique(self.owner[list(rows)], return_inverse=True)
         prompts = self.fixed.prompts if len(used) == len(self.texts) else _taken(self.fixed.prompts, used)
         texts = [self.texts[prompt] for prompt in used]
         return type(self)(texts, owner, _fixed(texts, owner, prompts), _taken(self.own, np.array(rows)), self.bits)
 
-    def join(self, model: nn.Module, prompts: Sequence[Prompt]) -> Self:
-        """One row more for each of `prompts`; those that are not there yet are read."""
+    def join(self, model: nn.Module, prompts: Sequence[TokenIds]) -> Self:
+        """These rows and one more for each of `prompts`; only new prompts are computed."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.texts]
         texts = self.texts + new
-        stored = _stacked(self.fixed.prompts, prefill(model, new, self.bits)) if new else self.fixed.prompts
+        stored = _stacked(self.fixed.prompts, prefill_prompts(model, new, self.bits)) if new else self.fixed.prompts
         owner = np.concatenate([self.owner, [texts.index(prompt) for prompt in prompts]]).astype(np.int32)
         own = tree_map(lambda a: mx.concatenate([a, mx.zeros((len(prompts), *a.shape[1:]), a.dtype)]), self.own)
         return type(self)(texts, owner, _fixed(texts, owner, stored), own, self.bits)
 
     def reserve(self, positions: int, limit: int) -> None:
-        """Makes room for so many tokens of each row; `limit`: more are never asked for."""
+        """Makes room for `positions` tokens of each row; there will never be more than `limit`."""
         have = self.own[0][0][0].shape[2]
         if positions > have:
-            want = min(_aligned(max(positions, have + have // 2), _ROOM), _aligned(max(limit, positions)))
+            want = min(round_up(max(positions, have + have // 2), _ROOM), round_up(max(limit, positions), _ALIGN))
             self.own = tree_map(lambda a: _lengthened(a, want), self.own)
 
 
-def start(model: nn.Module, prompts: Sequence[Prompt], bits: int | None) -> Shared:
-    """A row for each of `prompts`; equal ones are read once."""
+def start(model: nn.Module, prompts: Sequence[TokenIds], bits: int | None) -> Shared:
+    """A row for each of `prompts`; equal prompts are computed once."""
     texts = list(dict.fromkeys(prompts))
     owner = np.array([texts.index(prompt) for prompt in prompts], np.int32)
-    stored = prefill(model, texts, bits)
+    stored = prefill_prompts(model, texts, bits)
     own = tree_map(lambda a: mx.zeros((len(prompts), a.shape[1], _ROOM, a.shape[3]), a.dtype), stored)
     return Shared(texts, owner, _fixed(texts, owner, stored), own, bits)
 
 
-def prefill(model: nn.Module, prompts: Sequence[Prompt], bits: int | None) -> list[KeysValues]:
-    """Keys and values [U, heads, K, d] of all tokens but the last of each prompt, right-padded, a layer each."""
-    longest = max(max(map(len, prompts)) - 1, 1)  # of nothing, too, the shape has to be known
+def prefill_prompts(model: nn.Module, prompts: Sequence[TokenIds], bits: int | None) -> list[KeysValues]:
+    """For each layer, keys and values [U, heads, K, d] of all tokens but the last of each prompt, right-padded."""
+    longest = max(max(map(len, prompts)) - 1, 1)  # prompts of one token still give the shapes
     cache = [_PromptCache(window) for window in _windows(model)]
     feed(model, prompts, longest, cache)
     kept: list[Any] = [layer.keys_and_values() for layer in cache]
-    stored = tree_map(lambda array: _packed(_lengthened(array, _aligned(longest)), bits), kept)
+    stored = tree_map(lambda array: _packed(_lengthened(array, round_up(longest, _ALIGN)), bits), kept)
     mx.eval(stored)
     return stored
 
 
 def feed(model: nn.Module, prompts: Sequence[Sequence[int]], longest: int, cache: list[Any]) -> None:
-    """Reads all tokens but the last of each prompt, right-padded to `longest`, in pieces; logits are never computed."""
+    """Computes the cache of all tokens but the last of each prompt, right-padded to `longest`, in parts and without logits."""
     tokens = np.zeros((len(prompts), longest), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt) - 1] = prompt[:-1]
-    micro = max(_ALIGN, _PREFILL_TOKENS // len(prompts))
-    for begin in range(0, longest, micro):
-        model(mx.array(tokens[:, begin : begin + micro]), cache=cache)
+    part = max(_ALIGN, _PREFILL_TOKENS // len(prompts))
+    for begin in range(0, longest, part):
+        model(mx.array(tokens[:, begin : begin + part]), cache=cache)
         mx.eval([layer.state for layer in cache])
 
 
 class _PromptCache(KVCache):
-    """Keeps everything, whatever the window."""
+    """Keeps all positions, also with a sliding window."""
 
     def __init__(self, window: int | None) -> None:
         super().__init__()
         self.window = window
 
     def make_mask(self, n: int, *, return_array: bool = False, window_size: int | None = None) -> Any:
-        """Causal: prompts are padded on the right."""
+        """The causal mask; prompts are padded on the right."""
         window = window_size or self.window
         if not self.offset:
             return create_attention_mask(mx.zeros((1, n)), None, window, return_array)
         return super().make_mask(n, return_array=return_array, window_size=window)
 
 
-def _fixed(texts: list[Prompt], owner: np.ndarray, prompts: list[KeysValues]) -> Fixed:
+def _fixed(texts: list[TokenIds], owner: np.ndarray, prompts: list[KeysValues]) -> Fixed:
     lengths = np.array([len(text) - 1 for text in texts], np.int32)
     return Fixed(prompts, mx.array(lengths[owner]), _grid(owner, len(texts)))
 
 
 def _grid(owner: np.ndarray, prompts: int) -> tuple[mx.array, mx.array] | None:
-    """See `Fixed`; a place that no row has is given to row 0 and read by none."""
+    """See `Fixed`; unused places hold row 0, and nothing reads them."""
     width = int(np.bincount(owner).max())
     if np.array_equal(owner, np.repeat(np.arange(prompts), width)):
         return None
@@ -264,18 +278,10 @@ def _taken(stored: list[KeysValues], rows: np.ndarray) -> list[KeysValues]:
 
 
 def _stacked(a: list[KeysValues], b: list[KeysValues]) -> list[KeysValues]:
-    """The prompts of both."""
+    """The prompts of both, padded to one length."""
     longest = max(a[0][0][0].shape[2], b[0][0][0].shape[2])
     return tree_map(lambda x, y: mx.concatenate([_lengthened(x, longest), _lengthened(y, longest)]), a, b)
 
 
 def _lengthened(array: mx.array, positions: int) -> mx.array:
     return mx.pad(array, [(0, 0), (0, 0), (0, positions - array.shape[2]), (0, 0)])
-
-
-def _aligned(positions: int, to: int = _ALIGN) -> int:
-    """
-    >>> _aligned(511), _aligned(512)
-    (512, 512)
-    """
-    return -(-positions // to) * to

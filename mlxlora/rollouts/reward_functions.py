@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import InputError
 
 Reward = Callable[..., list[float | None]]
-Completion = str | Sequence[dict[str, Any]]
+TextOrMessages = str | Sequence[dict[str, Any]]
 
 _WHOLE = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
 _DECIMAL = rf"(?:{_WHOLE}(?:\.[0-9]+)?|(?<!\.)\.[0-9]+)(?:/[0-9]+)?"
@@ -27,7 +27,7 @@ _STRICT = re.compile(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*", re.DO
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
-def text_of(completion: Completion) -> str:
+def text_of(completion: TextOrMessages) -> str:
     """The text of a completion: itself, or the content of its last message.
 
     >>> text_of([{"role": "assistant", "content": "72"}])
@@ -134,7 +134,7 @@ def _value(text: str) -> Fraction | None:
 
 
 def _accuracy(same: Callable[[str, str], bool], score: float) -> Reward:
-    def reward(completions: list[Completion], answer: list[Any]) -> list[float | None]:
+    def reward(completions: list[TextOrMessages], answer: list[Any]) -> list[float | None]:
         return [_judge(text_of(c), a) for c, a in zip(completions, answer, strict=True)]
 
     def _judge(text: str, answer: Any) -> float | None:
@@ -162,7 +162,7 @@ def accuracy_strict(score: float = 1.0) -> Reward:
 def _judged(good: Callable[[str], bool], score: float) -> Reward:
     """`score` for each text that is good, else 0."""
 
-    def reward(completions: list[Completion]) -> list[float | None]:
+    def reward(completions: list[TextOrMessages]) -> list[float | None]:
         return [score if good(text_of(completion)) else 0.0 for completion in completions]
 
     return reward
@@ -210,7 +210,7 @@ def think_format(score: float = 1.0) -> Reward:
 def tag_count(score: float = 1.0, tail: float = 0.001) -> Reward:
     """A quarter of `score` for each of the four tags that stands exactly once, less `tail` per character after the last; ≥ 0."""
 
-    def reward(completions: list[Completion]) -> list[float | None]:
+    def reward(completions: list[TextOrMessages]) -> list[float | None]:
         return [max(0.0, score * _tags(text) - tail * _tail(text)) for text in map(text_of, completions)]
 
     return reward
@@ -240,7 +240,7 @@ def _per_length(value: Callable[[int], float]) -> Reward:
     return reward
 
 
-def length(max_length: int, score: float = -1.0) -> Reward:
+def length_penalty(max_length: int, score: float = -1.0) -> Reward:
     """score · min(|y| / max_length, 1): every token costs; lengths in tokens."""
     _at_least("max_length", max_length, 1)
     return _per_length(lambda tokens: score * min(tokens / max_length, 1.0))
@@ -287,12 +287,13 @@ def _at_least(name: str, value: int, bound: int) -> None:
 
 _FACTORIES: Iterable[Callable[..., Reward]] = (
     accuracy, accuracy_strict, integer, format_strict, format_soft, think_format, tag_count, regex,
-    length, repetition, soft_overlong,
+    repetition, soft_overlong,
 )  # fmt: skip
 
 BUILT_IN: dict[str, Callable[..., Reward]] = {
     **{factory.__name__: factory for factory in _FACTORIES},
     "format": format_strict,
+    "length": length_penalty,
     # TRL's and open-r1's names
     "accuracy_reward": accuracy,
     "format_reward": format_strict,

@@ -190,7 +190,7 @@ def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]
     return [float(weight) for weight in weights]
 
 
-def score(
+def call_rewards(
     rewards: Sequence[NamedReward],
     *,
     prompts: Sequence[Any],

@@ -1,4 +1,4 @@
-"""From logits to sampled tokens and the log-probabilities that the training forward pass gives them."""
+"""Logits to sampled tokens and their log-probabilities, which equal those of the training forward pass."""
 
 import math
 from functools import cache
@@ -9,16 +9,13 @@ from attrs import validators as v
 
 from ..config.fields import option
 
-_BLOCK = 512  # tokens of the vocabulary that are summed together, about; see `categorical`
-_BELOW_ONE = 1 - 2**-22  # times a total is less than the total, in float32 too
+_BLOCK = 512  # about how many tokens of the vocabulary are summed together; see `categorical`
+_BELOW_ONE = 1 - 2**-22  # a total times this is less than the total, in float32 too
 
 
 @frozen
 class Sampling:
-    """How completions are drawn.
-
-    Truncations apply in the order penalty, temperature, top-k, top-p, min-p, each to what the one before it left.
-    """
+    """How tokens are drawn: penalty, temperature, top-k, top-p and min-p, in this order."""
 
     temperature: float = option(1.0, "Logits are divided by it; 0 = always the likeliest token.", v.ge(0))
     top_p: float = option(1.0, "Sample from the fewest tokens with this share of the probability; 1 = all.", v.gt(0), v.le(1))
@@ -30,21 +27,22 @@ class Sampling:
 
 
 def uniforms(keys: mx.array, positions: int) -> mx.array:
-    """[R, 2] keys to [R, positions, 2] uniform numbers in [0, 1); each row depends on its own key alone."""
+    """[R, 2] keys to [R, positions, 2] uniform numbers in [0, 1); a row depends on its own key alone."""
     return mx.vmap(lambda key: mx.random.uniform(0, _BELOW_ONE, (positions, 2), key=key))(keys)
 
 
-def choose(logits: mx.array, sampling: Sampling, noise: mx.array, seen: mx.array | None = None) -> tuple[mx.array, mx.array]:
-    """Draws one token a row.
+def draw_tokens(logits: mx.array, sampling: Sampling, noise: mx.array, seen: mx.array | None = None) -> tuple[mx.array, mx.array]:
+    """Draws one token for each row.
 
     Args:
         logits: [R, V].
-        noise: [R, 2] uniform numbers, the only source of chance.
-        seen: [R, V] bool, tokens that the repetition penalty applies to; None if there is no penalty.
+        sampling: how tokens are drawn.
+        noise: [R, 2] uniform numbers in [0, 1), the only randomness.
+        seen: [R, V] bool, tokens with the repetition penalty; None if there is no penalty.
 
     Returns:
-        [R] int32 tokens and [R] float32 log softmax(logits/temperature) of them, before penalty and truncation: the
-        policy that training scores. At temperature 0 it is that of temperature 1.
+        [R] int32 tokens, and their [R] float32 log softmax(logits/temperature) in nats before penalty and truncation, which is
+        the policy that training computes. Temperature 0 gives the log-probabilities of temperature 1.
     """
     logits = logits.astype(mx.float32)
     scale = sampling.temperature or 1.0
@@ -61,12 +59,11 @@ def choose(logits: mx.array, sampling: Sampling, noise: mx.array, seen: mx.array
 
 
 def categorical(logits: mx.array, noise: mx.array) -> mx.array:
-    """Inverts the distribution function: [R, V] logits, [R, 2] uniform numbers to [R] int32 tokens.
+    """Inverse transform sampling: [R, V] logits and [R, 2] uniform numbers to [R] int32 tokens.
 
-    One number picks a block of the vocabulary, the other a token in it: a running sum over the whole vocabulary would
-    lose tokens rarer than float32's 6e-8; and the logits are read once, for the blocks' sums, which also give the
-    normaliser. Gumbel noise needs V numbers a row: on a CPU with V = 16000 whole rollouts took 1.3 times as long with it,
-    on a GPU about as long.
+    The first number picks a block of the vocabulary, the second a token in it. A running sum over the whole vocabulary would
+    lose tokens with a probability below float32's 6e-8. The logits are read once, for the sums of the blocks, which also give
+    the normalizer. Gumbel noise would need V numbers for each row.
 
     >>> categorical(mx.log(mx.array([[0.25, 0.0, 0.75]] * 2)), mx.array([[0.0, 0.2], [0.0, 0.3]])).tolist()
     [0, 2]

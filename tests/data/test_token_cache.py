@@ -8,7 +8,7 @@ import orjson
 import pytest
 
 import mlxlora.data.token_cache as tokencache
-from mlxlora.data.sources import pairs, read, rows, tokenize
+from mlxlora.data.sources import load_rows, pairs, rows, tokenize
 from tests.support.tiny import byte_tokenizer
 
 
@@ -39,7 +39,7 @@ def data(tmp_path):
 
 def made(source, tokenizer):
     notes = []
-    return tokenize(source, read(source.data, 0), tokenizer, notes.append), notes
+    return tokenize(source, load_rows(source.data, 0), tokenizer, notes.append), notes
 
 
 def plain(value):
@@ -122,7 +122,7 @@ def test_a_template_that_tells_the_date_is_of_that_day(tokenizer, monkeypatch):
 
 def test_small_data_and_unknown_code_are_not_kept(data, tokenizer, monkeypatch):
     source = rows(str(data / "rows.jsonl"))
-    some = read(source.data, 0)["train"]
+    some = load_rows(source.data, 0)["train"]
     assert tokencache.token_file(some, source.encoder, tokenizer)
     assert tokencache.token_file(some, lambda row, tokenizer: None, tokenizer) is None
     monkeypatch.setattr(type(tokenizer._tokenizer), "__module__", "transformers_modules.mine")

@@ -14,10 +14,10 @@ from mlxlora.batch import Batch
 from mlxlora.config.options import AdapterOptions
 from mlxlora.errors import InputError, RunError
 from mlxlora.models.logprobs import scorer
-from mlxlora.rollouts import prefix_cache as decode
-from mlxlora.rollouts.engine import Completion, rollout_stats, sample
+from mlxlora.rollouts import prefix_cache
+from mlxlora.rollouts.engine import Decoding, length_stats, sample
 from mlxlora.rollouts.kv_cache import Route, find_route
-from mlxlora.rollouts.sampling import Sampling, categorical, choose, truncated, uniforms
+from mlxlora.rollouts.sampling import Sampling, categorical, draw_tokens, truncated, uniforms
 from tests.support import tiny
 
 QWEN3 = tiny.LLAMA | {"model_type": "qwen3", "rope_theta": 1e4, "max_position_embeddings": 512}
@@ -64,7 +64,7 @@ def plain():
 
 def drawn(model, prompts=PROMPTS, group=3, stop=(3, 4), seed=0, batch=0, **options):
     options = {"max_tokens": 14} | options
-    return sample(model, prompts, group, Sampling(**options), stop, key=mx.random.key(seed), batch=batch)
+    return sample(model, prompts, Decoding(Sampling(**options), stop, group, batch), key=mx.random.key(seed))
 
 
 def flat(groups):
@@ -204,7 +204,7 @@ def test_plain_and_windowed_layers_keep_a_prompt_once():
 @pytest.mark.parametrize("batch", [0, 4])
 def test_our_caches_sample_what_mlx_lms_sample(plain, batch):
     ours = drawn(plain, batch=batch, max_tokens=80, stop=(3,))
-    theirs = sample(plain, PROMPTS, 3, Sampling(max_tokens=80), (3,), key=mx.random.key(0), batch=batch, route=Route(True, ""))
+    theirs = sample(plain, PROMPTS, Decoding(Sampling(max_tokens=80), (3,), 3, batch, Route(True, "")), key=mx.random.key(0))
     assert tokens(ours) == tokens(theirs)
     np.testing.assert_allclose(*(np.concatenate([c.logps for c in flat(groups)]) for groups in (ours, theirs)), atol=5e-5)
 
@@ -239,20 +239,20 @@ def test_quantized_keys_and_values(bits, tolerance, head):
 def test_what_cannot_be_quantized(plain):
     with pytest.raises(InputError, match="--kv-bits 8: this model's heads have 16 entries"):
         drawn(plain, kv_bits=8)
-    with pytest.raises(InputError, match="--kv-bits 4: this model's cache cannot be quantised"):
+    with pytest.raises(InputError, match="--kv-bits 4: this model's cache cannot be quantized"):
         drawn(MODELS["lfm2: convolutions"](), kv_bits=4)
 
 
 def test_a_prompt_is_read_once_for_its_group(plain, monkeypatch):
     read = []
-    prefill = decode.prefill
+    prefill = prefix_cache.prefill_prompts
     monkeypatch.setattr(
-        "mlxlora.rollouts.prefix_cache.prefill", lambda _, prompts, bits: read.extend(prompts) or prefill(_, prompts, bits)
+        "mlxlora.rollouts.prefix_cache.prefill_prompts", lambda _, prompts, bits: read.extend(prompts) or prefill(_, prompts, bits)
     )
     prompts, route = [[1, 2, 3], [4, 5], [6]], find_route(plain)
     for batch, stop in ((0, NEVER), (0, range(40)), (18, range(40))):
         read.clear()
-        sample(plain, prompts, 6, Sampling(max_tokens=40), stop, key=mx.random.key(0), batch=batch, route=route)
+        sample(plain, prompts, Decoding(Sampling(max_tokens=40), stop, 6, batch, route), key=mx.random.key(0))
         assert read == [(1, 2, 3), (4, 5), (6,)]
 
 
@@ -279,7 +279,7 @@ def logits(rows=1, vocabulary=50, scale=2.0, seed=0):
 def many(z, sampling=ALL, count=20_000, seed=0, seen=None):
     noise = uniforms(mx.random.split(mx.random.key(seed), 1), count)[0]
     repeated = mx.broadcast_to(z, (count, z.shape[-1]))
-    return np.array(choose(repeated, sampling, noise, seen)[0])
+    return np.array(draw_tokens(repeated, sampling, noise, seen)[0])
 
 
 @pytest.mark.parametrize("vocabulary", [5, 512, 1500])
@@ -337,7 +337,7 @@ def test_min_p(min_p):
 
 def test_repetition_penalty():
     z, seen = mx.array([[2.0, 1.9, -1.0]]), mx.array([[True, False, True]])
-    token, logp = choose(z, Sampling(temperature=0, repetition_penalty=2.0), mx.zeros((1, 2)), seen)
+    token, logp = draw_tokens(z, Sampling(temperature=0, repetition_penalty=2.0), mx.zeros((1, 2)), seen)
     assert token.item() == 1  # 2/2 < 1.9
     assert logp.item() == pytest.approx((1.9 - mx.logsumexp(z)).item(), abs=1e-6)  # of the policy, not of the penalised logits
 
@@ -356,13 +356,12 @@ def test_something_is_always_left(seed, k, p, m, t):
     left = np.array(truncated(z / t, sampling))
     assert np.isfinite(left).any(axis=-1).all()
     assert np.isfinite(left[np.arange(4), np.array(z).argmax(axis=-1)]).all()
-    tokens_, logps = choose(z, sampling, uniforms(mx.random.key(seed)[None], 4)[0])
+    tokens_, logps = draw_tokens(z, sampling, uniforms(mx.random.key(seed)[None], 4)[0])
     assert np.isfinite(left[np.arange(4), np.array(tokens_)]).all() and (np.array(logps) <= 0).all()
 
 
 def test_statistics():
-    long, short = (Completion(np.zeros(n, np.int32), np.zeros(n, np.float32), finished=n < 9) for n in (9, 3))
-    assert rollout_stats([[long, short], [short, short]], 2.0) == {
+    assert length_stats([9, 3, 3, 3], [False, True, True, True], 2.0) == {
         "completions/mean_length": 4.5,
         "completions/min_length": 3.0,
         "completions/max_length": 9.0,

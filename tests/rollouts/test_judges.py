@@ -12,7 +12,7 @@ from mlx_lm.utils import load
 
 from mlxlora.errors import InputError
 from mlxlora.rollouts.judges import QUESTION, judge, reward_model
-from mlxlora.rollouts.rewards import score
+from mlxlora.rollouts.rewards import call_rewards
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 
@@ -40,7 +40,7 @@ def chat(model_folder: Path) -> tuple[Any, Any]:
 def called(reward: Any, prompts: list, completions: list) -> np.ndarray:
     """As a run calls it: in a thread."""
     ids = [[1]] * len(prompts)
-    return score(
+    return call_rewards(
         [reward], prompts=prompts, completions=completions, completion_ids=ids, columns={}, locations=["a:1"] * len(prompts)
     )[0]
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mlxlora.errors import InputError, RunError
 from mlxlora.rollouts import reward_functions as rf
-from mlxlora.rollouts.rewards import NamedReward, combine, load_rewards, score
+from mlxlora.rollouts.rewards import NamedReward, combine, load_rewards, call_rewards
 from mlxlora.utils import user_code as userfile
 
 GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k_test.jsonl"
@@ -25,7 +25,7 @@ def asked(*functions, completions=("a", "b"), timeout=None, **columns):
     """One matrix for functions or names of built-in rewards over completions that come from lines 1, 2, ... of a file."""
     rewards = [load_rewards([f])[0] if isinstance(f, str) else NamedReward(f.__name__, f) for f in functions]
     size = len(completions)
-    return score(
+    return call_rewards(
         rewards,
         prompts=["p"] * size,
         completions=completions,
@@ -248,7 +248,7 @@ def asked_of(rewards, **columns):
     chat = [[{"role": "assistant", "content": c}] for c in "ab"]
     prompts = [[{"role": "user", "content": "?"}]] * 2
     return {
-        kind: score(rewards, prompts=prompts, completions=c, completion_ids=[[1], [2]], columns=columns, locations=["d:1", "d:2"])
+        kind: call_rewards(rewards, prompts=prompts, completions=c, completion_ids=[[1], [2]], columns=columns, locations=["d:1", "d:2"])
         for kind, c in (("text", ["a", "b"]), ("chat", chat))
     }
 
