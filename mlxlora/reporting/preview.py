@@ -1,5 +1,6 @@
-"""Rows before they are trained on: as the model will see them, how long they are, what is cut, dropped and scored."""
+"""Shows rows before training: their tokens, which of them are trained, and how many rows are cut or dropped."""
 
+import sys
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -7,14 +8,15 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
-from attrs import frozen
+from attrs import asdict, evolve, frozen
 from rich.console import Console
 from rich.text import Text
 
-from ..data import formats
+from ..data import formats, sources
 from ..data.rows import Row
 from ..data.sources import Source, Split
 from ..data.tokenize import Counts, Example
+from ..utils.integers import ceil_div
 from .text import printable, runs_of_text, shorten
 
 Parse = Callable[[Row, Mapping[str, str]], Any]
@@ -24,15 +26,15 @@ _STYLES = {(True, True): "bold green underline", (True, False): "bold green", (F
 
 @frozen
 class Preview:
-    """What will be trained on, before there is a model.
+    """The rows and items that a run would train.
 
     Attributes:
-        source: how rows become batches.
-        rows: of each split, as they were read.
-        splits: their items.
+        source: turns rows into batches.
+        rows: the rows of each split, as read.
+        splits: the items of each split.
         tokenizer: the model's.
-        parse: a row to its record, as the method reads it.
-        lengths: tokens of every row of all splits, as they were before anything was cut or dropped; of a pair, of the longer side.
+        parse: turns a row into its record, as the method does.
+        lengths: tokens of every row of all splits before truncation; of a pair, those of its longer side.
     """
 
     source: Source
@@ -43,18 +45,46 @@ class Preview:
     lengths: Sequence[int]
 
 
+def read_preview(source: Source, parse: Parse, tokenizer: Any) -> Preview:
+    """Reads the rows that a run would train.
+
+    Args:
+        source: turns rows into batches.
+        parse: turns a row into its record; gets the names of the fields, too.
+        tokenizer: the model's.
+
+    Raises:
+        InputError: bad data.
+    """
+    source = evolve(source, live=False)  # there is no policy to measure with
+    data = source.data
+    whole, lengths = evolve(source, data=evolve(data, max_seq_length=sys.maxsize)), []
+
+    def encode(row: Row, _: Any) -> Any:
+        """The item of a row. Records its whole length; only a row that is too long is encoded twice."""
+        item = whole.prepare(row, tokenizer)
+        if item is not None:
+            lengths.append(max(map(whole.length, whole.arrange([item]))))
+        return source.prepare(row, tokenizer) if item is not None and lengths[-1] > data.max_seq_length else item
+
+    rows = sources.load_rows(data, 0)
+    keys = {name.removesuffix("_key"): value for name, value in asdict(data).items() if name.endswith("_key")}
+    splits = sources.tokenize(source, rows, tokenizer, encoder=encode)
+    return Preview(source, rows, splits, tokenizer, lambda row: parse(row, {**formats.KEYS, **keys}), lengths)
+
+
 def show_preview(preview: Preview, count: int = 3, console: Console | None = None) -> None:
-    """Prints what a run would train on.
+    """Prints counts, lengths and the first rows of what a run would train.
 
     Args:
         preview: rows, items and tokenizer.
-        count: rows of the training split to show.
-        console: where to print; scored tokens are green in a terminal and between [[ ]] elsewhere.
+        count: how many rows of the training split to show.
+        console: where to print; trained tokens are green in a terminal, and stand between [[ ]] elsewhere.
     """
     console = console or Console(highlight=False)
     items = preview.splits["train"].items
     _print(console, "template", _template(preview))
-    _print(console, "scored", _scored(preview.source, items))
+    _print(console, "trained", _trained(preview.source, items))
     for name, split in preview.splits.items():
         if split.counts.rows:
             _print(console, name, _counted(preview, name, split.counts))
@@ -64,11 +94,11 @@ def show_preview(preview: Preview, count: int = 3, console: Console | None = Non
         for text in _shown(preview, item, console):
             console.print(text, soft_wrap=True)
     if console.is_terminal:
-        console.print(Text("\ngreen: scored; underlined or violet: special tokens", style="dim"))
+        console.print(Text("\ngreen: trained; underlined or violet: special tokens", style="dim"))
 
 
 def _lengths(lengths: Sequence[int], limit: int, block: str) -> Iterator[str]:
-    """How long rows are, how many of them fit, and which limits would keep them whole."""
+    """The lengths of the rows, the share that fits, and the limits that would keep 95% or all of them whole."""
     ordered = sorted(lengths)
     fit, most = bisect_right(ordered, limit) / len(ordered), ordered[-(len(ordered) // 20) - 1]
     yield f"\ntokens in a row: {ordered[0]:,} to {ordered[-1]:,}, median {median(ordered):,.0f}"
@@ -78,7 +108,7 @@ def _lengths(lengths: Sequence[int], limit: int, block: str) -> Iterator[str]:
 
 
 def histogram(lengths: Sequence[int], block: str = "#", bins: int = BINS, width: int = BAR, limit: int | None = None) -> list[str]:
-    """Bars of how many rows have how many tokens; one line more where the limit is, if some rows are longer.
+    """Bars for the numbers of rows by tokens, and a line at the limit if some rows are longer.
 
     >>> histogram([1, 2, 2, 9], bins=2, width=6)
     ['1-5  ###### 3', '6-9  ## 1']
@@ -87,16 +117,39 @@ def histogram(lengths: Sequence[int], block: str = "#", bins: int = BINS, width:
     """
     ordered = sorted(lengths)
     low, high = ordered[0], ordered[-1]
-    cut = high if limit is None else min(max(limit, low - 1), high)  # the last length that fits
-    starts = {*range(low, high + 1, -(-(high - low + 1) // bins)), *([cut + 1] if cut < high else [])}
+    cut = high if limit is None else min(max(limit, low - 1), high)  # the greatest length that fits
+    starts = {*range(low, high + 1, ceil_div(high - low + 1, bins)), *([cut + 1] if cut < high else [])}
     ranges = [(a, b - 1) for a, b in pairwise([*sorted(starts), high + 1])]
     counts = [bisect_right(ordered, b) - bisect_left(ordered, a) for a, b in ranges]
     labels = [f"{a:,}-{b:,}" if a != b else f"{a:,}" for a, b in ranges]
     wide = max(map(len, labels))
-    lines = [f"{label:>{wide}}  {block * -(-n * width // max(counts))} {n:,}" for label, n in zip(labels, counts, strict=True)]
+    lines = [f"{label:>{wide}}  {block * ceil_div(n * width, max(counts))} {n:,}" for label, n in zip(labels, counts, strict=True)]
     if cut < high:
         lines.insert(sum(b <= cut for _, b in ranges), f"{'-' * wide}  --max-seq-length {limit}")
     return lines
+
+
+def row_objects(preview: Preview, count: int) -> Iterator[dict[str, Any]]:
+    """The first items of the training split as JSON objects, for programs and tests.
+
+    Each has `file`, `line`, `tokens` (ids), `text`, `trained` (the texts of the trained spans, in order) and `counts`. A pair
+    has `file` and `line`, and the rest under `chosen` and `rejected`. A labeled completion has a `label` too. Dropped rows are
+    left out.
+    """
+    for item in preview.splits["train"].items[:count]:
+        examples = preview.source.examples(item)
+        file, _, line = examples[0].location.rpartition(":")
+        parts = [_object(example, preview.tokenizer) for example in examples]
+        label = {"label": item.label} if isinstance(getattr(item, "label", None), bool) else {}
+        sides = dict(zip(_sides(item), parts, strict=True)) if len(parts) == 2 else parts[0]
+        yield {"file": file, "line": int(line), **label, **sides}
+
+
+def _object(example: Example, tokenizer: Any) -> dict[str, Any]:
+    tokens, loss_mask = example.tokens.tolist(), example.loss_mask.tolist()
+    trained = [text for text, is_trained in runs_of_text(tokens, loss_mask, tokenizer.decode) if is_trained]
+    counts = {"tokens": len(tokens), "trained": sum(loss_mask), "truncated": example.truncated}
+    return {"tokens": tokens, "text": tokenizer.decode(tokens), "trained": trained, "counts": counts}
 
 
 def _print(console: Console, name: str, text: str) -> None:
@@ -108,7 +161,7 @@ def _unicode(console: Console) -> bool:
 
 
 def _template(preview: Preview) -> str:
-    """What becomes of each kind of row."""
+    """How many rows of each kind there are, and what happens to them."""
     kinds = Counter(_kind(preview.parse(row)) for row in preview.rows["train"])
     wrapped = preview.source.data.use_chat_template
     ways = {
@@ -127,19 +180,19 @@ def _kind(record: Any) -> str:
     return "conversations" if isinstance(record, formats.ChatRecord) or isinstance(record.prompt, list) else "strings"
 
 
-def _scored(source: Source, items: Sequence[Any]) -> str:
-    if source.online:
-        return "the completions, which are sampled during the run"
+def _trained(source: Source, items: Sequence[Any]) -> str:
     examples = [example for item in items for example in source.examples(item)]
     loss_mask, tokens = sum(int(e.loss_mask.sum()) for e in examples), sum(len(e.tokens) for e in examples)
+    if source.online or not loss_mask:
+        return "the completions, which the run samples"
     masked = getattr(source.data, "mask_prompt", None)
-    which = {True: "completions and assistant turns (--mask-prompt)", False: "every token; --mask-prompt scores answers only"}
+    which = {True: "completions and assistant turns (--mask-prompt)", False: "every token; --mask-prompt trains answers only"}
     prompts = "prompts and completions" if any(e.prompt is not None for e in examples) else "completions"
     return f"{prompts if masked is None else which[masked]}: {loss_mask:,} of {tokens:,} tokens ({loss_mask / tokens:.1%})"
 
 
 def _counted(preview: Preview, name: str, counts: Counts) -> str:
-    """Rows, shares cut and dropped, and where those that were dropped are."""
+    """The number of rows, how many of them are cut and dropped, and which ones are dropped."""
     kept = {preview.source.examples(item)[0].location for item in preview.splits[name].items}
     lost = [row.location for row in preview.rows[name] if row.location not in kept]
     more = f" and {len(lost) - 3:,} more" if len(lost) > 3 else ""
@@ -150,10 +203,10 @@ def _counted(preview: Preview, name: str, counts: Counts) -> str:
 
 
 def _shown(preview: Preview, item: Any, console: Console) -> Iterator[Text]:
-    """The sequences of an item, each under a line that says where it is from."""
+    """The sequences of an item, each under a line with its file, line and counts."""
     for side, example in zip(_sides(item), preview.source.examples(item), strict=True):
         cut = ", cut" if example.truncated else ""
-        about = f"{len(example.tokens):,} tokens, {int(example.loss_mask.sum()):,} scored{cut}"
+        about = f"{len(example.tokens):,} tokens, {int(example.loss_mask.sum()):,} trained{cut}"
         yield Text(f"\n{example.location}  {side}  {about}".replace("    ", "  "), style="dim")
         yield marked(example, preview.tokenizer, plain=not console.is_terminal, newline="⏎" if _unicode(console) else "\\n")
 
@@ -165,13 +218,13 @@ def _sides(item: Any) -> tuple[str, ...]:
 
 
 def marked(example: Example, tokenizer: Any, *, plain: bool, newline: str = "⏎") -> Text:
-    """A row as the model reads it: scored tokens marked, special tokens and line ends visible.
+    """A row as the model reads it, with trained tokens marked, and special tokens and line ends visible.
 
     Args:
         example: the row.
         tokenizer: the model's.
-        plain: marks scored text by [[ ]], else by colour.
-        newline: what shows the end of a line.
+        plain: mark trained text by [[ ]] instead of color.
+        newline: the sign for the end of a line.
     """
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     tokens, loss_mask = example.tokens.tolist(), example.loss_mask.tolist()

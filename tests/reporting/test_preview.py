@@ -1,4 +1,4 @@
-"""`mlxlora preview`: rows as the model sees them, with what is scored, cut and dropped."""
+"""`mlxlora preview`: rows as the model sees them, with what is trained, cut and dropped."""
 
 import io
 import json
@@ -8,12 +8,11 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlxlora_cli.preview import METHODS
 from rich.console import Console
 
 from mlxlora import starter
-from mlxlora.config.options import DataOptions, ModelOptions, PairData
-from mlxlora.methods import look
+from mlxlora.config.options import ModelOptions
+from mlxlora.methods import METHODS
 from mlxlora.models.loading import load_tokenizer
 from mlxlora.reporting.preview import histogram, show_preview
 
@@ -54,9 +53,9 @@ def test_the_starter(method, mlxlora):
     assert ("chosen" in done.out) == (sides == 2) and ("desirable" in done.out) == (method == "kto")
 
 
-def test_what_is_scored(mlxlora):
+def test_what_is_trained(mlxlora):
     shown = {flag: mlxlora("preview", *STARTER, "--data", starter.data_path("sft"), *flag).out for flag in ((), ("--mask-prompt",))}
-    assert "every token; --mask-prompt scores answers only" in shown[()]
+    assert "every token; --mask-prompt trains answers only" in shown[()]
     assert "completions and assistant turns (--mask-prompt)" in shown[("--mask-prompt",)]
     assert "[[37 + 28 = 65<|im_end|>]]" in shown[("--mask-prompt",)]
     prompts = ("--method", "orpo", *STARTER, "--data", starter.data_path("orpo"))
@@ -84,7 +83,7 @@ def test_lengths_are_those_of_whole_rows(method, tmp_path):
         rows = [{"prompt": row["prompt"], "completion": row["completion"], "label": True} for row in rows]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[-2:]))
-    data = {limit: look(method, tokenizer(), METHODS[method](data=str(tmp_path), max_seq_length=limit)) for limit in (60, 9999)}
+    data = {limit: METHODS[method].preview(tokenizer(), data=str(tmp_path), max_seq_length=limit) for limit in (60, 9999)}
     assert data[60].lengths == data[9999].lengths and len(data[60].lengths) == 6
     assert data[60].lengths[3] == data[60].lengths[5] == max(data[60].lengths) > 60
     screen = Console(file=io.StringIO(), width=120, highlight=False)
@@ -98,11 +97,11 @@ def test_lengths_are_those_of_whole_rows(method, tmp_path):
 def test_a_terminal_has_colors_and_the_datas_own_escapes_are_text(tmp_path):
     data = tmp_path / "pairs.jsonl"
     data.write_text(json.dumps({"prompt": "a\x1b[2J", "chosen": " yes", "rejected": " no"}) + "\n")
-    found = look("dpo", tokenizer(), PairData(data=str(data)))
+    found = METHODS["dpo"].preview(tokenizer(), data=str(data))
     screen = Console(file=io.StringIO(), force_terminal=True, width=120, color_system="standard", highlight=False)
     show_preview(found, console=screen)
     text = screen.file.getvalue()
-    assert "[[" not in text and "\x1b[2J" not in text and "\x1b[1;32m" in text and "green: scored" in text
+    assert "[[" not in text and "\x1b[2J" not in text and "\x1b[1;32m" in text and "green: trained" in text
 
 
 def test_the_file_of_a_run_may_be_given(tmp_path, mlxlora):
@@ -116,8 +115,8 @@ RUNS = {
     "dpo": ({"beta": 0.2, "delta": 1.0, "prompt_truncation": "left", "lr_schedule": "linear"}, "chosen"),
     "orpo": ({"nll_on_prompt": True}, "prompts and completions: "),
     "kto": ({}, "desirable"),
-    "grpo": ({"rewards": ["accuracy"], "report_to": None}, "sampled during the run"),
-    "gkd": ({"teacher_model": "t"}, "sampled during the run"),
+    "grpo": ({"rewards": ["accuracy"], "report_to": None}, "which the run samples"),
+    "gkd": ({"teacher_model": "t"}, "which the run samples"),
     "distill": ({"teacher_model": "t", "mask_prompt": True}, "completions and assistant turns"),
 }
 
@@ -143,7 +142,7 @@ def test_long_rows_are_cut_without_a_word_of_transformers(monkeypatch):
     said, reader = [], tokenizer()
     monkeypatch.setattr(reader._tokenizer, "model_max_length", 4)
     monkeypatch.setattr(logging.getLogger("transformers.tokenization_utils_base"), "warning", lambda *told: said.append(told))
-    look("sft", reader, DataOptions(data=str(starter.data_path("sft")), max_seq_length=20, mask_prompt=True))
+    METHODS["sft"].preview(reader, data=str(starter.data_path("sft")), max_seq_length=20, mask_prompt=True)
     assert said == []
     reader._tokenizer.deprecation_warnings.clear()
     reader._tokenizer.encode("words " * 9)
@@ -174,8 +173,79 @@ def test_mistakes_are_one_line(arguments, message, mlxlora):
 
 
 def test_without_unicode():
-    found = look("sft", tokenizer(), DataOptions(data=str(starter.data_path("sft"))))
+    found = METHODS["sft"].preview(tokenizer(), data=str(starter.data_path("sft")))
     raw = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     show_preview(found, 1, Console(file=raw, highlight=False, width=100))
     raw.flush()
     assert b"\\n" in raw.buffer.getvalue()
+
+
+def objects(mlxlora, *arguments):
+    """What `mlxlora preview --json` prints, one object a line."""
+    done = mlxlora("preview", *STARTER, "--json", *arguments)
+    assert done.code == 0, done.err
+    return [json.loads(line) for line in done.out.splitlines()]
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_json_has_one_object_a_row(tmp_path, mlxlora):
+    turns = [
+        {"role": role, "content": text} for role, text in (("user", "1+1?"), ("assistant", "2"), ("user", "é?"), ("assistant", "é"))
+    ]
+    data = write(tmp_path / "rows.jsonl", {"messages": turns}, {"text": "words"}, {"prompt": "a" * 99, "completion": "b"})
+    chat, text = objects(mlxlora, "--data", data, "--mask-prompt", "--max-seq-length", 80, "--num", 9)
+    assert (chat["file"], chat["line"], text["line"]) == (str(data), 1, 2)
+    assert [part.removesuffix("\n") for part in chat["trained"]] == ["2<|im_end|>", "é<|im_end|>"]
+    assert tokenizer().decode(chat["tokens"]) == chat["text"] and "<|im_start|>user\né?" in chat["text"]
+    assert chat["counts"] == {
+        "tokens": len(chat["tokens"]),
+        "trained": sum(len(tokenizer().encode(part, add_special_tokens=False)) for part in chat["trained"]),
+        "truncated": False,
+    }
+    assert set(chat) == {"file", "line", "tokens", "text", "trained", "counts"}
+
+
+def test_json_of_pairs_labels_and_prompts(tmp_path, mlxlora):
+    pairs = write(tmp_path / "pairs.jsonl", {"prompt": "a ", "chosen": "yes", "rejected": "no"})
+    (pair,) = objects(mlxlora, "--data", pairs, "--method", "dpo")
+    assert set(pair) == {"file", "line", "chosen", "rejected"}
+    assert [pair[side]["trained"] for side in ("chosen", "rejected")] == [["yes<|im_end|>"], ["no<|im_end|>"]]
+    labeled = write(
+        tmp_path / "kto.jsonl",
+        {"prompt": "a ", "completion": "yes", "label": True},
+        {"prompt": "b ", "chosen": "c", "rejected": "d"},
+    )
+    found = objects(mlxlora, "--data", labeled, "--method", "kto")
+    assert [(row["line"], row["label"], row["trained"]) for row in found] == [
+        (1, True, ["yes<|im_end|>"]),
+        (2, True, ["c<|im_end|>"]),
+        (2, False, ["d<|im_end|>"]),
+    ]
+    prompts = write(tmp_path / "prompts.jsonl", {"prompt": [{"role": "user", "content": "1+1?"}]})
+    (prompt,) = objects(mlxlora, "--data", prompts, "--method", "grpo")
+    assert prompt["trained"] == [] and prompt["counts"]["trained"] == 0
+    assert prompt["text"] == "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_json_is_alone_on_standard_output(tmp_path, mlxlora):
+    """Notes about the file of another program go to standard error."""
+    data = write(tmp_path / "rows.jsonl", {"text": "words"})
+    file = tmp_path / "peer.yaml"
+    file.write_text(f"train_mode: sft\nmodel: {starter.model_path()}\ndata: {data}\niters: 3\nlora_parameters: {{keys: [a]}}\n")
+    done = mlxlora("preview", "--config", file, "--json")
+    assert done.code == 0, done.err
+    assert [json.loads(line)["text"] for line in done.out.splitlines()] == ["words<|im_end|>"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_json_shows_the_tokens_that_the_run_trains(method, mlxlora):
+    found = METHODS[method].preview(tokenizer(), data=str(starter.data_path(method)))
+    shown = objects(mlxlora, "--method", method, "--data", starter.data_path(method), "--num", 2)
+    examples = [example for item in found.splits["train"].items[:2] for example in found.source.examples(item)]
+    parts = [part for row in shown for part in ([row["chosen"], row["rejected"]] if "chosen" in row else [row])]
+    assert [part["tokens"] for part in parts] == [example.tokens.tolist() for example in examples]
+    assert [part["counts"]["trained"] for part in parts] == [int(example.loss_mask.sum()) for example in examples]
