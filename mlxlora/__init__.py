@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from . import methods as _methods
     from . import objectives as objectives
+    from .adapters.compare import Generation as Generation
     from .adapters.compare import compare as compare
     from .adapters.files import save as save
     from .adapters.fuse import fuse as fuse
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from .objectives.objective import term as term
     from .objectives.objective import token_mean as token_mean
     from .objectives.objective import watch as watch
+    from .objectives.quantity import reads as reads
     from .objectives.scores import log_odds as log_odds
     from .objectives.scores import log_ratio as log_ratio
     from .objectives.scores import mean_log_ratio as mean_log_ratio
@@ -110,7 +112,7 @@ _MODULES = {
     **{name: f"objectives.{name}" for name in ("advantages", "losses", "objective", "scores", "terms")},
 }
 _NAMES = {
-    "adapters.compare": ("compare",),
+    "adapters.compare": ("Generation", "compare"),
     "adapters.files": ("save",),
     "adapters.fuse": ("fuse",),
     "adapters.hub": ("push",),
@@ -156,6 +158,7 @@ _NAMES = {
         "token_mean",
         "watch",
     ),
+    "objectives.quantity": ("reads",),
     "objectives.scores": ("log_odds", "log_ratio", "mean_log_ratio", "mean_logps", "sum_logps"),
     "objectives.surrogates": ("clipped_surrogate", "kl"),
     "objectives.terms": ("dft", "nll", "preference"),

@@ -21,7 +21,7 @@ from .rank_scale import IN_BLOCK, resized
 
 
 @frozen
-class Part:
+class Summand:
     """One of the adapters: folder, updates by module, configuration, and weight in the sum."""
 
     folder: str
@@ -64,22 +64,22 @@ def merge(
         raise InputError(f"merge takes two or more adapters and a weight for each, got {len(folders)} and {len(weights)} weights")
     if not all(map(math.isfinite, weights)):
         raise InputError(f"--weights must be finite numbers, got {', '.join(map(str, weights))}")
-    parts = [_part(str(folder), weight) for folder, weight in zip(folders, weights, strict=True)]
+    summands = [_summand(str(folder), weight) for folder, weight in zip(folders, weights, strict=True)]
     if model is None:
-        _check_model(parts)
-    _check_shapes(parts)
-    scale = parts[0].parameters["scale"]
-    sums = {path: _sum(path, parts, scale) for path in dict.fromkeys(path for part in parts for path in part.updates)}
+        _check_model(summands)
+    _check_shapes(summands)
+    scale = summands[0].parameters["scale"]
+    sums = {path: _sum(path, summands, scale) for path in dict.fromkeys(path for summand in summands for path in summand.updates)}
     rank = max(map(rank_of, sums.values()))
     arrays = {f"{path}.{name}": array for path, both in sums.items() for name, array in resized(both, rank, 1.0).items()}
     with atomic_directory(target) as temporary:
-        config = _config(parts, list(sums), rank, model)
+        config = _config(summands, list(sums), rank, model)
         save_arrays(temporary / WEIGHTS, arrays, config_checksum(config), checked=True)
         (temporary / CONFIG).write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
     return rank
 
 
-def _part(folder: str, weight: float) -> Part:
+def _summand(folder: str, weight: float) -> Summand:
     config = read_adapter_config(folder)
     kind = config.get("fine_tune_type", "lora")
     if kind != "lora":
@@ -92,23 +92,23 @@ def _part(folder: str, weight: float) -> Part:
         updates.setdefault(path, {})[last] = array
     if wrong := [path for path, both in updates.items() if both.keys() != {"lora_a", "lora_b"}]:
         raise InputError(f"{folder}: {wrong[0]} is not a pair of matrices, lora_a and lora_b")
-    return Part(folder, updates, config, weight)
+    return Summand(folder, updates, config, weight)
 
 
-def _check_model(parts: Sequence[Part]) -> None:
-    names = {part.config["model"]: part.folder for part in parts if part.config.get("model")}
+def _check_model(summands: Sequence[Summand]) -> None:
+    names = {summand.config["model"]: summand.folder for summand in summands if summand.config.get("model")}
     if len(names) > 1:
         bases = ", ".join(f"{folder} on {name}" for name, folder in names.items())
         raise InputError(f"merge adds adapters of one model, but they name several: {bases}; if it is one model, use --model NAME")
 
 
-def _check_shapes(parts: Sequence[Part]) -> None:
-    first = parts[0]
-    for part in parts[1:]:
-        for path in first.updates.keys() & part.updates.keys():
-            ours, theirs = (_shape(both) for both in (first.updates[path], part.updates[path]))
+def _check_shapes(summands: Sequence[Summand]) -> None:
+    first = summands[0]
+    for summand in summands[1:]:
+        for path in first.updates.keys() & summand.updates.keys():
+            ours, theirs = (_shape(both) for both in (first.updates[path], summand.updates[path]))
             if ours != theirs:
-                raise InputError(f"{part.folder}: {path} is {theirs}, but {ours} in {first.folder}; merge adapters of one model")
+                raise InputError(f"{summand.folder}: {path} is {theirs}, but {ours} in {first.folder}; merge adapters of one model")
 
 
 def _shape(both: NamedArrays) -> tuple[int, ...]:
@@ -117,22 +117,22 @@ def _shape(both: NamedArrays) -> tuple[int, ...]:
     return (a.shape[0], b.shape[1], a.shape[2]) if a.ndim == 3 else (a.shape[0], b.shape[1])
 
 
-def _sum(path: str, parts: Sequence[Part], scale: float) -> NamedArrays:
-    mine = [part for part in parts if path in part.updates]
+def _sum(path: str, summands: Sequence[Summand], scale: float) -> NamedArrays:
+    mine = [summand for summand in summands if path in summand.updates]
     return concatenated(
         [resized(p.updates[path], rank_of(p.updates[path]), p.weight * p.parameters["scale"] / scale) for p in mine]
     )
 
 
-def _config(parts: Sequence[Part], paths: Sequence[str], rank: int, model: str | None) -> dict[str, Any]:
+def _config(summands: Sequence[Summand], paths: Sequence[str], rank: int, model: str | None) -> dict[str, Any]:
     """mlx-lm's configuration of the sum; further modules that it adapts get no update."""
     keys = {match["path"] if (match := IN_BLOCK.fullmatch(path)) else path for path in paths}
-    formats = {part.config.get("quantize") for part in parts}
+    formats = {summand.config.get("quantize") for summand in summands}
     return {
-        "model": model or next((name for part in parts if (name := part.config.get("model"))), ""),
+        "model": model or next((name for summand in summands if (name := summand.config.get("model"))), ""),
         "fine_tune_type": "lora",
-        "num_layers": max(part.config["num_layers"] for part in parts),
-        "lora_parameters": {"rank": rank, "dropout": 0.0, "scale": parts[0].parameters["scale"], "keys": sorted(keys)},
+        "num_layers": max(summand.config["num_layers"] for summand in summands),
+        "lora_parameters": {"rank": rank, "dropout": 0.0, "scale": summands[0].parameters["scale"], "keys": sorted(keys)},
         **({"quantize": formats.pop()} if len(formats) == 1 and formats != {None} else {}),
-        "merged": {Path(part.folder).name: part.weight for part in parts},
+        "merged": {Path(summand.folder).name: summand.weight for summand in summands},
     }

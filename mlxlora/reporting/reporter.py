@@ -10,7 +10,6 @@ from ..utils.files import atomic_file
 
 Values = Mapping[str, Any]
 """Named values: a record of metrics (step, split, loss, ...), a sample, an answer, a configuration or the results of a run."""
-Row = Values  # until training/answers.py is changed
 _NO_METRICS = {"step", "split"}
 
 
