@@ -20,7 +20,7 @@ from .formats import (
     supervised_record,
 )
 from .rows import Row, read_splits
-from .tokenize import record_prompt
+from .tokenize import check_ids, record_prompt
 
 
 @frozen
@@ -39,6 +39,7 @@ def read_questions(
     *,
     use_chat_template: bool | None = None,
     system: str | None = None,
+    vocabulary: int | None = None,
     keys: Mapping[str, str] = KEYS,
 ) -> list[Question]:
     """The first prompts of a data set: of its test split, else its validation split, else its training split.
@@ -49,14 +50,16 @@ def read_questions(
         count: how many.
         use_chat_template: wrap plain text in the chat template; None: if the tokenizer has one.
         system: the system message of rows that have none.
+        vocabulary: how many tokens the model has; None: do not check.
         keys: names of the fields.
 
     Raises:
-        InputError: the data set has no rows, or a row has no prompt.
+        InputError: the data set has no rows, a row has no prompt, or the model has not all of its tokens.
     """
     splits = read_splits(data)
     rows = next(splits[name] for name in ("test", "valid", "train") if splits.get(name))
-    return [question(row, tokenizer, use_chat_template=use_chat_template, system=system, keys=keys) for row in rows[:count]]
+    how: dict[str, Any] = {"use_chat_template": use_chat_template, "system": system, "vocabulary": vocabulary, "keys": keys}
+    return [question(row, tokenizer, **how) for row in rows[:count]]
 
 
 def question(
@@ -65,6 +68,7 @@ def question(
     *,
     use_chat_template: bool | None = None,
     system: str | None = None,
+    vocabulary: int | None = None,
     keys: Mapping[str, str] = KEYS,
 ) -> Question:
     """The prompt of a row of any training method; see `read_questions` for the arguments."""
@@ -75,6 +79,8 @@ def question(
     if wrapped and not tokenizer.has_chat_template:
         raise InputError("--use-chat-template: this tokenizer has no chat template; leave the flag out")
     prompt = record_prompt(record, tokenizer, use_chat_template=wrapped, system=system)
+    if vocabulary is not None:
+        check_ids(prompt.tokens, row.location, vocabulary, tokenizer)
     return Question(prompt.tokens.tolist(), last_text(record.prompt), last_text(expected))
 
 

@@ -5,13 +5,15 @@ completion starts at the first token where the prompt alone and the whole text d
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from attrs import frozen
 
 from ..errors import InputError, quoted
-from .chat_template import assistant_turns, common_prefix, render
+from .chat_template import assistant_turns, render
+from .conversation import common_prefix
+from .dialogue import is_begun, trained_turns, unweighted, whole_conversation
 from .formats import (
     KEYS,
     ChatRecord,
@@ -29,6 +31,7 @@ from .rows import Row
 
 _Item = TypeVar("_Item")
 _Prompted = CompletionRecord | PairRecord | PromptRecord
+_Templated = _Prompted | ChatRecord
 
 
 @frozen(eq=False)
@@ -109,19 +112,19 @@ def record_example(
     record: SupervisedRecord, tokenizer: Any, *, mask_prompt: bool, use_chat_template: bool, max_seq_length: int
 ) -> Example | None:
     """The tokens of a record; see `supervised_example`."""
-    location = record.location
     match record:
         case TextRecord(text=text):
-            ids, loss_mask = _encode(tokenizer, _ended(tokenizer, text)), None
-        case ChatRecord(messages=messages, tools=tools) if mask_prompt:
-            ids, loss_mask = assistant_turns(tokenizer, messages, location, tools=tools)
-        case ChatRecord(messages=messages, tools=tools):
-            ids, loss_mask = render(tokenizer, messages, location, tools=tools), None
-        case CompletionRecord():
-            prompt, (ids,) = _prompt_and_wholes(tokenizer, record, [record.completion], use_chat_template)
-            start = common_prefix(prompt, ids)
-            loss_mask = [t >= start for t in range(len(ids))] if mask_prompt else None
-    return _example(ids, [True] * len(ids) if loss_mask is None else loss_mask, location, max_seq_length)
+            ids = _encode(tokenizer, _ended(tokenizer, text))
+            loss_mask = [True] * len(ids)
+        case ChatRecord(messages=messages) if mask_prompt:
+            how = {"trained": trained_turns(messages), **_template_input(record)}
+            ids, loss_mask = assistant_turns(tokenizer, unweighted(messages), record.location, **how)
+        case ChatRecord(messages=messages):
+            ids, loss_mask = _chat_tokens(tokenizer, messages, record)
+        case CompletionRecord(completion=completion):
+            (whole,) = _wholes(tokenizer, record, [completion], use_chat_template)
+            ids, loss_mask = whole.ids, whole.completion(whole.start) if mask_prompt else whole.every
+    return _example(ids, loss_mask, record.location, max_seq_length)
 
 
 def preference_pair(
@@ -149,13 +152,11 @@ def preference_pair(
         InputError: the row is not understood, or the chat template rejects it.
     """
     record = preference_record(row, keys)
-    prompt, wholes = _prompt_and_wholes(tokenizer, record, [record.chosen, record.rejected], use_chat_template)
-    start = min(common_prefix(prompt, whole) for whole in wholes)
-    longest = max(len(whole) for whole in wholes)
+    wholes = _wholes(tokenizer, record, [record.chosen, record.rejected], use_chat_template)
+    start = min(whole.start for whole in wholes)
+    longest = max(len(whole.ids) for whole in wholes)
     cut = max(0, min(start - 1, longest - max_seq_length)) if prompt_truncation == "left" else 0
-    chosen, rejected = (
-        _completed(whole[cut:], start - cut, row.location, max_seq_length, score_prompt, cut > 0) for whole in wholes
-    )
+    chosen, rejected = (_completed(whole, start, cut, row.location, max_seq_length, score_prompt) for whole in wholes)
     return None if chosen is None or rejected is None else Pair(chosen, rejected, record.preference_score)
 
 
@@ -203,23 +204,90 @@ def tokenize_all(
     return items, Counts(rows=len(made), truncated=truncated, dropped=len(made) - len(items))
 
 
-def _prompt_and_wholes(
+def check_ids(tokens: np.ndarray, location: str, vocabulary: int, tokenizer: Any) -> None:
+    """Checks that every token has an embedding; MLX would read past the end of the matrix.
+
+    Raises:
+        InputError: a token is not in the vocabulary of the model; the message begins with `location`.
+    """
+    if len(tokens) and (largest := int(tokens.max())) >= vocabulary:
+        raise InputError(
+            f"{location}: token {largest} ({tokenizer.decode([largest])!r}) is not among the model's {vocabulary}: "
+            "the tokenizer has more tokens than the weights; use the tokenizer of this model"
+        )
+
+
+class _Whole(NamedTuple):
+    """A prompt with a completion.
+
+    Attributes:
+        ids: [L] token ids, which need not begin with those of the prompt alone.
+        start: the first token that is not the prompt's.
+        every: [L] bool, all tokens without those of turns that are not to be trained.
+        turns: [L] bool, the tokens of the completion's trained turns; None: the completion is one such turn.
+    """
+
+    ids: list[int]
+    start: int
+    every: list[bool]
+    turns: list[bool] | None = None
+
+    def completion(self, start: int) -> list[bool]:
+        """[L] bool, the trained tokens of the completion, which starts at token `start`."""
+        return [t >= start and turn for t, turn in enumerate(self.turns or [True] * len(self.ids))]
+
+
+def _wholes(
     tokenizer: Any, record: CompletionRecord | PairRecord, completions: list[str | list[Message]], use_chat_template: bool
-) -> tuple[list[int], list[list[int]]]:
-    """Token ids of the prompt, and of the prompt with each completion, which need not begin with the ids of the prompt."""
+) -> list[_Whole]:
+    """The prompt with each completion."""
     prompt = _prompt(tokenizer, record, use_chat_template, None)
     if isinstance(record.prompt, str) and not use_chat_template:
         text = _with_system_text(record.prompt, record.system)
-        return prompt, [_encode(tokenizer, _ended(tokenizer, text + str(completion))) for completion in completions]
+        return [_joined(prompt, _encode(tokenizer, _ended(tokenizer, text + str(completion)))) for completion in completions]
     messages = _as_conversation(record, None)
-    wholes = [messages + _as_answer(completion) for completion in completions]
-    return prompt, [render(tokenizer, whole, record.location, tools=record.tools) for whole in wholes]
+    return [_answered(tokenizer, record, messages, _as_answer(completion), prompt) for completion in completions]
+
+
+def _joined(prompt: list[int], ids: list[int]) -> _Whole:
+    return _Whole(ids, common_prefix(prompt, ids), [True] * len(ids))
+
+
+def _answered(
+    tokenizer: Any, record: CompletionRecord | PairRecord, prompt: list[Message], answer: list[Message], prompt_ids: list[int]
+) -> _Whole:
+    """The conversation of a prompt and an answer, which may hold several turns."""
+    messages, first = whole_conversation(prompt, answer)
+    trained = trained_turns(messages, first)
+    ids, every = _chat_tokens(tokenizer, messages, record)
+    start = common_prefix(prompt_ids, ids)
+    if trained == {first} and len(messages) == first + 1:
+        return _Whole(ids, start, every)
+    _, turns = assistant_turns(tokenizer, unweighted(messages), record.location, trained=trained, **_template_input(record))
+    return _Whole(ids, start, every, turns)
+
+
+def _chat_tokens(tokenizer: Any, messages: list[Message], record: _Templated) -> tuple[list[int], list[bool]]:
+    """Token ids of a conversation, and all of them, without the turns that are not to be trained."""
+    every = trained_turns(unweighted(messages))
+    if not (skipped := every - trained_turns(messages)):
+        ids = render(tokenizer, messages, record.location, **_template_input(record))
+        return ids, [True] * len(ids)
+    ids, marks = assistant_turns(tokenizer, unweighted(messages), record.location, trained=skipped, **_template_input(record))
+    return ids, [not mark for mark in marks]
+
+
+def _template_input(record: _Templated) -> dict[str, Any]:
+    """What the row gives its chat template besides the messages."""
+    return {"tools": record.tools, "template_args": record.template_args}
 
 
 def _prompt(tokenizer: Any, record: _Prompted, use_chat_template: bool, system: str | None) -> list[int]:
     if isinstance(record.prompt, str) and not use_chat_template:
         return _encode(tokenizer, _with_system_text(record.prompt, record.system or system))
-    return render(tokenizer, _as_conversation(record, system), record.location, tools=record.tools, generation_prompt=True)
+    messages = _as_conversation(record, system)
+    end = {"continue_final": True} if is_begun(messages) else {"generation_prompt": True}
+    return render(tokenizer, messages, record.location, **end, **_template_input(record))
 
 
 def _as_conversation(record: _Prompted, system: str | None) -> list[Message]:
@@ -247,13 +315,16 @@ def _ended(tokenizer: Any, text: str) -> str:
     return text if not eos or text.endswith(eos) else text + eos
 
 
-def _completed(ids: list[int], start: int, location: str, limit: int, score_prompt: bool, cut: bool) -> Example | None:
-    if start >= limit:
+def _completed(whole: _Whole, start: int, cut: int, location: str, limit: int, score_prompt: bool) -> Example | None:
+    """A side of a pair without its first `cut` tokens; None if no token of the completion is left."""
+    ids, completion = whole.ids[cut:], whole.completion(start)[cut:]
+    if start - cut >= limit:
         return None
-    completion = [t >= start for t in range(len(ids))]
     if not score_prompt:
-        return _example(ids, completion, location, limit, cut=cut)
-    return _example(ids, [True] * len(ids), location, limit, prompt=[not loss_mask for loss_mask in completion], cut=cut)
+        return _example(ids, completion, location, limit, cut=cut > 0)
+    prompt = [t < start - cut for t in range(len(ids))]
+    loss_mask = [before or after for before, after in zip(prompt, completion, strict=True)]
+    return _example(ids, loss_mask, location, limit, prompt=prompt, cut=cut > 0)
 
 
 def _example(
