@@ -125,7 +125,7 @@ def head(shape: Shape, n: int, chunk: int) -> list[Kernel]:
     return [
         Kernel("head: h W", lambda h, w: h @ w.T, (h, w), times, 2.0 * chunk * D * V),
         Kernel("head: log-probabilities", mx.fast.cross_entropy, (logits, y), times),
-        Kernel("head: gradient of logits", dlogps, (logits, y, one, one, one), times),
+        Kernel("head: gradient of logits", dlogps, (logits, y, one, one), times),
         Kernel("head: gradient times W", lambda g, w: g @ w, (logits, w), times, 2.0 * chunk * D * V),
     ]
 

@@ -33,7 +33,7 @@ def announce(text: str) -> None:
 
 
 def came_with_model(file: str | Path) -> bool:
-    """Whether a file lies in or just below a folder of a model or of adapters; a config.json counts only in the file's own folder."""
+    """Whether a file lies in or just below a folder of a model or of adapters; a config.json counts in its own folder only."""
     folders = Path(file).resolve().parents[:_NEAR]
     markers = [_MARKERS, *[_MARKERS[:2]] * (len(folders) - 1)]
     return any(next(folder.glob(marker), None) for folder, some in zip(folders, markers, strict=True) for marker in some)
