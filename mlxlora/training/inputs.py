@@ -49,7 +49,7 @@ class ReferenceOptions:
     """Where the reference's log-probabilities come from.
 
     Attributes:
-        load: tokenizer -> another model; None: the policy itself is the reference.
+        load: tokenizer -> another model; None: the reference is the policy as training starts.
         cache: file that keeps them between runs; None keeps none.
     """
 

@@ -23,7 +23,7 @@ from ..utils.integers import ceil_div
 _KEPT = 3.0  # numbers that a block keeps for its backward pass / numbers that enter and leave its matrices
 
 
-def divided(micro: MicroBatch, parts: int) -> list[MicroBatch]:
+def divide_batch(micro: MicroBatch, parts: int) -> list[MicroBatch]:
     """The micro-batch as up to `parts` smaller ones of whole groups, in order; the counts of their terms add up to its counts."""
     size = ceil_div(len(micro.groups), parts)
     chosen = [range(start, min(start + size, len(micro.groups))) for start in range(0, len(micro.groups), size)]
@@ -183,7 +183,7 @@ class BatchDivider:
             self.cost = max(self.cost, taken)
 
     def _divided(self, micro: MicroBatch) -> list[MicroBatch]:
-        parts = divided(micro, self._parts(micro))
+        parts = divide_batch(micro, self._parts(micro))
         return parts if len(parts) == 1 else [part._replace(batch=self.shapes.fit(part.batch)) for part in parts]
 
     def _parts(self, micro: MicroBatch) -> int:

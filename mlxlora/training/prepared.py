@@ -1,6 +1,7 @@
 """From the inputs of a run to a model that is ready for its first step: reference, adapters, scorer, batches, optimizer."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 
@@ -20,7 +21,7 @@ from ..distributed.sharding import shard
 from ..errors import InputError
 from ..models.grad_checkpoint import checkpointed
 from ..models.logprobs import Scorer, scorer
-from ..models.modes import freeze
+from ..models.modes import evaluating, freeze
 from ..models.neftune import noisy
 from ..models.row_layouts import layout_obstacle, packed_layout, pays, use_windows
 from ..objectives.cross_row import compares_rows
@@ -31,7 +32,7 @@ from .inputs import Run, RunOptions
 from .micro_batch import BatchDivider, cost_of_position, fixed_size
 from .optimizers import make_optimizer
 from .rank_sync import check_ranks
-from .reference import referenced, with_reference
+from .reference import Policy, cache_of_start, policy_at_start, referenced, with_reference
 from .schedule import Schedule
 from .step import Step, columns_of, make_step
 
@@ -79,9 +80,11 @@ def prepare_run(run: Run, reporter: Reporter, only: Mapping[str, Sequence[int]] 
     if training.fully_shard:
         ranks = shard(run.model, ranks)
     limit, saved = limit_memory(training.memory_limit), _saved_by_sharing(schedule, ranks)
-    if "ref_logps" in run.objective.needs and not run.source.online:
-        schedule = _with_reference(run, schedule, ranks, reporter, only or {}, shared=saved is not None)
     _make_trainable(run, ranks)
+    policy = _reference_policy(run)
+    if policy and not run.source.online:
+        together = _sequences_of_item(schedule) if saved is not None else 1
+        schedule = _with_reference(run, schedule, _RowScoring(policy, ranks, reporter, together), only or {})
     with ranks.computing():
         score = _scorer(run)
         share = _shares(run, score, saved, reporter)
@@ -90,7 +93,13 @@ def prepare_run(run: Run, reporter: Reporter, only: Mapping[str, Sequence[int]] 
         cost = cost_of_position(run.model, recomputed=_recomputes(training.grad_checkpoint, ranks))
     if score.split is None:
         reporter.note("this model cannot be split into backbone and head: the logits of all tokens are computed", warning=True)
-    train, valid = (_maker(run, schedule, share, ranks, validation=validation) for validation in (False, True))
+    live = policy if run.source.online else None
+    context = Context(
+        run.model, run.tokenizer, training.seed, items=schedule.items("train"), share=share, ranks=ranks, reference=live
+    )
+    train, valid = plain_maker(schedule.source, context), plain_maker(schedule.source, evolve(context, validation=True))
+    if live:  # validation measures rewards, which need no reference
+        train = referenced(train, live, run.source.temperature)
     divider = BatchDivider(limit, cost, rows, comparing=tuple(comparing))
     return Prepared(schedule, score, divider, make_optimizer(training, schedule.steps), train, valid, ranks)
 
@@ -140,17 +149,6 @@ def _scorer(run: Run) -> Scorer:
 # --- batches ----------------------------------------------------------------------------------
 
 
-def _maker(run: Run, schedule: Schedule, share: bool, ranks: Ranks, *, validation: bool) -> Make:
-    """Batches that are sampled during the run get the reference's log-probabilities with each batch."""
-    source, seed = schedule.source, schedule.training.seed
-    make = plain_maker(source, Context(run.model, run.tokenizer, seed, validation, schedule.items("train"), share, ranks))
-    if validation or not source.online or "ref_logps" not in run.objective.needs:
-        return make
-    if run.reference.load is None and run.options.adapter.train_type == "full":
-        raise InputError("the objective needs a reference, which full training changes as it goes; use --train-type lora or dora")
-    return referenced(make, run.reference.load(run.tokenizer) if run.reference.load else run.model, source.temperature)
-
-
 def _saved_by_sharing(schedule: Schedule, ranks: Ranks) -> float | None:
     """The share of the work that is left if prompts are computed once; None: not wanted, or the rows say that it does not pay."""
     source = schedule.source
@@ -198,31 +196,55 @@ def _check_splits(schedule: Schedule, options: RunOptions) -> None:
 # --- reference --------------------------------------------------------------------------------
 
 
-def _with_reference(
-    run: Run, schedule: Schedule, ranks: Ranks, reporter: Reporter, only: Mapping[str, Sequence[int]], *, shared: bool
-) -> Schedule:
-    """The schedule with rows that have the reference's log-probabilities.
+def _reference_policy(run: Run) -> Policy | None:
+    """The reference: another model, or the policy as training starts; None if the objective needs none."""
+    if "ref_logps" not in run.objective.needs:
+        return None
+    if run.reference.load is None:
+        return policy_at_start(run.model, run.options.adapter)
+    return partial(nullcontext, freeze(run.reference.load(run.tokenizer)).eval())  # frozen: no gradient is looked for
 
-    The reference is the model before it is touched, so it needs no memory of its own.
+
+def _sequences_of_item(schedule: Schedule) -> int:
+    return len(schedule.source.examples(schedule.items("train")[0]))
+
+
+@frozen(eq=False)
+class _RowScoring:
+    """How the reference scores the rows of a run.
+
+    Attributes:
+        policy: the reference.
+        ranks: score the rows together.
+        reporter: gets notes.
+        together: this many sequences share a prompt, which is computed once if the reference then computes the same.
     """
-    model = run.reference.load(run.tokenizer) if run.reference.load else run.model
-    freeze(model).eval()  # frozen: what looks for gradients finds none
-    with ranks.computing():
-        score = scorer(model)
-    together = 1
-    if shared and not layout_obstacle(score.forward, model):
-        together = len(run.source.examples(schedule.items("train")[0]))
-    score_rows = partial(
-        with_reference,
-        score=score,
-        batch_size=2 * schedule.training.batch_size,
-        together=together,
-        cache=None if ranks.sharded else run.reference.cache,  # rank 0 alone checks a cache
-        note=reporter.note,
-        ranks=ranks,
-    )
-    rows = only or _rows_used(schedule, run.options)
-    splits = {name: _scored(run.source, split, rows.get(name, ()), score_rows) for name, split in schedule.splits.items()}
+
+    policy: Policy
+    ranks: Ranks
+    reporter: Reporter
+    together: int
+
+
+def _with_reference(run: Run, schedule: Schedule, how: _RowScoring, only: Mapping[str, Sequence[int]]) -> Schedule:
+    """The schedule with rows that have the reference's log-probabilities."""
+    options, cache = run.options, None if how.ranks.sharded else run.reference.cache  # rank 0 alone checks a cache
+    if cache and run.reference.load is None:
+        cache = cache_of_start(cache, run.model, options.adapter)
+    with how.policy() as model, evaluating(model):
+        with how.ranks.computing():
+            score = scorer(model)
+        score_rows = partial(
+            with_reference,
+            score=score,
+            batch_size=2 * schedule.training.batch_size,
+            together=1 if how.together == 1 or layout_obstacle(score.forward, model) else how.together,
+            cache=cache,
+            note=how.reporter.note,
+            ranks=how.ranks,
+        )
+        rows = only or _rows_used(schedule, options)
+        splits = {name: _scored(run.source, split, rows.get(name, ()), score_rows) for name, split in schedule.splits.items()}
     return evolve(schedule, splits=splits)
 
 

@@ -62,7 +62,7 @@ def broadcast(ranks: Ranks, step: Step, optimizer: Any, progress: Progress) -> N
     restore_random_key(ranks.from_first(random_key()))
 
 
-def restore(ranks: Ranks, model: nn.Module, directory: Path) -> None:
+def restore_saved(ranks: Ranks, model: nn.Module, directory: Path) -> None:
     """Every rank gets the trained parameters that rank 0 saved."""
     if ranks.sharded:
         on_rank0(ranks, model, lambda: put_arrays(model, read_arrays(directory, lazy=True)))
@@ -135,7 +135,7 @@ def repair(
             refused = InputError if ranks.leads else SharedError
             remedy = f"take another from {directory / FOLDER}, or train again with --overwrite"
             raise refused(f"{problem}; the best adapters are in no checkpoint: {remedy}")
-        restore(ranks, model, Path(found))
+        restore_saved(ranks, model, Path(found))
     on_rank0(ranks, model, save)
     warn(f"{problem}; written again from a checkpoint")
 

@@ -5,7 +5,8 @@ the rows itself, they are computed with each batch.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,14 +15,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from attrs import evolve
+from mlx.utils import tree_flatten
 
 from ..adapters.prepare import disabled
+from ..config.options import AdapterOptions
 from ..data.batching import Make, MicroBatch, collate
 from ..data.shape_buckets import Signatures
 from ..data.tokenize import Example
 from ..distributed.ranks import ALONE, Ranks
 from ..models.logprobs import Scorer, scorer
-from ..models.modes import evaluating
+from ..models.modes import evaluating, exact
 from ..utils.files import cache_folder
 from ..utils.integers import ceil_div
 from ..utils.safetensors import read_checked, write_arrays
@@ -97,15 +100,50 @@ def _together(examples: Sequence[Example], score: Scorer, batch_size: int, size:
     return [found[i] for i in range(len(examples))]
 
 
-def referenced(make: Make, model: nn.Module, temperature: float) -> Make:
-    """Micro-batches with `ref_logps`, computed as they are made, by `model` without its adapters."""
-    with disabled(model), evaluating(model):
+Policy = Callable[[], AbstractContextManager[nn.Module]]
+"""A context in which a model computes what a policy does; it ends with the model as it was."""
+
+
+def policy_at_start(model: nn.Module, options: AdapterOptions) -> Policy:
+    """The policy as training starts, the reference of a run that names no other model.
+
+    New adapters change nothing yet, so without them the model is the reference. Adapters that an earlier run trained
+    (--resume-adapter-file), and weights in full training, are kept as a second, frozen set of the trainable parameters; their
+    arrays are those of the model until its first step, so no second model is loaded.
+
+    Args:
+        model: ready for its first step.
+        options: what is trained.
+    """
+    if options.resume_adapter_file or options.train_type == "full":
+        return partial(_with_parameters, model, model.trainable_parameters())
+    return partial(disabled, model)
+
+
+@contextmanager
+def _with_parameters(model: nn.Module, parameters: Any) -> Iterator[nn.Module]:
+    """The model with other trainable parameters, of which nothing is rounded (enter `evaluating` within)."""
+    before = model.trainable_parameters()
+    model.update(parameters)
+    try:
+        with exact(model):
+            yield model
+    finally:
+        model.update(before)
+
+
+def referenced(make: Make, policy: Policy, temperature: float) -> Make:
+    """Micro-batches with `ref_logps` of a policy, computed as they are made.
+
+    The parameters of the policy are constants of a compiled function, so they must not change.
+    """
+    with policy() as model, evaluating(model):
         score = scorer(model, temperature=temperature)
     run = mx.compile(partial(score, gradient=False))
 
     def with_column(items: Sequence[Any], index: int) -> MicroBatch:
         micro = make(items, index)
-        with disabled(model), evaluating(model):
+        with policy() as model, evaluating(model):
             ref_logps = run(micro.batch)[0]
             mx.eval(ref_logps)
         return micro._replace(batch=micro.batch._replace(ref_logps=ref_logps))
@@ -137,6 +175,17 @@ def reference_cache_file(model: str, dtype: str) -> Path:
     stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     key = hashlib.sha256(repr((str(folder.resolve()) if files else model, dtype, stats)).encode()).hexdigest()
     return cache_folder("reference") / f"{key[:24]}.safetensors"
+
+
+def cache_of_start(cache: Path, model: nn.Module, options: AdapterOptions) -> Path:
+    """The cache of the policy as training starts: that of the model, unless --resume-adapter-file changes what it computes."""
+    if not options.resume_adapter_file:
+        return cache
+    digest = hashlib.sha256(repr(evolve(options, resume_adapter_file=None)).encode())
+    flat: list[tuple[str, mx.array]] = tree_flatten(model.trainable_parameters())  # type: ignore[assignment]
+    for name, array in sorted(flat, key=lambda entry: entry[0]):
+        digest.update(name.encode() + np.array(array.reshape(-1).view(mx.uint8)).tobytes())
+    return cache.with_name(f"{cache.stem}-{digest.hexdigest()[:16]}{cache.suffix}")
 
 
 # --- the cache: {digests [n, 32], ends [n], logps [Σ]}, with a digest of all of it -----------------

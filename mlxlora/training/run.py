@@ -17,10 +17,13 @@ from .hooks import Report, Validation
 from .inputs import Run
 from .loop import Every, LoopOptions, train
 from .prepared import Prepared, compiled, prepare_run
-from .rank_sync import broadcast, restore
+from .rank_sync import broadcast, restore_saved
 from .saving import Saver
 from .schedule import batches_of_split, batches_of_steps
 from .step import Step
+
+REFERENCE_OPTIONS = ("resume_adapter_file",)
+"""Options that a resumed run may change unless its objective has a reference, which they change."""
 
 
 def execute_run(run: Run, reporter: Reporter, questions: Sequence[Question] = ()) -> dict[str, Any]:
@@ -38,22 +41,27 @@ def execute_run(run: Run, reporter: Reporter, questions: Sequence[Question] = ()
         InputError: options that do not fit the data, the model or the run to be resumed.
         RunError: losses or gradients that are not finite, of five batches in a row; the last good state was saved.
     """
-    with attention.using(run.options.training.attention), answered(run, reporter, questions) as reporter:
+    with attention.using(run.options.training.attention):
         prepared = prepare_run(run, reporter)
-        saver = Saver(run.model, prepared.optimizer, run.options, prepared.ranks)
-        progress = saver.start(reporter)
-        reporter.start(run.options.config)
-        step, evaluate = compiled(run, prepared)
-        broadcast(prepared.ranks, step, prepared.optimizer, progress)
-        if progress.step >= prepared.schedule.steps or progress.stop:  # nothing is left to train
-            saver.repair(progress, reporter)
-        report = Report(reporter, prepared.divider, run.source.online)
-        validation = _validation(prepared, evaluate, saver, reporter)
-        began = time.perf_counter()
-        _train(prepared, step, saver, progress, report, validation)
-        if progress.window:
-            report(progress)
-        return _results(progress, step, run, time.perf_counter() - began) | _test(prepared, evaluate, saver, progress, reporter)
+        with answered(run, reporter, questions) as asking:  # before a checkpoint is read: "before" is the start of training
+            return _execute(run, prepared, asking)
+
+
+def _execute(run: Run, prepared: Prepared, reporter: Reporter) -> dict[str, Any]:
+    saver = Saver(run.model, prepared.optimizer, run.options, prepared.ranks)
+    progress = saver.start(reporter, fixed=REFERENCE_OPTIONS if "ref_logps" in run.objective.needs else ())
+    reporter.start(run.options.config)
+    step, evaluate = compiled(run, prepared)
+    broadcast(prepared.ranks, step, prepared.optimizer, progress)
+    if progress.step >= prepared.schedule.steps or progress.stop:  # nothing is left to train
+        saver.repair(progress, reporter)
+    report = Report(reporter, prepared.divider, run.source.online)
+    validation = _validation(prepared, evaluate, saver, reporter)
+    began = time.perf_counter()
+    _train(prepared, step, saver, progress, report, validation)
+    if progress.window:
+        report(progress)
+    return _results(progress, step, run, time.perf_counter() - began) | _test(prepared, evaluate, saver, progress, reporter)
 
 
 def _validation(prepared: Prepared, evaluate: Evaluate, saver: Saver, reporter: Reporter) -> Validation:
@@ -101,7 +109,7 @@ def _test(prepared: Prepared, evaluate: Evaluate, saver: Saver, progress: Progre
     results: dict[str, Any] = {}
     if saver.options.output.test:
         if saver.options.output.keep_best:
-            restore(prepared.ranks, saver.model, saver.directory)
+            restore_saved(prepared.ranks, saver.model, saver.directory)
         metrics = evaluate(batches_of_split(prepared.schedule, prepared.valid, "test"))
         reporter.record({"step": progress.step, "split": "test", **metrics})
         results |= {f"test {name}": round(metrics[name], 4) for name in ("loss", "perplexity") if name in metrics}

@@ -1,7 +1,7 @@
 """Checks the folder of a run before it resumes, and cleans it before a new run."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,20 @@ def check_run(directory: str | Path, method: str | None) -> None:
     raise InputError(f"--resume: {directory} is a run of {again}")
 
 
-def check_same(directory: Path, config: Mapping[str, Any]) -> None:
+def check_same(directory: Path, config: Mapping[str, Any], fixed: Collection[str] = ()) -> None:
     """Checks that a resumed run has the options of the run that was stopped.
+
+    Args:
+        directory: the folder of the run.
+        config: its options now, by name.
+        fixed: options that must not differ, of those that otherwise may.
 
     Raises:
         InputError: an option differs that may not.
     """
     file = directory / SETTINGS
     before = read_settings(file)
-    changed = [k for k, v in config.items() if k not in _MAY_DIFFER and k in before and before[k] != v]
+    changed = [k for k, v in config.items() if k not in _MAY_DIFFER.difference(fixed) and k in before and before[k] != v]
     if changed:
         differences = "; ".join(f"{k} was {before[k]!r} and is {config[k]!r}" for k in changed)
         raise InputError(f"--resume: {differences}; give the options of {file}, or start another run")

@@ -1,6 +1,6 @@
 """What a run writes into its folder to be resumed: adapters, checkpoints, its options."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -45,14 +45,18 @@ class Saver:
         """The folder of the run."""
         return self.options.directory
 
-    def start(self, reporter: Reporter) -> Progress:
+    def start(self, reporter: Reporter, fixed: Collection[str] = ()) -> Progress:
         """Prepares the folder and reads the newest good checkpoint; without one the progress is that of a new run.
+
+        Args:
+            reporter: gets notes.
+            fixed: options that must not differ from those of the run that is resumed, besides those that never may.
 
         Raises:
             InputError: --resume, and there is nothing to resume from, or the run has other options.
             LostError: rank 0 failed; the other ranks raise it.
         """
-        return on_rank0(self.ranks, self.model, partial(self._start, reporter), self.optimizer) or Progress()
+        return on_rank0(self.ranks, self.model, partial(self._start, reporter, fixed), self.optimizer) or Progress()
 
     def adapters(self) -> None:
         """Writes the adapters as they are in the model."""
@@ -105,7 +109,7 @@ class Saver:
 
     # --- at rank 0 ----------------------------------------------------------------------------
 
-    def _start(self, reporter: Reporter) -> Progress:
+    def _start(self, reporter: Reporter, fixed: Collection[str]) -> Progress:
         output, config = self.options.output, self.options.config
         path, problems = newest(self.directory) if output.resume else (None, [])
         if problems and path is None:
@@ -113,7 +117,7 @@ class Saver:
         for problem in problems:
             reporter.note(f"{problem}; an earlier one is used", warning=True)
         if output.resume:
-            check_same(self.directory, config)
+            check_same(self.directory, config, fixed)
         progress = self._new_run(reporter) if path is None else self._resumed(path, reporter)
         self.directory.mkdir(parents=True, exist_ok=True)
         with atomic_file(self.directory / SETTINGS) as file:

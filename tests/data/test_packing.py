@@ -25,7 +25,7 @@ from mlxlora.models.grad_checkpoint import checkpointed
 from mlxlora.models.logprobs import scorer
 from mlxlora.models.row_layouts import layout_obstacle, mask_axes, packed_layout
 from mlxlora.objectives.supervised import sft
-from mlxlora.training.micro_batch import divided
+from mlxlora.training.micro_batch import divide_batch
 from mlxlora.training.step import make_step
 from tests.models.test_attention import MODELS, adapted
 from tests.models.test_row_layouts import MAMBA
@@ -85,14 +85,14 @@ def test_compiled_and_recomputed_steps(name: str, choice: str, monkeypatch: pyte
     assert distance(models[1], models[0]) < 1e-5 and distance(models[2], models[0]) < 1e-5
 
 
-def test_pieces_of_packed_rows_are_one_step() -> None:
+def test_micro_batches_of_packed_rows_are_one_step() -> None:
     packed, plain = both()
     models = []
-    for batches in ([plain], [part.batch for part in divided(packed, 3)]):
+    for batches in ([plain], [part.batch for part in divide_batch(packed, 3)]):
         model = adapted(dense())
         make_step(model, optim.SGD(learning_rate=1.0), sft())(*batches)
         models.append(dict(tree_flatten(model.trainable_parameters())))
-    assert len(divided(packed, 3)) == 3 and distance(*models) < 1e-5
+    assert len(divide_batch(packed, 3)) == 3 and distance(*models) < 1e-5
 
 
 def test_a_neighbor_is_never_seen() -> None:

@@ -1,6 +1,7 @@
 """Online DPO and XPO: who answers, which answers make a pair, and that the objective is DPO's on them."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def roll(
     source = on_policy_pairs(PromptData(), how, explore=explore)
     items = [source.prepare(Row({"prompt": text}, "rows.jsonl", line), tokenizer) for line, text in enumerate(TEXTS, 1)]
     make = source.make(Context(model, tokenizer, 0, False, items, share))
-    return referenced(make, model, source.temperature)(items, 0)
+    return referenced(make, partial(disabled, model), source.temperature)(items, 0)
 
 
 def completions(micro: MicroBatch) -> list[list[int]]:
@@ -180,7 +181,7 @@ def test_resumed(command: tuple, tmp_path: Path, mlxlora: Any) -> None:
     [
         (("--use-prompt",), "--use-prompt: both completions of a pair have the same prompt"),
         (("--group-size", 1), "--group-size must be >= 2, got 1"),
-        (("--xpo-alpha", 1e-5, "--train-type", "full"), "--xpo-alpha: the reference that answers is --model without adapters"),
+        (("--xpo-alpha", 1e-5, "--reference-model-path", "other"), "--xpo-alpha: the reference that answers is the policy"),
         (("--loss-type", "x"), "--loss-type must be one of sigmoid"),
     ],
 )

@@ -1,6 +1,7 @@
 """Batches that the policy samples: log-probabilities, advantages, masks, metrics and chance."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def loaded(model_folder: Path) -> tuple[nn.Module, Any, Route]:
 
 @pytest.fixture
 def roll(loaded: tuple[nn.Module, Any, Route]) -> Callable[..., MicroBatch]:
-    """`roll(reward, index=0, ...)`: the piece of two prompts with four completions each."""
+    """`roll(reward, index=0, ...)`: the micro-batch of two prompts with four completions each."""
 
     def run(
         reward: Callable[..., Any] | None = None, *, index: int = 0, texts: Sequence[Any] = TEXTS[:2], **options: Any
@@ -130,7 +131,7 @@ def test_truncated_sampling_keeps_the_policy_s_log_probabilities(roll: Any, load
 def test_the_reference_is_the_model_without_adapters_and_training_goes_on(loaded: Any) -> None:
     model = loaded[0]
     make, items = source(loaded, None, TEXTS[:2], sampling={"temperature": 0.7})
-    make = referenced(make, model, 0.7)
+    make = referenced(make, partial(disabled, model), 0.7)
     assert model.training, "dropout would be off for the rest of the run"
     micro = make(items, 0)
     assert model.training

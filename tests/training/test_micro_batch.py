@@ -15,7 +15,7 @@ from mlxlora.data.tokenize import Example, Pair
 from mlxlora.objectives.objective import Objective
 from mlxlora.objectives.preference import dpo
 from mlxlora.objectives.supervised import sft
-from mlxlora.training.micro_batch import BatchDivider, cost_of_position, divided, position_count
+from mlxlora.training.micro_batch import BatchDivider, cost_of_position, divide_batch, position_count
 from mlxlora.training.step import make_step
 from mlxlora.utils.device import limit_memory, memory_limit, out_of_memory
 from tests.support.tiny import dense
@@ -62,7 +62,7 @@ def update(objective: Objective, batches) -> tuple[dict[str, float], list[np.nda
 def test_pieces_give_the_update_of_the_batch(kind: str, parts: int) -> None:
     make, objective = PIECES[kind]
     micro = make(5, 0)
-    some = divided(micro, parts)
+    some = divide_batch(micro, parts)
     assert len(some) == min({2: 2, 3: 3, 9: 5}[parts], 5)
     (whole, weights), (found, moved) = update(objective, [micro.batch]), update(objective, [p.batch for p in some])
     assert found == pytest.approx(whole, rel=1e-5, abs=1e-6)
@@ -78,10 +78,10 @@ def test_no_scored_token_is_lost(kind: str, count: int, parts: int, seed: int) -
     def tokens(batch):
         return sorted(np.array(batch.targets)[np.array(batch.sequence) < batch.sequences].tolist())
 
-    some = divided(micro, parts)
+    some = divide_batch(micro, parts)
     assert sorted(t for p in some for t in tokens(p.batch)) == tokens(micro.batch)
     assert sum(p.batch.sequences for p in some) == micro.batch.sequences
-    again = [q for p in some for q in divided(p, 2)]  # pieces of pieces are pieces
+    again = [q for p in some for q in divide_batch(p, 2)]  # pieces of pieces are pieces
     assert sorted(t for p in again for t in tokens(p.batch)) == tokens(micro.batch)
 
 

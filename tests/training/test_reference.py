@@ -3,6 +3,8 @@
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from mlxlora.data.batching import MicroBatch, collate
 from mlxlora.data.tokenize import Example
 from mlxlora.models.logprobs import scorer
 from mlxlora.training import reference
-from mlxlora.training.reference import reference_cache_file, log_probabilities, referenced, with_reference
+from mlxlora.training.reference import log_probabilities, reference_cache_file, referenced, with_reference
 from tests.support.tiny import dense, example, shaken
 
 
@@ -167,7 +169,12 @@ def test_the_key_is_the_models_files(model_folder: Path, tmp_path: Path, monkeyp
     monkeypatch.setenv("MLXLORA_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "model"
     shutil.copytree(model_folder, folder)
-    seen = {reference_cache_file(str(folder), ""), reference_cache_file(str(model_folder), ""), reference_cache_file("org/name", ""), reference_cache_file("org/other", "")}
+    seen = {
+        reference_cache_file(str(folder), ""),
+        reference_cache_file(str(model_folder), ""),
+        reference_cache_file("org/name", ""),
+        reference_cache_file("org/other", ""),
+    }
     assert len(seen) == 4 and {path.parent for path in seen} == {tmp_path / "cache" / "reference"}
     before = reference_cache_file(str(folder), "")
     assert before == reference_cache_file(f"{folder}/", "") == reference_cache_file(str(folder / ".." / "model"), "")
@@ -238,7 +245,7 @@ def metrics(folder: Path) -> list[float]:
 def test_referenced(kind: str, examples: list[Example]) -> None:
     """The column is the model's without its adapters, whatever they have become since."""
     base, model = dense(), prepare(dense(), AdapterOptions(train_type=kind, num_layers=-1))
-    make = referenced(lambda items, _: MicroBatch(collate(items), 0, ()), model, temperature=1.0)
+    make = referenced(lambda items, _: MicroBatch(collate(items), 0, ()), partial(disabled, model), temperature=1.0)
     model.train()
     for _ in range(2):
         shaken(model)
@@ -252,5 +259,7 @@ def test_referenced(kind: str, examples: list[Example]) -> None:
 
 def test_referenced_by_another_model(examples: list[Example]) -> None:
     other = shaken(dense())
-    batch = referenced(lambda items, _: MicroBatch(collate(items), 0, ()), other, temperature=2.0)(examples, 0).batch
+    batch = referenced(lambda items, _: MicroBatch(collate(items), 0, ()), partial(nullcontext, other), temperature=2.0)(
+        examples, 0
+    ).batch
     np.testing.assert_allclose(batch.ref_logps, scorer(other, temperature=2.0)(batch, gradient=False)[0], rtol=1e-6, atol=1e-6)
