@@ -31,11 +31,16 @@ def log_ratio(logps: mx.array, batch: Batch) -> mx.array:
     return token_sum(logps - column(batch, "ref_logps"), batch)
 
 
-mean_logps = per_token(sum_logps)
-"""log π(y|x) / |y| (SimPO)."""
+@reads()
+def mean_logps(logps: mx.array, batch: Batch) -> mx.array:
+    """log π(y|x) / |y| (SimPO)."""
+    return per_token(sum_logps)(logps, batch)
 
-mean_log_ratio = per_token(log_ratio)
-"""`log_ratio` / |y| (IPO, as its authors run it)."""
+
+@reads("ref_logps")
+def mean_log_ratio(logps: mx.array, batch: Batch) -> mx.array:
+    """`log_ratio` / |y| (IPO, as its authors run it)."""
+    return per_token(log_ratio)(logps, batch)
 
 
 @reads("reference_point", "ref_logps")

@@ -73,6 +73,7 @@ OBJECTIVES = {
     "sft with an entropy bonus": Case(sft() + -0.1 * entropy()),
     "orpo": Case(orpo(nll_on_prompt=True), pairs=True, score_prompt=True),
     "dpo": Case(dpo(), pairs=True),
+    "dpo weighted by confidence": Case(dpo(wpo=True), pairs=True),
     "grpo": Case(grpo(beta=0.1)),
     "grpo with an entropy bonus": Case(grpo(beta=0.1, entropy_coef=0.05)),
 }

@@ -28,7 +28,7 @@ def cases():
 
 
 def ours(case) -> np.ndarray:
-    """TRL's configuration in our words. All 15 are reproduced (mask_truncated_completions changes the mask, not the advantage)."""
+    """Advantages of a configuration of TRL (mask_truncated_completions changes the mask, not the advantage)."""
     rewards = np.array(case["rewards"], dtype=np.float64).T
     weights = case["config"].get("reward_weights", [1.0] * len(rewards))
     group = (-1, case["num_generations"])
@@ -87,6 +87,17 @@ def test_no_reward_at_all_and_one_reward_alone(advantage):
 def test_equal_rewards_give_exactly_zero(advantage):
     for value in (0.1, 1e6 + 0.3, -1 / 3):
         assert not advantage(mx.full((3, 7), value)).any()
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32])
+@pytest.mark.parametrize(
+    "middle", [[0.1, 0.2, 0.3], [0.7, 0.7 + 1e-3, 0.7 + 2e-3], [1e6, 1e6 + 1, 1e6 + 2], [-1 / 3, 0.0, 1 / 3]], ids=str
+)
+def test_a_reward_that_equals_the_mean_has_no_advantage(middle, kind):
+    """Not even of rounding size, which Adam would amplify where every other advantage is 0."""
+    for advantage in ALL:
+        low, zero, high = advantage(np.array([middle], kind))[0]
+        assert zero == 0 and low < 0 < high
 
 
 rewards = arrays(
