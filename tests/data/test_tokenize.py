@@ -10,20 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import TokenizerWrapper, load
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from mlxlora.data.rows import Row, read_rows
 from mlxlora.data.tokenize import Example, Pair, Prompt, preference_pair, prompt_example, supervised_example, tokenize_all
 from mlxlora.errors import InputError
+from tests.support.tokens import CHATML
+from tests.support.tokens import merging_tokenizer as tokenizer
+from tests.support.tokens import trained_spans as micros
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/parity and ../shared/data")
 
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 MARKED = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
     "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
@@ -66,31 +63,8 @@ CHAT = [
 ]
 
 
-@cache
-def tokenizer(template: str | None = None, bos: bool = False, eos: str | None = "<|im_end|>") -> TokenizerWrapper:
-    """One token per byte, but 'le' and '00', so that boundaries can merge."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([*letters, "le", "00"])}
-    core = Tokenizer(models.BPE(vocab=vocab, merges=[("l", "e"), ("0", "0")]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(token, special=True) for token in ("<s>", "<|im_start|>", "<|im_end|>")])
-    if bos:
-        core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))])
-    inner = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>" if bos else None, eos_token=eos)
-    inner.chat_template = template
-    return TokenizerWrapper(inner)
-
-
 def row(**fields: Any) -> Row:
     return Row(fields, "a.jsonl", 7)
-
-
-def micros(example: Example | None, tok: TokenizerWrapper) -> list[str]:
-    """The texts of the runs of scored tokens."""
-    assert example is not None
-    runs = np.split(np.arange(len(example.tokens)), np.flatnonzero(np.diff(example.loss_mask.astype(int))) + 1)
-    return [tok.decode(example.tokens[run]) for run in runs if example.loss_mask[run[0]]]
 
 
 def text(example: Example | Prompt | None, tok: TokenizerWrapper) -> str:
@@ -224,6 +198,59 @@ def test_tool_calls_survive_a_template_that_does_not_know_them() -> None:
 def test_a_template_in_python_is_used() -> None:
     tok = TokenizerWrapper(tokenizer()._tokenizer, chat_template=lambda messages, **_: "".join(m["content"] for m in messages))
     assert text(supervised_example(row(messages=CHAT[:2]), tok), tok) == "1+1?2"
+
+
+def message(role: str, content: str, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+def test_answers_of_weight_0_are_read_and_not_trained() -> None:
+    tok = tokenizer(CHATML)
+    fields = row(messages=[CHAT[0], {**CHAT[1], "weight": 0}, *CHAT[2:]])
+    assert micros(supervised_example(fields, tok, mask_prompt=True), tok) == ["3 <3<|im_end|>\n"]
+    whole = supervised_example(fields, tok)
+    assert whole is not None and text(whole, tok).count("<|im_start|>") == 4
+    assert tok.decode(whole.tokens[~whole.loss_mask]).rstrip("\n") == "<|im_start|>2<|im_end|>"
+    assert supervised_example(row(messages=[CHAT[0], {**CHAT[1], "train": False}]), tok, mask_prompt=True) is None
+    completion = row(prompt=CHAT[:1], completion=[{**CHAT[1], "weight": 0}, *CHAT[2:]])
+    assert micros(supervised_example(completion, tok, mask_prompt=True), tok) == ["3 <3<|im_end|>\n"]
+
+
+def test_what_others_say_within_a_completion_is_not_trained() -> None:
+    tok = tokenizer(CHATML)
+    example = supervised_example(row(prompt=CHAT[:1], completion=CHAT[1:]), tok, mask_prompt=True)
+    assert micros(example, tok) == ["2<|im_end|>\n", "3 <3<|im_end|>\n"]
+    pair = preference_pair(row(prompt=CHAT[:1], chosen=CHAT[1:], rejected=CHAT[3:]), tok)
+    assert pair is not None
+    assert micros(pair.chosen, tok) == ["2<|im_end|>\n", "3 <3<|im_end|>\n"]
+    assert micros(pair.rejected, tok) == ["3 <3<|im_end|>\n"]
+    scored = preference_pair(row(prompt=CHAT[:1], chosen=CHAT[1:], rejected=CHAT[3:]), tok, score_prompt=True)
+    assert scored is not None and scored.chosen.prompt is not None
+    others = scored.chosen.loss_mask & ~scored.chosen.prompt
+    assert (others == pair.chosen.loss_mask).all() and scored.chosen.prompt.sum() == pair.chosen.loss_mask.argmax() - 1
+
+
+def test_a_prompt_that_begins_the_answer_is_continued() -> None:
+    tok, prompt = tokenizer(CHATML), [CHAT[0], message("assistant", "It is")]
+    begun = "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\nIt is"
+    for completion in (" 2", [message("assistant", " 2")]):
+        example = supervised_example(row(prompt=prompt, completion=completion), tok, mask_prompt=True)
+        assert text(example, tok) == f"{begun} 2<|im_end|>\n"
+        assert micros(example, tok) == [" 2<|im_end|>\n"]
+    pair = preference_pair(row(prompt=prompt, chosen=" 2", rejected=" 3"), tok)
+    assert pair is not None and text(pair.rejected, tok) == f"{begun} 3<|im_end|>\n"
+    assert micros(pair.chosen, tok) == [" 2<|im_end|>\n"]
+    assert text(prompt_example(row(prompt=prompt), tok), tok) == begun
+    later = supervised_example(row(prompt=prompt, completion=CHAT[2:]), tok, mask_prompt=True)  # a question begins it
+    assert micros(later, tok) == ["3 <3<|im_end|>\n"]
+
+
+def test_a_row_gives_its_template_arguments() -> None:
+    template = CHATML.replace("<|im_start|>assistant\n' }}", "<|im_start|>assistant\n' + ('<none>' if think is false else '') }}")
+    tok = tokenizer(template)
+    for think, end in ((False, "<none>"), (True, "")):
+        fields = row(prompt=CHAT[:1], chat_template_kwargs={"think": think})
+        assert text(prompt_example(fields, tok), tok).endswith(f"<|im_start|>assistant\n{end}")
 
 
 def test_truncation_cuts_the_end_and_drops_what_has_nothing_left() -> None:
