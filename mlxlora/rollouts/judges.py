@@ -15,7 +15,7 @@ from ..utils.trust import check_model_code
 from .reward_functions import TextOrMessages
 from .rewards import NamedReward
 
-_TOGETHER = 8  # texts that a reward model reads at once, of about one length, padded on the right
+_TOGETHER = 8  # texts of similar length that a reward model reads together, padded on the right
 
 QUESTION = """Which answer is better? Reply with the letter A or B alone.
 
@@ -31,10 +31,10 @@ QUESTION = """Which answer is better? Reply with the letter A or B alone.
 
 
 def reward_model(folder: str) -> NamedReward:
-    """A sequence classifier of one label as a reward: w·h, h the last hidden state of the conversation.
+    """A sequence classifier with one label as a reward: w·h, h the last hidden state of the conversation.
 
     Args:
-        folder: of a `...ForSequenceClassification` model that mlx-lm knows without its head, with `score.weight`.
+        folder: a `...ForSequenceClassification` model whose backbone mlx-lm supports, with the weight `score.weight`.
 
     Raises:
         InputError: there is no such model, or it has no such weight.
@@ -48,7 +48,7 @@ def reward_model(folder: str) -> NamedReward:
     try:
         model: Any = load_model(path, strict=False)[0]
         tokenizer = tokenizer_of(path, {"trust_remote_code": False})
-    except Exception as error:  # any file of the model: the user can act on each of their messages
+    except Exception as error:  # any file of the model may be wrong, and the message says how
         raise InputError(f"--reward-model {folder}: cannot be loaded: {reason(error)}") from error
     model.freeze().eval()
     backbone = model.model if hasattr(model, "model") else model.backbone
@@ -57,19 +57,19 @@ def reward_model(folder: str) -> NamedReward:
 
 
 def judge(model: nn.Module, tokenizer: Any) -> NamedReward:
-    """A chat model as a judge: each completion's reward is the chance that it is preferred to the other one of its prompt.
+    """A chat model as a judge: the reward of a completion is the probability that it is preferred to the other of its prompt.
 
-    The chance is that of the letter A against B as the model's next token, the mean of both orders, so that the place of an
-    answer does not count. Completions come in pairs: those of one prompt behind each other.
+    This is the probability of the letter A against B as the next token of the model, averaged over both orders, so that the
+    order has no effect. Completions come in pairs, the two of a prompt next to each other.
 
     Raises:
         InputError: the tokenizer has no chat template, or no single tokens for A and B.
     """
     if not tokenizer.has_chat_template:
-        raise InputError("--judge-model: its tokenizer has no chat template, so it cannot be asked")
+        raise InputError("--judge-model: its tokenizer has no chat template; the judge needs one, so use a chat model")
     letters = [tokenizer.encode(letter, add_special_tokens=False) for letter in "AB"]
     if any(len(ids) != 1 for ids in letters):
-        raise InputError("--judge-model: its tokenizer has no single tokens for A and B")
+        raise InputError("--judge-model: its tokenizer has no single tokens for A and B; use another model")
     model.freeze().eval()
     mx.eval(model.parameters())
     return NamedReward("judge", partial(_judged, partial(_first_preferred, model, tokenizer, [ids[0] for ids in letters])))
@@ -121,7 +121,7 @@ def _scored(
 
 
 def _conversation(tokenizer: Any, prompt: TextOrMessages, completion: Any) -> list[int]:
-    """Token ids: by the chat template where there is one, which a row of strings does without."""
+    """Token ids, by the chat template if there is one and the prompt is not a string."""
     if isinstance(prompt, str) or not tokenizer.has_chat_template:
         return list(tokenizer.encode(text_of_turns(prompt) + text_of_turns(completion)))
     with rendering(tokenizer, "--reward-model"):
@@ -132,12 +132,12 @@ def _score_weight(path: Path) -> mx.array:
     """[D] float32."""
     files = sorted(path.glob("*.safetensors"))
     if not files:
-        raise InputError(f"--reward-model {path}: no model folder with safetensors files")
+        raise InputError(f"--reward-model {path}: not a model folder with safetensors files; give such a folder")
     found = next((a for file in files for name, a in _arrays(file).items() if name == "score.weight"), None)
     if found is None:
-        raise InputError(f"--reward-model {path}: no score.weight in it; a reward model is a sequence classifier of one label")
+        raise InputError(f"--reward-model {path}: it has no score.weight; use a sequence classifier with one label")
     if found.shape[0] != 1:
-        raise InputError(f"--reward-model {path}: score.weight has {found.shape[0]} labels, and a reward is one")
+        raise InputError(f"--reward-model {path}: score.weight has {found.shape[0]} labels; use a model with one")
     return found[0].astype(mx.float32)
 
 

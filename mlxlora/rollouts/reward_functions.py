@@ -1,7 +1,7 @@
 r"""Built-in rewards: exact answers, formats, and penalties on length and repetition.
 
-Each public name of `BUILT_IN` is a factory: called with its options it gives a reward, a function of keyword lists with one
-entry per completion (`completions`, `completion_ids`, columns of the data) that answers one number per completion, or None
+Each entry of `BUILT_IN` is a factory: its options give a reward function. A reward function takes keyword lists with one entry
+for each completion (`completions`, `completion_ids`, columns of the data) and returns a number for each completion, or None
 where it does not apply.
 """
 
@@ -19,7 +19,7 @@ TextOrMessages = str | Sequence[dict[str, Any]]
 _WHOLE = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
 _DECIMAL = rf"(?:{_WHOLE}(?:\.[0-9]+)?|(?<!\.)\.[0-9]+)(?:/[0-9]+)?"
 _NUMBER = re.compile(rf"[-+]?{_DECIMAL}")
-_NUMBER_IN_TEXT = re.compile(rf"(?<![^\W_])(?:(?<!\))[-+])?[$€£]?{_DECIMAL}")  # the - of 10-3 and (a)-3 is no sign
+_NUMBER_IN_TEXT = re.compile(rf"(?<![^\W_])(?:(?<!\))[-+])?[$€£]?{_DECIMAL}")  # the minus of 10-3 and (a)-3 is not a sign
 _HASHES = re.compile(r"(?<!#)####(?!#)([^\n]*)")
 _FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
 _DECORATION = re.compile(r"\\text\{([^{}]*)\}|\\(?:left|right)(?![a-zA-Z])|\\[,!;]")
@@ -28,7 +28,7 @@ _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def text_of(completion: TextOrMessages) -> str:
-    """The text of a completion: itself, or the content of its last message.
+    """The text of a completion: the string itself, or the content of its last message.
 
     >>> text_of([{"role": "assistant", "content": "72"}])
     '72'
@@ -42,7 +42,7 @@ def text_of(completion: TextOrMessages) -> str:
 
 
 def marked_answers(text: str) -> Iterator[str]:
-    r"""What a text marks as its answer, surest first: the last `\boxed{}`, the last `<answer>`, the last `####`.
+    r"""The marked answers of a text: that of the last `\boxed{}`, of the last `<answer>` and of the last `####`.
 
     >>> list(marked_answers("6 * 12\n#### 72"))
     ['72']
@@ -59,7 +59,7 @@ def marked_answers(text: str) -> Iterator[str]:
 
 
 def _braced(text: str, start: int) -> str | None:
-    """Between the brace at `start` and the one that closes it; None when nothing does."""
+    """The text between the brace at `start` and the one that closes it; None if none does."""
     depth = 0
     for position in range(start, len(text)):
         depth += {"{": 1, "}": -1}.get(text[position], 0)
@@ -69,9 +69,9 @@ def _braced(text: str, start: int) -> str | None:
 
 
 def normalized(text: str) -> str:
-    r"""An answer without its typography: currency, percent, spaces, capitals, `\text{}`, a final full stop.
+    r"""An answer without typography: currency, percent, spaces, capitals, `\text{}`, a final full stop.
 
-    >>> normalised(r" $\dfrac{1}{2}$. ")
+    >>> normalized(r" $\dfrac{1}{2}$. ")
     '1/2'
     """
     text = _DECORATION.sub(r"\1", text.replace("−", "-").replace("\\%", "%").replace("\\$", "$"))
@@ -80,7 +80,7 @@ def normalized(text: str) -> str:
 
 
 def number(text: str) -> Fraction | None:
-    """The number that a text is, exactly: thousands separators, currency and fractions are read; None when it is none.
+    """The exact value of a text that is a number, with thousands separators, currency or a fraction; None for other texts.
 
     >>> number("$1,234.50") == 1234.5, number("-3/4") == -0.75, number("72 apples")
     (True, True, None)
@@ -96,7 +96,7 @@ def number(text: str) -> Fraction | None:
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last number within a text.
+    """The last number in a text, None if there is none.
 
     >>> int(last_number("20 / 4 = 5 apples."))
     5
@@ -106,7 +106,7 @@ def last_number(text: str) -> Fraction | None:
 
 
 def same_answer(text: str, answer: str) -> bool:
-    r"""Whether the marked answer of a text (the whole text if it marks none) is `answer`: as numbers if both are.
+    r"""Whether the first marked answer (without one, the whole text) equals `answer`; two numbers are compared by value.
 
     >>> same_answer(r"so \boxed{\frac{1}{2}}", "0.5"), same_answer("about 72", "72")
     (True, False)
@@ -117,7 +117,7 @@ def same_answer(text: str, answer: str) -> bool:
 
 
 def loosely_same_answer(text: str, answer: str) -> bool:
-    """As `same_answer`; where the answer is a number, the last number of a marked place or of the text is enough.
+    """As `same_answer`, but if `answer` is a number, the last number of a marked answer or of the text may match.
 
     >>> loosely_same_answer("about 72 clips.", "72")
     True
@@ -146,7 +146,7 @@ def _accuracy(same: Callable[[str, str], bool], score: float) -> Reward:
 
 
 def accuracy(score: float = 1.0) -> Reward:
-    r"""`score` for the right answer in `\boxed{}`, `<answer>`, after `####`, or as the last number; None without `answer`.
+    r"""`score` if the answer in `\boxed{}`, in `<answer>`, after `####` or as the last number is right; None without `answer`.
 
     >>> accuracy()(completions=["6 * 12 is 72."], answer=["The product.\n#### 72"])
     [1.0]
@@ -155,12 +155,12 @@ def accuracy(score: float = 1.0) -> Reward:
 
 
 def accuracy_strict(score: float = 1.0) -> Reward:
-    """As `accuracy`, but the answer must be marked, or be all of the completion."""
+    """As `accuracy`, but the answer must be marked or be the whole completion."""
     return _accuracy(same_answer, score)
 
 
 def _judged(good: Callable[[str], bool], score: float) -> Reward:
-    """`score` for each text that is good, else 0."""
+    """`score` for each text with good(text), else 0."""
 
     def reward(completions: list[TextOrMessages]) -> list[float | None]:
         return [score if good(text_of(completion)) else 0.0 for completion in completions]
@@ -169,12 +169,12 @@ def _judged(good: Callable[[str], bool], score: float) -> Reward:
 
 
 def integer(score: float = 1.0) -> Reward:
-    """`score` where the marked answer (else the whole text) is an integer."""
+    """`score` if the marked answer (without one, the whole text) is an integer."""
     return _judged(lambda text: re.fullmatch(r"[-+]?[0-9]+", next(marked_answers(text), text).strip()) is not None, score)
 
 
 def format_strict(score: float = 1.0) -> Reward:
-    """`score` where all of a completion is `<think>…</think><answer>…</answer>`, each tag once and nothing empty.
+    """`score` if the whole completion is `<think>…</think><answer>…</answer>`, each tag once and no part empty.
 
     >>> format_strict()(completions=["<think>6*12</think> <answer>72</answer>", "Sure! <think>6*12</think> 72"])
     [1.0, 0.0]
@@ -190,7 +190,7 @@ def _strict_format(text: str) -> bool:
 
 
 def format_soft(score: float = 1.0) -> Reward:
-    """`score` where the four tags stand in order somewhere, with something in both pairs."""
+    """`score` if the four tags occur in order, with text in both pairs."""
     return _judged(_soft_format, score)
 
 
@@ -203,12 +203,12 @@ def _soft_format(text: str) -> bool:
 
 
 def think_format(score: float = 1.0) -> Reward:
-    """`score` where a completion starts with one `<think>` that is closed (TRL's think_format_reward)."""
+    """`score` if a completion starts with its only `<think>` and closes it (TRL's think_format_reward)."""
     return _judged(lambda text: text.startswith("<think>") and text.count("<think>") == 1 and "</think>" in text, score)
 
 
 def tag_count(score: float = 1.0, tail: float = 0.001) -> Reward:
-    """A quarter of `score` for each of the four tags that stands exactly once, less `tail` per character after the last; ≥ 0."""
+    """A quarter of `score` for each of the four tags that occurs once, minus `tail` for each character after the last; >= 0."""
 
     def reward(completions: list[TextOrMessages]) -> list[float | None]:
         return [max(0.0, score * _tags(text) - tail * _tail(text)) for text in map(text_of, completions)]
@@ -225,7 +225,7 @@ def _tail(text: str) -> int:
 
 
 def regex(pattern: str, score: float = 1.0) -> Reward:
-    r"""`score` where the regular expression is found; `.` also matches line ends, `\A` and `\Z` anchor the whole."""
+    r"""`score` if the regular expression is found; `.` matches line ends too, `\A` and `\Z` anchor the whole text."""
     try:
         compiled = re.compile(pattern, re.DOTALL)
     except re.error as error:
@@ -241,7 +241,7 @@ def _per_length(value: Callable[[int], float]) -> Reward:
 
 
 def length_penalty(max_length: int, score: float = -1.0) -> Reward:
-    """score · min(|y| / max_length, 1): every token costs; lengths in tokens."""
+    """score · min(|y| / max_length, 1), a cost for each token; lengths in tokens."""
     _at_least("max_length", max_length, 1)
     return _per_length(lambda tokens: score * min(tokens / max_length, 1.0))
 
@@ -275,7 +275,7 @@ def repetition(ngram_size: int = 3, max_penalty: float = -1.0) -> Reward:
 
 
 def _repeated(ids: Sequence[int], size: int) -> float:
-    """The share of n-grams that came before: 0 when there is none."""
+    """The share of n-grams that repeat an earlier one; 0 without n-grams."""
     ngrams = [tuple(ids[start : start + size]) for start in range(len(ids) - size + 1)]
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 

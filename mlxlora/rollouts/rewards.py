@@ -1,4 +1,4 @@
-"""Reward functions by name or from a user's file: loaded, called in threads, checked, added up."""
+"""Reward functions, built-in or from a file: loading, calls in threads, checks, weighted sums."""
 
 import ast
 import asyncio
@@ -22,13 +22,13 @@ from ..errors import InputError, RunError, listed, one_line, plain, quoted
 from ..utils.user_code import line_in, run_file
 from .reward_functions import BUILT_IN, Reward, text_of
 
-_LARGEST = 1e15  # squares of larger rewards overflow float32 within a standard deviation
+_LARGEST = 1e15  # the standard deviation squares rewards, and larger squares overflow float32
 _SYNONYMS = {"answer": "solution", "solution": "answer", "types": "type"}
 
 
 @frozen
 class NamedReward:
-    """A reward, its name in metrics and messages, and its weight in the sum."""
+    """A reward function, its name in metrics and messages, and its weight in the sum."""
 
     name: str
     function: Reward
@@ -36,10 +36,15 @@ class NamedReward:
 
 
 def load_rewards(names: Sequence[str], file: str | None = None, weights: Sequence[float] | None = None) -> tuple[NamedReward, ...]:
-    """The rewards that --rewards, --reward-file and --reward-weights ask for; a name in the file goes before a built-in one.
+    """The rewards of --rewards, --reward-file and --reward-weights; names in the file take precedence over built-in ones.
 
-    names: `name` or `name(option=value)`, each entry one or several of them with commas between. `file` is executed only here,
-    and only when given. Raises InputError for a name, option, file or weight that is not right.
+    Args:
+        names: `name` or `name(option=value)`; an entry may hold several, separated by commas.
+        file: a Python file with reward functions; this call executes it.
+        weights: one for each name; None: 1.
+
+    Raises:
+        InputError: an unknown name or option, a file that cannot be executed, or wrong weights.
 
     >>> [(reward.name, reward.weight) for reward in load_rewards(["accuracy,repetition(ngram_size=4)"], weights=[1, 0.5])]
     [('accuracy', 1.0), ('repetition', 0.5)]
@@ -57,17 +62,17 @@ _REGISTRY = "mlx_lm_lora.trainer.grpo_reward_functions"
 
 
 def _executed(file: str) -> ModuleType:
-    """A user's file, which has what it registers as mlx-lm-lora's files do under the names that it gives."""
+    """The module of a file, with the functions that it registers as mlx-lm-lora's reward files do."""
     registered: dict[str, Reward] = {}
     module = run_file(file, "--reward-file", _registry(registered))
-    theirs = getattr(sys.modules.get(_REGISTRY), "REWARD_REGISTRY", {})  # of an installed mlx-lm-lora
+    theirs = getattr(sys.modules.get(_REGISTRY), "REWARD_REGISTRY", {})  # where mlx-lm-lora is installed
     registered |= {name: function for name, function in theirs.items() if function.__module__ == module.__name__}
     vars(module).update(registered)
     return module
 
 
 def _registry(registered: dict[str, Reward]) -> dict[str, ModuleType]:
-    """The module that mlx-lm-lora's reward files import `register_reward_function` from, with the packages it is in."""
+    """The module from which mlx-lm-lora's reward files import `register_reward_function`, and its packages."""
 
     def register_reward_function(name: str | None = None) -> Callable[[Reward], Reward]:
         def register(function: Reward) -> Reward:
@@ -101,7 +106,7 @@ def _no_request(text: str) -> InputError:
 
 
 def _with_raw_strings(request: ast.Call | ast.Name, source: str) -> ast.Call | ast.Name:
-    """Strings as they were typed, backslashes and all: a regular expression needs no second layer of escapes."""
+    """Strings as typed, with their backslashes, so that a regular expression needs no second escape."""
     for node in ast.walk(request):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             node.value = (ast.get_source_segment(source, node) or "").lstrip("rRuU")[1:-1]
@@ -113,7 +118,7 @@ def _base(request: ast.Call | ast.Name) -> str:
 
 
 def _labels(requests: list[ast.Call | ast.Name]) -> list[str]:
-    """The name where it stands once, else name and options; the same twice would share one metric."""
+    """The name, with its options where a name occurs several times; equal labels would share a metric."""
     often = Counter(map(_base, requests))
     labels = [_base(request) if often[_base(request)] == 1 else ast.unparse(request) for request in requests]
     for label, times in Counter(labels).items():
@@ -200,11 +205,23 @@ def call_rewards(
     locations: Sequence[str],
     timeout: float | None = None,
 ) -> np.ndarray:
-    """Calls every reward in a thread of its own, coroutines too -> [functions, S] float64, NaN where one answered None.
+    """Calls each reward function in a thread of its own; coroutines are awaited there.
 
-    Every sequence has one entry per completion (S); locations are `file:line` of the rows, timeout is in seconds over the call.
-    Raises InputError, one line with function and row, for a reward that raises or answers anything but S finite numbers or
-    None; RunError for one that takes longer than `timeout`.
+    Args:
+        rewards: the functions.
+        prompts: [S], one entry for each completion, as in all other sequences.
+        completions: [S].
+        completion_ids: [S] token ids.
+        columns: further columns of the rows, [S] each.
+        locations: [S] `file:line` of the rows.
+        timeout: seconds for all functions together; None: no limit.
+
+    Returns:
+        [functions, S] float64, NaN for None.
+
+    Raises:
+        InputError: a function raises, or returns anything but S finite numbers or None; names function and row.
+        RunError: a function takes longer than `timeout`.
     """
     base = {"prompts": list(prompts), "completions": list(completions), "completion_ids": list(completion_ids)}
     available = {**{key: list(column) for key, column in columns.items()}, **base}
@@ -223,9 +240,10 @@ def call_rewards(
 
 
 def combine(matrix: np.ndarray, weights: Sequence[float]) -> np.ndarray:
-    """[functions, S] -> [S]: Σ_k w_k r_k over the rewards that are there; NaN where none is.
+    """[functions, S] -> [S]: Σ_k w_k r_k over the rewards that are not NaN; NaN where all are.
 
-    Raises InputError for a sum that float32 could not square.
+    Raises:
+        InputError: the square of a sum would overflow float32.
 
     >>> combine(np.array([[1.0, np.nan, np.nan], [1.0, 1.0, np.nan]]), [1.0, 0.5])
     array([1.5, 0.5, nan])
@@ -237,7 +255,7 @@ def combine(matrix: np.ndarray, weights: Sequence[float]) -> np.ndarray:
 
 
 def _arguments(reward: NamedReward, available: Mapping[str, list[Any]], locations: Sequence[str]) -> dict[str, Any]:
-    """All columns for a function with **columns, else those that it names."""
+    """All columns for a function with **kwargs, else those that it names."""
     try:
         parameters = inspect.signature(reward.function).parameters
     except ValueError:  # written in C
@@ -260,13 +278,13 @@ def _absent(reward: NamedReward, name: str, available: Mapping[str, Any], locati
 
 
 def _as_text(arguments: dict[str, Any]) -> dict[str, Any]:
-    """mlx-lm-lora's functions (prompts, completions, answer, types) know strings only."""
+    """mlx-lm-lora's functions (prompts, completions, answer, types) take strings only."""
     texts = {key: [text_of(value) for value in arguments[key]] for key in ("prompts", "completions") if key in arguments}
     return arguments | texts
 
 
 def _in_thread(function: Callable[..., Any], arguments: dict[str, Any]) -> Future[Any]:
-    """Not a ThreadPoolExecutor: its threads are no daemons, so a reward that hangs would keep the process from ending."""
+    """Runs a function in a daemon thread; a ThreadPoolExecutor has none, so that a reward that hangs would block the exit."""
     future: Future[Any] = Future()
 
     def work() -> None:
@@ -275,8 +293,8 @@ def _in_thread(function: Callable[..., Any], arguments: dict[str, Any]) -> Futur
             answer = function(**own)
             answer = asyncio.run(_awaited(answer)) if inspect.isawaitable(answer) else answer
             answer = answer.tolist() if hasattr(answer, "tolist") else answer  # arrays of numpy, mlx, torch
-            future.set_result(list(answer) if isinstance(answer, list | tuple) else answer)  # as it is now, whatever its class
-        except BaseException as error:  # sys.exit() in a reward must not end its thread in silence
+            future.set_result(list(answer) if isinstance(answer, list | tuple) else answer)  # a copy, of any list class
+        except BaseException as error:  # also of sys.exit() in a reward
             future.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
@@ -288,7 +306,7 @@ async def _awaited(answer: Awaitable[Any]) -> Any:
 
 
 def _culprit(function: Reward, arguments: dict[str, Any], locations: Sequence[str], timeout: float | None) -> str:
-    """Which row a function raises on: it is asked again row by row, within `timeout` seconds; all rows when none alone does."""
+    """The row that a function raises on, found by calls with one row, within `timeout` seconds; else the range of all rows."""
     deadline = math.inf if timeout is None else time.monotonic() + timeout
     for row, location in enumerate(locations):
         alone = {key: value if value is None else value[row : row + 1] for key, value in arguments.items()}

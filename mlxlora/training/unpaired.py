@@ -1,4 +1,4 @@
-"""Labelled completions (KTO) as batches, with the reference point that they are compared with."""
+"""Labeled completions (KTO) as batches, with the reference point that KTO compares them with."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -22,11 +22,11 @@ from ..models.modes import evaluating
 
 
 def unpaired(data: str | RowOptions, *, reference_point: bool = True, **options: Any) -> Source:
-    """Labelled rows: prompt, completion and whether it is desirable; a preference pair counts as one of each.
+    """Labeled rows: prompt, completion and whether it is desirable; a preference pair counts as one row of each label.
 
     Args:
         data: folder, file or hub data set; or all options at once.
-        reference_point: measure `batch.reference_point`, for objectives that need it: a forward pass more for each batch.
+        reference_point: measure `batch.reference_point` for objectives that need it, with one more forward pass for each batch.
         options: fields of `RowOptions`, such as `max_seq_length=1024`.
     """
     data = RowOptions(data=data, **options) if isinstance(data, str) else evolve(data, **options)
@@ -67,7 +67,7 @@ def _micro(items: Sequence[Judged]) -> MicroBatch:
 
 
 def _measured(model: nn.Module, ranks: Ranks) -> Make:
-    """Pieces with `reference_point`, which all ranks measure together, with the model as it then is."""
+    """Micro-batches with `reference_point`, which all ranks measure together with the current policy."""
     score, state, own, shapes = scorer(model), [model.state], spread(lambda items, _: _micro(items), ranks), Signatures()
 
     @partial(mx.compile, inputs=state, outputs=state)
@@ -85,7 +85,9 @@ def _measured(model: nn.Module, ranks: Ranks) -> Make:
         micro = own(items, index)
         examples = [item.mismatched for item in ranks.share(items) if item.mismatched is not None]
         if ranks.sharded and not examples:
-            divergence([item.mismatched for item in items[:1] if item.mismatched is not None])  # helps the others gathering
+            divergence(
+                [item.mismatched for item in items[:1] if item.mismatched is not None]
+            )  # the other ranks need this one to gather slices
         total, count = ranks.totals(divergence(examples), len(examples))
         column = mx.full((micro.batch.sequences,), max(total / count, 0.0), mx.float32)
         return micro._replace(batch=micro.batch._replace(reference_point=column))
@@ -94,10 +96,14 @@ def _measured(model: nn.Module, ranks: Ranks) -> Make:
 
 
 def sum_log_ratio(logps: np.ndarray, examples: Sequence[Example]) -> float:
-    """The sum over the examples of log π(y|x) - log π_ref(y|x); logps [N] or longer, in the order of the examples, nats.
+    """Σ over the examples of log π(y|x) - log π_ref(y|x), nats.
+
+    Args:
+        logps: [N] or longer, log π of the trained tokens in the order of the examples.
+        examples: with `ref_logps`.
 
     Raises:
-        ValueError: the examples have no `ref_logps`.
+        ValueError: an example has no `ref_logps`.
     """
     known = [example.ref_logps for example in examples if example.ref_logps is not None]
     if len(known) < len(examples):

@@ -139,10 +139,10 @@ def test_collate_keeps_every_scored_token_and_its_context(seeds: list[int], scor
     assert np.all(sequence[sum(int(r.loss_mask.sum()) for r in rows) :] == len(rows))
 
 
-# --- pieces -------------------------------------------------------------------------------------
+# --- micro-batches -------------------------------------------------------------------------------
 
 
-def test_pieces_of_examples_and_pairs() -> None:
+def test_micro_batches_of_examples_and_pairs() -> None:
     a, b, c, d = (row([i, i, i + 1], [0, 1, 1], location=f"a.jsonl:{i}") for i in range(1, 5))
     micro = example_batch([a, b])
     assert micro.tokens == 6 and micro.rows == ("a.jsonl:1", "a.jsonl:2")

@@ -42,7 +42,7 @@ def longest(item):
 
 
 @pytest.mark.parametrize(
-    ("item", "piece"),
+    ("item", "micro"),
     [(row, example_batch), (pair, pair_batch), (pair, lambda pairs: pair_batch(pairs, share=True))],
     ids=["rows", "pairs", "shared prompts"],
 )
@@ -64,13 +64,13 @@ def test_random_lengths_stay_under_the_cap(item, micro):
 @pytest.mark.parametrize(("item", "share"), [(row, False), (pair, False), (pair, True)], ids=["rows", "pairs", "shared prompts"])
 def test_parts_of_batches_stay_under_the_cap(item, share, rows):
     rng, seen, plain, whole = np.random.default_rng(0), set(), set(), Signatures()
-    micro, free = (BatchDivider(mx.get_active_memory() + (1 << 22), cost=1e3, rows=rows) for _ in range(2))
+    bounded, free = (BatchDivider(mx.get_active_memory() + (1 << 22), cost=1e3, rows=rows) for _ in range(2))
     free.shapes.own = STEPS
     for _ in range(400):
         items = [item(rng) for _ in range(4)]
         micro = example_batch(items) if item is row else pair_batch(items, share=share)
         micro = micro._replace(batch=whole.fit(micro.batch))
-        for shown, method in ((seen, micro), (plain, free)):
+        for shown, method in ((seen, bounded), (plain, free)):
             shown |= {shapes(part.batch) for part in method([micro])}
     assert len(seen) <= (LIMIT if rows else 2 * LIMIT)  # batches that fit whole have shapes of their own
     assert len(seen) < len(plain)

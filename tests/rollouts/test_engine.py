@@ -158,7 +158,7 @@ def test_greedy_is_mlx_lms(model):
         assert completion.tokens.tolist() == expected
 
 
-def test_long_prompts_pass_in_pieces(plain, monkeypatch):
+def test_long_prompts_pass_in_parts(plain, monkeypatch):
     prompts = [list(range(1, 90)), list(range(3, 50)), [4]]
     whole = drawn(plain, prompts=prompts)
     monkeypatch.setattr("mlxlora.rollouts.prefix_cache._PREFILL_TOKENS", 1)

@@ -64,7 +64,7 @@ def test_a_reward_model_reads_many_texts_as_it_reads_one(classifier: Path) -> No
 @pytest.mark.parametrize("folder", ["model_folder", "nowhere"])
 def test_no_reward_model(folder: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     path = request.getfixturevalue(folder) if folder == "model_folder" else tmp_path / folder
-    with pytest.raises(InputError, match=r"--reward-model .*(no score.weight|no model folder)"):
+    with pytest.raises(InputError, match=r"--reward-model .*(no score.weight|not a model folder)"):
         reward_model(str(path))
 
 
@@ -127,7 +127,7 @@ def test_runs_with_a_judge(model_folder: Path, command: tuple, tmp_path: Path, m
         (("--judge-model", "./nowhere", "--val-batches", 0), "--judge-model ./nowhere: no such folder"),
         (("--judge-model", "./nowhere"), "use --val-batches 0"),
         (("--judge-model", "./nowhere", "--val-batches", 0, "--group-size", 3), "--judge-model compares two completions"),
-        (("--reward-model", "./nowhere"), "--reward-model nowhere: no model folder"),
+        (("--reward-model", "./nowhere"), "--reward-model nowhere: not a model folder"),
     ],
 )
 def test_mistakes(options: tuple, message: str, command: tuple, mlxlora: Any) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mlxlora.errors import InputError, RunError
 from mlxlora.rollouts import reward_functions as rf
-from mlxlora.rollouts.rewards import NamedReward, combine, load_rewards, call_rewards
+from mlxlora.rollouts.rewards import NamedReward, call_rewards, combine, load_rewards
 from mlxlora.utils import user_code as userfile
 
 GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k_test.jsonl"
@@ -248,7 +248,9 @@ def asked_of(rewards, **columns):
     chat = [[{"role": "assistant", "content": c}] for c in "ab"]
     prompts = [[{"role": "user", "content": "?"}]] * 2
     return {
-        kind: call_rewards(rewards, prompts=prompts, completions=c, completion_ids=[[1], [2]], columns=columns, locations=["d:1", "d:2"])
+        kind: call_rewards(
+            rewards, prompts=prompts, completions=c, completion_ids=[[1], [2]], columns=columns, locations=["d:1", "d:2"]
+        )
         for kind, c in (("text", ["a", "b"]), ("chat", chat))
     }
 

@@ -21,7 +21,7 @@ from mlxlora.data.tokenize import Example
 from mlxlora.errors import InputError
 from mlxlora.models.logprobs import scorer
 from mlxlora.objectives.kto import kto
-from mlxlora.training.micro_batch import divided
+from mlxlora.training.micro_batch import divide_batch
 from mlxlora.training.unpaired import unpaired
 
 LABELLED = [{"prompt": f"what is {n}? ", "completion": "abc" * (n % 3 + 1), "label": n % 2 == 0} for n in range(1, 8)]
@@ -108,8 +108,8 @@ def test_over_long_rows_are_cut_or_dropped(loaded: Any) -> None:
 # --- the reference point --------------------------------------------------------------------------
 
 
-def piece_of(model: nn.Module, tokenizer: Any, rows: list[dict], shift: float) -> tuple[MicroBatch, list[Judged]]:
-    """The piece of all rows, with a reference that thinks every token less likely by `shift` nats."""
+def micro_of(model: nn.Module, tokenizer: Any, rows: list[dict], shift: float) -> tuple[MicroBatch, list[Judged]]:
+    """The micro-batch of all rows, with a reference that finds every token less likely by `shift` nats."""
     source, items = prepared(tokenizer, rows)
     score = scorer(model)
     known = [
@@ -125,7 +125,7 @@ def one(score: Any, example: Example) -> np.ndarray:
 
 @pytest.mark.parametrize("shift", [0.25, -0.25])
 def test_it_is_the_mean_log_ratio_of_mismatched_completions(loaded: Any, shift: float) -> None:
-    micro, items = piece_of(loaded[0], loaded[1], LABELLED[:4], shift)
+    micro, items = micro_of(loaded[0], loaded[1], LABELLED[:4], shift)
     tokens = np.mean([item.mismatched.loss_mask.sum() for item in items])  # type: ignore[union-attr]
     np.testing.assert_allclose(np.array(micro.batch.reference_point), max(shift * tokens, 0.0), rtol=1e-4)
     assert micro.batch.label.tolist() == [False, True, False, True]
@@ -144,11 +144,11 @@ def test_it_follows_the_policy(model_folder: Path) -> None:
 
 
 def test_divided_batches_keep_it(loaded: Any) -> None:
-    """A mean over the whole batch, so what is computed in pieces must not compute it again."""
-    micro, _ = piece_of(loaded[0], loaded[1], LABELLED[:4], 0.25)
+    """A mean over the whole batch, so a divided batch keeps it."""
+    micro, _ = micro_of(loaded[0], loaded[1], LABELLED[:4], 0.25)
     objective, score = kto(), scorer(loaded[0])
     whole = objective(*score(micro.batch))[0].item()
-    parts = divided(micro, 3)
+    parts = divide_batch(micro, 3)
     counts = objective.counts(micro.batch)
     assert len(parts) == 2
     np.testing.assert_allclose(sum(objective(*score(p.batch), counts)[0].item() for p in parts), whole, rtol=1e-5)
