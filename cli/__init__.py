@@ -1,4 +1,4 @@
-"""The command line: `mlxlora COMMAND`, one small module per command; none imports mlx before it runs."""
+"""The command line: `mlxlora COMMAND`, one small module per command. Importing a command imports no mlx."""
 
 import atexit
 import gc
@@ -29,7 +29,7 @@ from .push import push
 from .report import report
 from .train import TRAINING
 
-_UsageError: Any = typer.BadParameter.__mro__[1]  # unknown flags, values that do not parse
+_UsageError: Any = typer.BadParameter.__mro__[1]  # click's; raised for unknown flags and values that do not parse
 
 app = typer.Typer(
     pretty_exceptions_show_locals=False,
@@ -43,7 +43,7 @@ _COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
         **TRAINING,
         "init": (init, "--config-file config.json --tokenizer some-model --output new-model --dtype bfloat16"),
     },
-    "Look": {
+    "Inspect": {
         "preview": (preview, f"{_TRAINED} --mask-prompt --num 5"),
         "report": (report, "adapters adapters-2 --output comparison.html"),
         "eval": (evaluate, f"{_TRAINED} --adapter-path adapters --mask-prompt --split test"),
@@ -51,7 +51,7 @@ _COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
         "compare": (compare, "--adapter-path adapters --data my-data --num 5"),
         "doctor": (doctor, ""),
     },
-    "Take elsewhere": {
+    "Share": {
         "fuse": (fuse, "--adapter-path adapters --save-path fused"),
         "merge": (merge, "adapters-a adapters-b --weights 0.5,0.5 --save-path merged"),
         "export": (export, "--adapter-path adapters --peft adapters-peft"),
@@ -81,8 +81,8 @@ def _root(
 
 
 def main() -> None:
-    """Runs the command line; a user's mistake is one line on stderr (exit code 2), a failed run another (exit code 1)."""
-    atexit.register(gc.freeze)  # the interpreter searches all of transformers for garbage as it ends, for 0.15 s
+    """Runs the command line; prints one line on stderr for a user's mistake (exit code 2) or a failed run (exit code 1)."""
+    atexit.register(gc.freeze)  # saves 0.15 s at exit, which the interpreter spends on searching transformers for garbage
     try:
         code = _named(sys.argv[1:2])(prog_name="mlxlora", standalone_mode=False)
     except SharedError as error:
@@ -101,14 +101,14 @@ def main() -> None:
 
 
 def _named(names: list[str]) -> typer.Typer:
-    """The app with one command alone, if that is what is named: Typer would build all of them first, for 0.06 s."""
+    """The app with the named command alone, because Typer takes 0.06 s to build all commands."""
     only = copy(app)
     only.registered_commands = [command for command in app.registered_commands if command.name in names] or app.registered_commands
     return only
 
 
 def _fail(message: str, code: int, *, said_elsewhere: bool = False) -> NoReturn:
-    """Several ranks that fail together say so once."""
+    """Prints the message, once for ranks that fail together, and exits."""
     rank = launched_rank()
     if not said_elsewhere:
         typer.echo(f"mlxlora: error: {f'rank {rank}: ' if rank else ''}{message}", err=True)

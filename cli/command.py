@@ -1,4 +1,4 @@
-"""Commands with help that can be read in narrow terminals, and that take the flags of peers."""
+"""Commands whose help fits narrow terminals, and which take the flags of mlx-lm and mlx-lm-lora."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from .flags import without_peers
 
 
 class Command(TyperCommand):
-    """Its help never cuts the name of a flag, nor a long word: Typer's ends them in an ellipsis where columns are scarce."""
+    """A command whose help shows flags and long words in full; Typer ends them in an ellipsis in narrow terminals."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         own = {flag for parameter in self.params for flag in (*parameter.opts, *parameter.secondary_opts)}

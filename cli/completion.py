@@ -1,4 +1,4 @@
-"""What the shell completes of option values that are no fixed choice: names in lists (`a,b`) and in sums (`0.8*a+b`)."""
+"""Completes names in lists (`a,b`) and sums (`0.8*a+b`) for the shell; fixed choices are completed by Typer."""
 
 import re
 from collections.abc import Callable
@@ -13,13 +13,13 @@ NAMES = {
     ("GRPOOptions", "loss_type"): ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "luspo", "sapo", "vespo", "reinforce"),
     ("Output", "report_to"): ("wandb", "swanlab", "trackio", "tensorboard"),
 }
-"""By group and option. Written down here because the modules that define the losses import MLX; a test compares them."""
+"""By group and option. A copy, because the modules that define the losses import MLX; a test compares them."""
 
 _LAST = re.compile(r"[^,+*]*$")
 
 
 def completer(group: str, option: str) -> Callable[[str], list[str]] | None:
-    """Completes the last name of what was typed; None: nothing is known, and the shell completes files."""
+    """A function that completes the last name; None: the option has no names, and the shell completes files."""
     if (group, option) == ("RewardOptions", "rewards"):
         return _rewards
     return _of(NAMES[group, option]) if (group, option) in NAMES else None

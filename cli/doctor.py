@@ -10,7 +10,7 @@ from mlxlora.utils.blas import load_fast_blas
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as a JSON list.")] = False,
 ) -> None:
-    """Tell what runs would use here (device, BLAS, compiler, memory), and what would make them faster."""
+    """Report your setup (device, BLAS, compiler, memory) and suggest fixes."""
     blas = load_fast_blas()
     import attrs
     import orjson

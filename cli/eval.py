@@ -13,12 +13,12 @@ from .flags import flags
 
 @group("Evaluation")
 class EvalOptions:
-    """What is evaluated."""
+    """Which rows are evaluated, and with which adapters."""
 
     adapter_path: str | None = option(None, "Folder of adapters; default: the model as it is.")
-    split: Literal["valid", "test", "train"] = option("test", "Which rows to score.")
+    split: Literal["valid", "test", "train"] = option("test", "Split to evaluate.")
     batch_size: int = option(4, "Rows in a batch.", v.ge(1))
-    seed: int = option(0, "Of --valid-fraction; default: that of the adapters' run, if its rows are scored.", v.ge(0))
+    seed: int = option(0, "Seed of --valid-fraction; default: that of the adapters' run, if its rows are used.", v.ge(0))
 
 
 _TEXTS = {
@@ -30,7 +30,7 @@ _TEXTS = {
 
 @flags(starter="sft", texts=_TEXTS)
 def evaluate(model: ModelOptions, data: DataOptions, evaluation: EvalOptions) -> None:
-    """Loss (nats per scored token) and perplexity of a whole split."""
+    """Print loss (nats per trained token) and perplexity of a whole split."""
     from mlxlora.distributed.ranks import current_ranks
     from mlxlora.training.session import evaluate_split
 

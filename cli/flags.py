@@ -190,7 +190,7 @@ def without_peers(ctx: typer.Context, own: Collection[str], args: Sequence[str])
 def _value(key: Key, text: str) -> Any:
     """The value of a peer's flag: text for an option, which knows its type, else as YAML reads it."""
     try:
-        return text if key.option or key.turned else yaml.safe_load(text)
+        return text if key.option or key.convert else yaml.safe_load(text)
     except yaml.YAMLError:
         return text
 

@@ -22,7 +22,7 @@ class Answering:
     """How answers are generated."""
 
     system: str | None = option(None, "System message, for a model with a chat template.")
-    max_tokens: int = option(256, "Most tokens to generate.", v.ge(1))
+    max_tokens: int = option(256, "Maximum number of tokens to generate.", v.ge(1))
     temperature: float = option(0.0, "Temperature of sampling; 0 = always the likeliest token.", v.ge(0))
     top_p: float = option(1.0, "Sample among the likeliest tokens that together have this probability.", v.gt(0), v.le(1))
     seed: int = option(0, "Seed of sampling.", v.ge(0))
@@ -34,12 +34,12 @@ class Generation(Answering):
     """What to generate."""
 
     adapter_path: str | None = option(None, "Folder of adapters; default: the model as it is.")
-    prompt: str | None = option(None, "What to continue or answer; - reads it from standard input.")
+    prompt: str | None = option(None, "Text to continue or answer; - reads it from standard input.")
 
 
 @flags(texts={"model": f"{BASE[:-1]}; without adapters the bundled starter."})
 def generate(model: ModelOptions, generation: Generation) -> None:
-    """Print what a model, with or without adapters, makes of a prompt."""
+    """Generate text from a prompt, with or without adapters."""
     if generation.prompt is None:
         raise InputError("--prompt is missing; give the text, or - to read it from standard input")
     for text in _stream(_model(model, generation), generation):

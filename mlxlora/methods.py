@@ -75,7 +75,7 @@ class Starter:
     Attributes:
         data: folder of its rows.
         options: YAML file with options, without the suffix.
-        runs: whether it has everything that a run needs; a teacher it has not.
+        runs: whether it has everything that a run needs; it has no teacher.
     """
 
     data: str
@@ -365,9 +365,7 @@ def _check_pairs(o: OnlineDPORun) -> None:
     if o.use_prompt:
         raise InputError("--use-prompt: both completions of a pair have the same prompt, whose tokens cancel; leave it out")
     if o.xpo_alpha and o.reference_model_path:
-        raise InputError(
-            "--xpo-alpha: the reference that answers is the policy before training; leave out --reference-model-path"
-        )
+        raise InputError("--xpo-alpha: the reference that answers is the policy before training; leave out --reference-model-path")
     if o.judge_model and o.group_size != 2:
         raise InputError(f"--judge-model compares two completions: use --group-size 2, got {o.group_size}")
     if o.judge_model and o.val_batches:

@@ -209,7 +209,7 @@ def _settled(values: dict[str, Any], reading: Reading, keys: Mapping[str, Any], 
 def _options(found: Iterable[Entry], reading: Reading, given: Mapping[str, Any]) -> dict[str, Any]:
     """The options that entries set."""
     values: dict[str, Any] = {}
-    turned: dict[str, Any] = {}  # from a peer's nested keys, which there win over flat ones
+    converted: dict[str, Any] = {}  # a peer's nested keys win over its flat ones
     unused: list[str] = []
     optimizer: Entry | None = None
     for entry in found:
@@ -219,24 +219,24 @@ def _options(found: Iterable[Entry], reading: Reading, given: Mapping[str, Any])
             _check_method(entry, reading.command)
         elif name:
             values |= {} if entry.value is None else {name: _checked(reading, name, entry.key, entry)}
-        elif known is None or (known.option and not reading.peer and not known.turned and reading.command not in known.lacking):
+        elif known is None or (known.option and not reading.peer and not known.convert and reading.command not in known.absent):
             _check_unknown(entry, reading)
         elif entry.key == "optimizer_config":
             optimizer = entry
         else:
-            turned |= _turned(entry, known, reading)
+            converted |= _converted(entry, known, reading)
             unused += [entry.key] if _has_no_place(known, reading) else []
     if optimizer and optimizer.value:
         chosen, config = given.get("optimizer") or values.get("optimizer") or "adam", optimizer.value
-        turned |= _checked_all(optimizer, lambda: compat.optimizer_options(config, chosen), reading)
+        converted |= _checked_all(optimizer, lambda: compat.optimizer_options(config, chosen), reading)
     if unused and reading.strict:
         reading.note(f"without effect on this command: {', '.join(unused)}")
-    return {**values, **turned}
+    return {**values, **converted}
 
 
 def _option_of(key: str, known: Key | None, reading: Reading) -> str | None:
     """The option that a key stands for without conversion; None: it is none, or a peer's with another meaning."""
-    if known and (known.turned or (reading.peer and not compat.applies(known, reading.command))):
+    if known and (known.convert or (reading.peer and not compat.applies(known, reading.command))):
         return None
     if key in reading.fields:
         return key
@@ -247,11 +247,11 @@ def _option_of(key: str, known: Key | None, reading: Reading) -> str | None:
 def _has_no_place(known: Key, reading: Reading) -> bool:
     """Whether a peer's key belongs to other commands, and no message of its own says so."""
     if known.option and known.option not in reading.fields:
-        return reading.command not in known.lacking
+        return reading.command not in known.absent
     return not compat.applies(known, reading.command)
 
 
-def _turned(entry: Entry, known: Key, reading: Reading) -> dict[str, Any]:
+def _converted(entry: Entry, known: Key, reading: Reading) -> dict[str, Any]:
     """The options that a peer's key becomes; a key that becomes none is noted, refused or ignored, as the table says."""
     value, command = entry.value, reading.command
     if entry.key == "train_mode" and METHOD in reading.fields and (method := reading.commands.named(value)):
@@ -259,11 +259,11 @@ def _turned(entry: Entry, known: Key, reading: Reading) -> dict[str, Any]:
     if command and entry.key == "train_mode" and value is not None:
         path = f" -c {entry.file}" if entry.file else ""
         return _checked_all(entry, lambda: compat.check_mode(value, command, path, reading.commands.modes) or {}, reading)
-    turn = known.turned
-    if turn and value is not None and compat.applies(known, command):
-        return _checked_all(entry, lambda: turn(value), reading)
-    if command and command in known.lacking and value is not None:
-        reading.note(f"{entry.place}: {known.lacking[command]}")
+    convert = known.convert
+    if convert and value is not None and compat.applies(known, command):
+        return _checked_all(entry, lambda: convert(value), reading)
+    if command and command in known.absent and value is not None:
+        reading.note(f"{entry.place}: {known.absent[command]}")
     elif _speaks(entry, known, command):
         if known.fate == "refused":
             raise InputError(f"{entry.place}: {plain(value)} has no counterpart here: {known.text}")
@@ -273,15 +273,15 @@ def _turned(entry: Entry, known: Key, reading: Reading) -> dict[str, Any]:
 
 def _speaks(entry: Entry, known: Key, command: str | None) -> bool:
     """Whether a peer's key that becomes no option is noted or refused; a flag without effect is noted too."""
-    silent = known.fate == "ignored" and (not entry.is_flag or known.option or known.turned)
+    silent = known.fate == "ignored" and (not entry.is_flag or known.option or known.convert)
     idle = any(entry.value == idle and type(entry.value) is type(idle) for idle in known.idle)
     return not silent and not idle and (command is None or compat.applies(known, command))
 
 
-def _checked_all(entry: Entry, turn: Callable[[], dict[str, Any]], reading: Reading) -> dict[str, Any]:
+def _checked_all(entry: Entry, convert: Callable[[], dict[str, Any]], reading: Reading) -> dict[str, Any]:
     """The options of this command that a peer's key becomes, each checked."""
     try:
-        options = turn()
+        options = convert()
     except ValueError as error:
         raise InputError(f"{entry.location}: {error}") from None
     prefix = "" if entry.is_flag else f"{entry.key}: "

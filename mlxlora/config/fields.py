@@ -13,11 +13,11 @@ import attrs
 
 from ..errors import InputError, quoted
 
-Group = TypeVar("Group", bound=type)
+GroupClass = TypeVar("GroupClass", bound=type)
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
-def group(panel: str) -> Callable[[Group], Group]:
+def group(panel: str) -> Callable[[GroupClass], GroupClass]:
     """Makes a class a frozen group of options with keyword arguments.
 
     The help texts of its fields become the `Attributes` of its docstring, so that each text is written once.
@@ -26,7 +26,7 @@ def group(panel: str) -> Callable[[Group], Group]:
         panel: the heading of these options in `--help`.
     """
 
-    def decorate(cls: Group) -> Group:
+    def decorate(cls: GroupClass) -> GroupClass:
         made: Any = attrs.define(frozen=True, kw_only=True, slots=False, field_transformer=_ordered)(cls)
         described = "\n".join(f"    {field.name}: {field.metadata['help']}" for field in attrs.fields(made))
         made.__doc__ = f"{(cls.__doc__ or panel).strip()}\n\nAttributes:\n{described}\n"

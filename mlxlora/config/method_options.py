@@ -9,7 +9,7 @@ import attrs
 
 from ..errors import InputError
 
-Group = TypeVar("Group")
+Part = TypeVar("Part")
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -37,7 +37,7 @@ class MethodOptions:
         return tuple(kind for base in cls.__mro__ for kind in _groups_among(base))
 
     @classmethod
-    def kind(cls, wanted: type[Group]) -> type[Group]:
+    def kind(cls, wanted: type[Part]) -> type[Part]:
         """The group of the method that is a `wanted`, such as `PairData` for `RowOptions`."""
         return next(kind for kind in cls.kinds() if issubclass(kind, wanted))
 
@@ -48,7 +48,7 @@ class MethodOptions:
         keyword = inspect.Parameter.KEYWORD_ONLY
         return inspect.Signature([inspect.Parameter(f.name, keyword, default=f.default, annotation=f.type) for f in fields])
 
-    def part(self, wanted: type[Group]) -> Group:
+    def part(self, wanted: type[Part]) -> Part:
         """The group of these options that is a `wanted`."""
         return self.__dict__["_parts"][self.kind(wanted)]
 

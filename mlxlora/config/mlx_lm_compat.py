@@ -1,4 +1,4 @@
-"""How files and flags written for mlx-lm and mlx-lm-lora are understood; `mlx_lm_keys` has the tables."""
+"""Reads files and flags written for mlx-lm and mlx-lm-lora, called peers; `mlx_lm_keys` has their tables."""
 
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -36,11 +36,11 @@ class Commands:
 _FILES_ONLY = ("config", "lora_parameters", "optimizer_config", "hf_dataset")
 
 LISTING = "list_reward_functions"
-"""mlx-lm-lora's flag that lists what it has."""
+"""mlx-lm-lora's flag that lists its reward functions."""
 
 
 def peer_of(keys: Collection[str]) -> Peer | None:
-    """Whose file has these keys; None: ours.
+    """The library that a file with these keys was written for; None: mlxlora.
 
     >>> peer_of(["train", "iters"]).name, peer_of(["train", "train_mode"]).name, peer_of(["iters"])
     ('mlx-lm', 'mlx-lm-lora', None)
@@ -49,31 +49,34 @@ def peer_of(keys: Collection[str]) -> Peer | None:
 
 
 def find(name: str, peer: Peer | None = None) -> Key | None:
-    """A key of a peer, or of either."""
+    """The key of a peer, or of any peer; None: there is no such key."""
     return next((each.keys[name] for each in ((peer,) if peer else PEERS) if name in each.keys), None)
 
 
 def aliases(command: str | None) -> dict[str, str]:
-    """The peers' other names of options of a command."""
+    """The peers' names of options that have another name in mlxlora, for a command."""
     every = {name: key for peer in PEERS for name, key in peer.keys.items()}
-    return {name: k.option for name, k in every.items() if k.option not in (None, name) and not k.turned and applies(k, command)}  # type: ignore[misc]
+    return {name: k.option for name, k in every.items() if k.option not in (None, name) and not k.convert and applies(k, command)}  # type: ignore[misc]
 
 
 def applies(key: Key, command: str | None) -> bool:
-    """Whether a command has the key."""
+    """Whether a key has its option in a command."""
     return not key.modes or command in key.modes
 
 
 def flag(name: str) -> Key | None:
-    """The key that a flag stands for, if it can be one: `qat_bits` for `--qat-bits`."""
+    """The key of a flag, given without dashes (`qat_bits` for `--qat-bits`); None: peers have no such flag."""
     return None if name in _FILES_ONLY else find(name)
 
 
 def settle(values: Mapping[str, Any], peer: Peer | None, keys: Mapping[str, Any], whole: Mapping[str, Any]) -> Options:
-    """The options that were written for a peer, under these keys, without those that have no effect there.
+    """The options of a peer's file or command line without those that have no effect in the peer.
 
     Args:
-        whole: all options of the run, from wherever they are.
+        values: the options.
+        peer: the library; None: mlxlora.
+        keys: the keys that set them.
+        whole: all options of the run, from every layer.
 
     >>> dpo = {"loss_type": "hinge", "delta": 50.0}
     >>> settle(dpo, MLX_LM_LORA, {"dpo_cpo_loss_type": "hinge", "delta": 50.0}, dpo)
@@ -112,7 +115,7 @@ def check_mode(mode: Any, command: str, run: str, modes: Mapping[str, str]) -> N
 
 
 def notes(peer: Peer, location: str, values: Mapping[str, Any], has: Collection[str]) -> Iterable[str]:
-    """What a user of a peer is told once: the differences that touch this run, and defaults that are not theirs."""
+    """What to tell a user of a peer once: differences that matter for this run, and defaults that differ."""
     optimizer = values.get("optimizer", "adam")
     differences = {
         "Adam has bias correction": optimizer in ("adam", "adamw"),
@@ -124,9 +127,9 @@ def notes(peer: Peer, location: str, values: Mapping[str, Any], has: Collection[
         "dpop's penalty is inside the sigmoid, as published": values.get("loss_type") == "dpop",
     }
     told = "; ".join(text for text, holds in differences.items() if holds)
-    yield f"{location} is {peer.name}'s. Different here: {told}. More in docs/from-{peer.name}.md"
+    yield f"{location} is {peer.name}'s. Different in mlxlora: {told}. More in docs/from-{peer.name}.md"
     decays = optimizer in ("adamw", "muon")
     defaults = {name: value for name, value in peer.defaults.items() if name in has and (name != "weight_decay" or decays)}
     covered = {"iters"} if values.get("epochs") is not None else set()
     if missing := [f"{name} ({value})" for name, value in defaults.items() if name not in values and name not in covered]:
-        yield f"not given, so they have our defaults, not {peer.name}'s: {', '.join(missing)}"
+        yield f"not set, so they have mlxlora's defaults instead of {peer.name}'s: {', '.join(missing)}"

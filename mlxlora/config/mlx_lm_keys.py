@@ -1,4 +1,4 @@
-"""The keys and flags of mlx-lm and mlx-lm-lora, and what each of them is here.
+"""The keys and flags of mlx-lm and mlx-lm-lora, and what mlxlora does with each.
 
 Two tables; tests/config/test_mlx_lm_compat.py checks them against the defaults and flags of these libraries, and `docs/`
 shows them. A key is an option under the same or another name, becomes several options, has no meaning here, or is refused
@@ -17,32 +17,39 @@ Options = dict[str, Any]
 
 @frozen
 class Key:
-    """What a key of a peer is here.
+    """What mlxlora does with a key of another library, a peer.
 
     Attributes:
         text: for the table of the documentation.
-        option: the option that it is.
-        modes: the commands in which it is that option; empty: all that have it.
-        turned: its value as options; ValueError says why there are none.
-        fate: whether a value is passed over, told about or refused where there is no option.
-        idle: the values that say nothing.
-        switch: the peer's flag takes no value.
-        lacking: what is told in the commands that have not the option and take the key all the same.
+        option: the option with the same meaning.
+        modes: the commands in which it is that option; empty: all that have the option.
+        convert: its value -> options; raises ValueError if there are none.
+        fate: what happens to a value that becomes no option.
+        idle: values without effect, which are ignored.
+        switch: the flag takes no value.
+        absent: the note in commands that accept the key without having the option.
     """
 
     text: str = ""
     option: str | None = None
     modes: tuple[str, ...] = ()
-    turned: Callable[[Any], Options] | None = None
-    fate: Literal["ignored", "told", "refused"] = "ignored"
+    convert: Callable[[Any], Options] | None = None
+    fate: Literal["ignored", "noted", "refused"] = "ignored"
     idle: tuple[Any, ...] = (None, False)
     switch: bool = False
-    lacking: Mapping[str, str] = {}
+    absent: Mapping[str, str] = {}
 
 
 @frozen
 class Peer:
-    """Another trainer: its table, the keys that show that a file is its own, and its defaults that are not ours."""
+    """Another library.
+
+    Attributes:
+        name: of the package.
+        keys: its keys and flags.
+        signs: keys that no other library has, which show whose file it is.
+        defaults: those that differ from mlxlora's.
+    """
 
     name: str
     keys: Mapping[str, Key]
@@ -85,7 +92,7 @@ _SCHEDULES: Mapping[str, tuple[str, tuple[str, ...], int]] = {
     "exponential_decay": ("exponential", ("learning_rate", "lr_decay_rate"), 2),
     "step_decay": ("step", ("learning_rate", "lr_decay_rate", "lr_decay_steps"), 3),
 }
-"""MLX's schedules: each one's name here, what its arguments are, and how many of them it needs."""
+"""MLX's schedules: the name in mlxlora, the arguments in order, and how many are required."""
 
 _OURS: Mapping[str, Mapping[str, Any]] = {
     "adam": {"bias_correction": True},
@@ -94,17 +101,17 @@ _OURS: Mapping[str, Mapping[str, Any]] = {
     "sgd": {"dampening": 0, "nesterov": False},
     "muon": {"nesterov": True, "ns_steps": 5},
 }
-"""Arguments of MLX's optimisers that have one value here."""
+"""Arguments of MLX's optimizers that mlxlora fixes, and their values."""
 
 
 def optimizer_options(config: Any, optimizer: str) -> Options:
-    """mlx-lm's `optimizer_config`, of which the chosen optimiser's part counts.
+    """The options in the chosen optimizer's part of mlx-lm's `optimizer_config`.
 
     >>> optimizer_options({"adam": {}, "adamw": {"betas": [0.9, 0.98], "bias_correction": True}}, "adamw")
     {'betas': [0.9, 0.98]}
 
     Raises:
-        ValueError: an argument that has another value here, or none.
+        ValueError: an argument that mlxlora does not have, or fixes to another value.
     """
     given = (config or {}).get(optimizer) or {} if isinstance(config or {}, Mapping) else None
     if not isinstance(given, Mapping):
@@ -128,7 +135,7 @@ _FEATURES = {
 _FIXED_FEATURES = ("system", "chosen", "rejected", "preference_score", "answer", "type")
 
 HUB = "hf://datasets/"
-"""What precedes the name of a hub data set that has no organisation."""
+"""The prefix of a hub data set whose name has no organization."""
 
 
 def _hub_data(value: Any) -> Options:
@@ -141,7 +148,7 @@ def _hub_data(value: Any) -> Options:
     """
     value = value[0] if isinstance(value, list) and len(value) == 1 else value
     if not isinstance(value, Mapping) or not (value.get("path") or value.get("name")):
-        raise ValueError("hf_dataset takes one data set here, {path: org/name, ...}; join several into one train.jsonl")
+        raise ValueError("hf_dataset takes one data set, {path: org/name, ...}; join several into one train.jsonl")
     config = value.get("config") or {}
     if not isinstance(config, Mapping):
         raise ValueError("hf_dataset.config is a mapping such as {name: main}")
@@ -168,7 +175,7 @@ _REWARDS = {
     "r1_strict_format_reward_func": "format_strict(score=0.5)",
     "r1_count_xml": "tag_count(score=0.125)",
 }
-"""mlx-lm-lora's built-in rewards under their names here."""
+"""mlx-lm-lora's built-in rewards, and their names in mlxlora."""
 
 
 def _reward_names(value: Any) -> Options:
@@ -194,13 +201,13 @@ _SHARED = {
     **{name: Key(option=name, switch=True) for name in ("mask_prompt", "test", "grad_checkpoint", "use_chat_template")},
     "train": Key("the command says it; to test alone: `mlxlora eval`", switch=True),
     "config": Key("`-c`, `--config`"),
-    "lora_parameters": Key("`rank`, `scale`, `dropout`, `lora_keys`; as it stands in a file"),
+    "lora_parameters": Key("`rank`, `scale`, `dropout`, `lora_keys`; unchanged in a file"),
     "lora_layers": Key(option="num_layers"),
-    "optimizer_config": Key("`betas`, `eps`, `momentum`, `weight_decay`, of the chosen optimiser; as it stands in a file"),
+    "optimizer_config": Key("`betas`, `eps`, `momentum`, `weight_decay`, of the chosen optimizer; unchanged in a file"),
     "lr_schedule": Key("`lr_schedule`, `learning_rate`, `lr_decay_steps`, `lr_decay_rate`, `lr_end`, `warmup`, `warmup_init`; "
-        "as it stands in a file", turned=_decay),
-    "hf_dataset": Key("`data`, `train_split`, ..., `prompt_key`, ...; as it stands in a file, one data set", turned=_hub_data),
-    "test_batches": Key("the test is of the whole split"),
+        "unchanged in a file", convert=_decay),
+    "hf_dataset": Key("`data`, `train_split`, ..., `prompt_key`, ...; unchanged in a file, one data set", convert=_hub_data),
+    "test_batches": Key("the test always covers the whole split"),
     **{name: Key(option=ours) for name, ours in _FEATURES.items()},
     **{
         f"{name}_feature": Key(f"call the field `{name}` in the rows", fate="refused", idle=(None, name))
@@ -215,13 +222,13 @@ _MLX_LM = {
     "grad_accumulation_steps": Key(option="grad_accumulation_steps"),
     "trust_remote_code": Key(option="trust_remote_code", switch=True),
     "clear_cache_threshold": Key("memory is bounded by `memory_limit`"),
-    "report_to": Key("`report_to`; `none` is none", turned=_trackers),
-    "project_name": Key("set WANDB_PROJECT or SWANLAB_PROJECT in the environment instead", fate="told"),
+    "report_to": Key("`report_to`; `none` switches it off", convert=_trackers),
+    "project_name": Key("set WANDB_PROJECT or SWANLAB_PROJECT in the environment instead", fate="noted"),
 }
 
 
 def _loaded_in(form: str) -> Key:
-    return Key(f"`quantize: {form}`", turned=lambda v: {"quantize": form} if v else {}, switch=True)
+    return Key(f"`quantize: {form}`", convert=lambda v: {"quantize": form} if v else {}, switch=True)
 
 
 _LORA_MODE = "belongs to a `train_mode` that is not offered"
@@ -232,39 +239,40 @@ _MLX_LM_LORA = {
     **_same("temperature", "top_p", "top_k", "min_p"),
     "use_prompt": Key(option="use_prompt", switch=True),
     "reference_model_path": Key("a note in `cpo` and `orpo`, which have no reference", option="reference_model_path",
-        lacking=dict.fromkeys(("cpo", "orpo"), "this method has no reference")),
+        absent=dict.fromkeys(("cpo", "orpo"), "this method has no reference")),
     "train_mode": Key("the command: `sft`, `dpo`, `orpo`, `cpo`, `grpo`, `online-dpo` (also for `xpo`); others are not offered"),
     "gradient_accumulation_steps": Key(option="grad_accumulation_steps"),
-    "micro_batch_size": Key("memory is bounded without it: `micro_batch`"),
-    "sft_loss_type": Key("`nll`, `dft`; `chunked_nll` is `nll`, which is always in chunks where that saves memory",
-        option="loss_type", modes=("sft",), turned=lambda v: {"loss_type": "nll" if v == "chunked_nll" else v}),
+    "micro_batch_size": Key("`micro_batch` bounds memory"),
+    "sft_loss_type": Key("`nll`, `dft`; `chunked_nll` becomes `nll`, which is computed in chunks where that saves memory",
+        option="loss_type", modes=("sft",), convert=lambda v: {"loss_type": "nll" if v == "chunked_nll" else v}),
     "dpo_cpo_loss_type": Key(option="loss_type", modes=("dpo", "cpo", "online-dpo")),
     "grpo_loss_type": Key(option="loss_type", modes=("grpo",)),
     "importance_sampling_level": Key(option="importance_level"),
     "beta": Key(option="beta"),
-    "delta": Key("in `dpo` and `cpo` with `dpop`, as there; elsewhere it is passed over", option="delta", modes=("dpo", "cpo")),
-    "alpha": Key("with `xpo`; in `cpo` it is the weight of the NLL of the chosen", option="xpo_alpha"),
-    "reward_functions": Key("the names of the built-in ones are translated", option="rewards", turned=_reward_names),
+    "delta": Key("in `dpo` and `cpo` with `dpop`; elsewhere it has no effect, as in mlx-lm-lora",
+        option="delta", modes=("dpo", "cpo")),
+    "alpha": Key("with `xpo`; in `cpo` it is the weight of the chosen completion's NLL", option="xpo_alpha"),
+    "reward_functions": Key("names of built-in functions are translated", option="rewards", convert=_reward_names),
     "reward_functions_file": Key(option="reward_file"),
     **_same("reward_weights"),
-    "list_reward_functions": Key("as a flag it lists them, and nothing runs", switch=True),
-    "reward_scaling": Key("does nothing there either"),
+    "list_reward_functions": Key("as a flag: list the functions and exit", switch=True),
+    "reward_scaling": Key("no effect in mlx-lm-lora either"),
     **{f"load_in_{name}": _loaded_in(form) for name, form in (("4bits", "4"), ("6bits", "6"), ("8bits", "8"), ("mxfp4", "mxfp4"))},
-    "fuse": Key("run `mlxlora fuse` afterwards", fate="told", switch=True),
-    "lm_studio_name": Key("run `mlxlora fuse --save-path` into LM Studio's folder of models", fate="told"),
-    "efficient_long_context": Key("memory is bounded without it: `micro_batch`, `memory_limit`, `grad_checkpoint`", switch=True),
-    "recurrence_chunk_size": Key("memory is bounded without it"),
+    "fuse": Key("run `mlxlora fuse` afterwards", fate="noted", switch=True),
+    "lm_studio_name": Key("run `mlxlora fuse --save-path` into LM Studio's folder of models", fate="noted"),
+    "efficient_long_context": Key("`micro_batch`, `memory_limit` and `grad_checkpoint` bound memory", switch=True),
+    "recurrence_chunk_size": Key("not offered; gated-delta layers keep the states of all tokens in the backward pass"),
     "wandb": Key("`report_to: [wandb]`; the project is WANDB_PROJECT in the environment",
-        turned=lambda v: {"report_to": ["wandb"]} if v else {}),
-    "wand": Key("does nothing there either; `report_to: [wandb]`"),
-    "judge": Key("a model, not `human`", option="judge_model", modes=("online-dpo",), turned=_judge),
+        convert=lambda v: {"report_to": ["wandb"]} if v else {}),
+    "wand": Key("no effect in mlx-lm-lora either; `report_to: [wandb]`"),
+    "judge": Key("a model, not `human`", option="judge_model", modes=("online-dpo",), convert=_judge),
     "judge_config": Key("the judge has a fixed prompt; remove it", modes=("online-dpo",), fate="refused", idle=(None, {})),
-    "qat_enable": Key("`qat: 8`, or as `qat_bits` says: what `mlx_lm.convert -q` quantises is rounded, and as it quantises",
-        turned=lambda v: {"qat": "8"} if v else {}, switch=True),
-    "qat_bits": Key("`qat` with `qat_enable`: 4, 6 or 8", turned=lambda v: {"qat": str(v)}),
-    "qat_group_size": Key("it is 64 here, as in `mlx_lm.convert -q`", fate="told", idle=(None, 64)),
-    "qat_mode": Key("it is `affine` here", fate="told", idle=(None, "affine")),
-    **_ignored("weights are rounded in every step", "qat_start_step", "qat_interval", fate="told", idle=(None, 1)),
+    "qat_enable": Key("`qat: 8`, or the bits of `qat_bits`: rounds weights as `mlx_lm.convert -q` quantizes them",
+        convert=lambda v: {"qat": "8"} if v else {}, switch=True),
+    "qat_bits": Key("`qat` with `qat_enable`: 4, 6 or 8", convert=lambda v: {"qat": str(v)}),
+    "qat_group_size": Key("always 64, as in `mlx_lm.convert -q`", fate="noted", idle=(None, 64)),
+    "qat_mode": Key("always `affine`", fate="noted", idle=(None, "affine")),
+    **_ignored("weights are rounded in every step", "qat_start_step", "qat_interval", fate="noted", idle=(None, 1)),
     **_ignored(_LORA_MODE, "dsla_loss", "latent_weight", "latent_margin", "latent_gamma", "latent_variant", "latent_pooling"),
     **_ignored(_LORA_MODE, "latent_layer", "lambda_mse_target", "tau_mse_target", "lambda_mse", "clip_epsilon_logits"),
     **_ignored(_LORA_MODE, "klpo_route", "klpo_kl_estimator", "klpo_mc_samples", "klpo_top_k", "klpo_tail_floor"),

@@ -98,7 +98,7 @@ def test_every_flag_of_the_table(typed, command):
             assert said(options[option]) == said(value), name
             assert "without effect" not in out
         elif key.option or not here:
-            text = key.lacking.get(command)
+            text = key.absent.get(command)
             assert f"note: {arguments[0]}: {text}\n" in out if text else f"note: without effect on this command: {name}\n" in out
         else:
             assert f"note: {arguments[0]}: {key.text}\n" in out
@@ -111,9 +111,9 @@ def test_options_of_other_commands(typed, command):
     refused = 0
     for name in FLAGS:
         key = peers.find(name)
-        if key.option and key.option not in fields and not key.turned and not peers.peer_of([name]):
-            if command in key.lacking:
-                assert key.lacking[command] in typed(command, *flag_of(name))[1]
+        if key.option and key.option not in fields and not key.convert and not peers.peer_of([name]):
+            if command in key.absent:
+                assert key.absent[command] in typed(command, *flag_of(name))[1]
                 continue
             with pytest.raises(InputError, match=rf"^No such option: {flag_of(name)[0]}; see `mlxlora {command} --help`$"):
                 typed(command, *flag_of(name))
@@ -165,13 +165,13 @@ def test_flags_over_a_file(typed, tmp_path, arguments, delta):
     path.write_text("train_mode: dpo\ndpo_cpo_loss_type: dpop\ndelta: 7.0\n")
     options, out = typed("dpo", "-c", path, *arguments)
     assert options["delta"] == delta
-    assert out.count("Different here") == 1 and f"{path} is mlx-lm-lora's" in out
+    assert out.count("Different in mlxlora") == 1 and f"{path} is mlx-lm-lora's" in out
 
 
 def test_differences_are_told_for_flags_too(typed):
     told = typed("sft", "--fine-tune-type", "lora", "--optimizer", "adamw")[1].splitlines()
-    assert told[0].startswith("note: --fine-tune-type is mlx-lm's. Different here: Adam has bias correction; ")
-    assert told[1:] == ["note: not given, so they have our defaults, not mlx-lm's: iters (1000), weight_decay (0.01)"]
+    assert told[0].startswith("note: --fine-tune-type is mlx-lm's. Different in mlxlora: Adam has bias correction; ")
+    assert told[1:] == ["note: not set, so they have mlxlora's defaults instead of mlx-lm's: iters (1000), weight_decay (0.01)"]
     assert typed("sft", "--fine-tune-type", "lora", "--quiet")[1] == ""
     assert typed("sft", "--optimizer", "adamw")[1] == ""
 
@@ -179,7 +179,7 @@ def test_differences_are_told_for_flags_too(typed):
 def test_what_does_not_train_has_no_differences(mlxlora, tmp_path):
     path = tmp_path / "peer.yaml"
     path.write_text("train: true\n")
-    assert "Different here" not in mlxlora("eval", "-c", path, "--data", tmp_path / "none", "--model", "m").out
+    assert "Different in mlxlora" not in mlxlora("eval", "-c", path, "--data", tmp_path / "none", "--model", "m").out
 
 
 def test_one_rank_tells(typed, monkeypatch):

@@ -104,11 +104,11 @@ def test_the_published_file_of_mlx_lm(tmp_path):
     expected = {"train_type": "lora", "optimizer": "adamw", "iters": 1000, "rank": 8, "scale": 20.0}
     assert expected.items() <= values.items() and values["lora_keys"] == ("self_attn.q_proj", "self_attn.v_proj")
     assert notes == [
-        "peer.yaml is mlx-lm's. Different here: Adam has bias correction; gradients are clipped to norm 1 "
+        "peer.yaml is mlx-lm's. Different in mlxlora: Adam has bias correction; gradients are clipped to norm 1 "
         "(max_grad_norm 0 = off); a loss is one mean over all trained tokens of a step; plain-text rows are wrapped "
         "in the chat template only with "
         "use_chat_template. More in docs/from-mlx-lm.md",
-        "not given, so they have our defaults, not mlx-lm's: weight_decay (0.01)",
+        "not set, so they have mlxlora's defaults instead of mlx-lm's: weight_decay (0.01)",
     ]
     assert PAGES["mlx-lm"].is_file()
 
@@ -196,7 +196,7 @@ def test_keys_of_the_other_methods(tmp_path, command, text, options):
          "peer.yaml:1: optimizer_config.adam.bias_correction: False is not offered; it is always true here; remove it"),
         ("optimizer_config: {adam: {beta: 1}}", "peer.yaml:1: optimizer_config.adam.beta: 1 is not offered; remove it"),
         ("hf_dataset: [{path: a}, {path: b}]",
-         "peer.yaml:1: hf_dataset takes one data set here, {path: org/name, ...}; join several into one train.jsonl"),
+         "peer.yaml:1: hf_dataset takes one data set, {path: org/name, ...}; join several into one train.jsonl"),
         ("hf_dataset: {path: a, chosen_feature: good}",
          "peer.yaml:1: hf_dataset.chosen_feature is not offered; write such rows to train.jsonl and name its folder with data"),
         ("qat_enable: true\nqat_bits: 5", "peer.yaml:2: qat_bits: qat must be one of 4, 6, 8, mxfp4, got '5'"),
@@ -223,7 +223,7 @@ def test_notes(tmp_path):
     assert (
         "iters are optimizer steps, not batches" in notes[1] and "clipped" not in notes[1] and "use_chat_template" not in notes[1]
     )
-    assert notes[2].endswith("not mlx-lm-lora's: num_layers (-1), batch_size (1), scale (10.0)")
+    assert notes[2].endswith("instead of mlx-lm-lora's: num_layers (-1), batch_size (1), scale (10.0)")
     assert read("iters: 3\nrank: 4", tmp_path)[1] == []
 
 
@@ -314,7 +314,7 @@ def test_the_published_files_train(mlxlora, eager, folder, name):
     given = ("--model", starter.model_path(), "--data", starter.data_path("sft"), *REPLACED)
     done = mlxlora("sft", "-c", DATA / f"{name}.yaml", *given)
     assert done.code == 0, done.err
-    assert "Different here: Adam has bias correction" in done.out
+    assert "Different in mlxlora: Adam has bias correction" in done.out
     assert all(map(math.isfinite, losses(folder / "adapters")))
     config = json.loads((folder / "adapters" / "adapter_config.json").read_text())
     assert config["lora_parameters"]["keys"] == ["self_attn.q_proj", "self_attn.v_proj"]
@@ -417,7 +417,7 @@ def table(peer):
 def meaning(name, key):
     option = key.option and ("the same" if key.option == name else f"`{key.option}`")
     location = f" (in {', '.join(key.modes)})" if key.modes and not key.text else ""
-    fate = {"refused": "an error", "told": "a note"}.get(key.fate)
+    fate = {"refused": "an error", "noted": "a note"}.get(key.fate)
     idle = [f"`{value}`" if value else "empty" for value in key.idle if value not in (None, False)]
     text = f"{fate}{f' unless it is {idle[0]}' if idle else ''}: {key.text}" if fate else key.text
     return "; ".join(part for part in (option and option + location, text) if part)

@@ -13,6 +13,9 @@ class BaseOptions:
 
     model: str | None = option(None, "Model folder or hub name.")
     trust_remote_code: bool = option(False, "Run Python code that comes with the model or its tokenizer.")
+    eos_token: tuple[str, ...] | None = option(
+        None, "Tokens, or their ids, at which generation stops too, such as <|im_end|>; the model's own always count."
+    )
 
 
 @group("Model")
