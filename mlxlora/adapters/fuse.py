@@ -14,6 +14,7 @@ from mlx_lm.gguf import convert_to_gguf
 from mlx_lm.utils import dequantize_model, hf_repo_to_path, save
 
 from ..config.options import ModelOptions
+from ..data.stop_tokens import write_stop_tokens
 from ..errors import InputError, choose
 from ..models.loading import load_with_config, model_options
 from ..models.quantize import QUANTIZATIONS, quantization_of, quantize_as, weight_of
@@ -171,6 +172,7 @@ def _write(model: nn.Module, tokenizer: Any, config: dict[str, Any], source: str
     original = Path(source) if Path(source).exists() else hf_repo_to_path(source)
     with atomic_directory(folder) as temporary:
         save(temporary, str(original), model, tokenizer, dict(config), donate_model=False)
+        write_stop_tokens(temporary, tokenizer)
         (temporary / CARD).write_text(fused_card(source, config), encoding="utf-8")
 
 

@@ -89,6 +89,8 @@ def attach(model: nn.Module, directory: str | Path) -> nn.Module:
             config = read_adapter_config(directory)
             check_settings(config, Path(directory) / CONFIG)
             sound_arrays(directory, config)  # mlx-lm does not detect damage
+        elif (Path(directory) / CONFIG).is_file():
+            read_adapter_config(directory)  # names the remedy for adapters of peft
         load_adapters(model, str(directory))
     except InputError:
         raise
@@ -156,7 +158,10 @@ def base_of(options: BaseOptions, adapter_path: str | Path) -> ModelOptions:
         InputError: there are no adapters, or they do not name their base.
     """
     named = ModelOptions(
-        model=options.model, trust_remote_code=options.trust_remote_code, quantize=getattr(options, "quantize", None)
+        model=options.model,
+        trust_remote_code=options.trust_remote_code,
+        eos_token=options.eos_token,
+        quantize=getattr(options, "quantize", None),
     )
     if named.model:
         return named
@@ -164,4 +169,10 @@ def base_of(options: BaseOptions, adapter_path: str | Path) -> ModelOptions:
     if not config.get("model"):
         raise InputError(f"{adapter_path} does not name the model it was trained on; add --model NAME")
     check_settings(config, Path(adapter_path) / CONFIG)
-    return evolve(named, model=config["model"], quantize=named.quantize or config.get("quantize"))
+    given = config.get("eos_token")  # of training, so that the model stops where it was trained to
+    return evolve(
+        named,
+        model=config["model"],
+        quantize=named.quantize or config.get("quantize"),
+        eos_token=named.eos_token or (tuple(map(str, given)) if isinstance(given, list) else None),
+    )

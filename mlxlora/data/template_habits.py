@@ -186,11 +186,18 @@ def turn_end(template: Template, calls: bool = False) -> TurnEnd:
     way = habits(template)
     last = _end_of_turn(template, adapted([_USER, answer], way))
     closes = not calls or turn_end(template).own is not None  # a tag that closes calls ends no turn where plain ones have no end
-    own = _only_token(template, last[0], first=False) if last and closes else None
+    own = _last_token(template, last[0], calls) if last and closes else None
     if own is not None:
         return TurnEnd(own, None)
     within = _end_of_turn(template, adapted([_USER, answer, after], way))
     return TurnEnd(None, _only_token(template, within[1], first=True) if within else None)
+
+
+def _last_token(template: Template, text: str, calls: bool) -> int | None:
+    """The token that ends a turn: that of its first line, where Phi has EOS in another, else the last."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    first = _only_token(template, lines[0], first=False) if lines and not calls else None
+    return _only_token(template, text, first=False) if first is None else first
 
 
 def _end_of_turn(template: Template, messages: list[Message]) -> tuple[str, str] | None:

@@ -7,6 +7,7 @@ from typing import Any
 import mlx.nn as nn
 
 from ..config.options import BaseOptions, ModelOptions
+from ..data.stop_tokens import use_stop_tokens
 from ..errors import InputError, reason
 from ..utils.safetensors import check_header
 from ..utils.trust import check_model_code
@@ -22,7 +23,13 @@ def load_tokenizer(options: BaseOptions) -> Any:
     from mlx_lm.utils import load_tokenizer as read
 
     tokenizer_files = ["*.json", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]  # as mlx-lm
-    return _loaded(options, lambda name: read(name, {"trust_remote_code": options.trust_remote_code}), tokenizer_files)
+
+    def load(folder: str) -> Any:
+        tokenizer = read(folder, {"trust_remote_code": options.trust_remote_code})
+        use_stop_tokens(tokenizer, Path(folder), options.eos_token or ())
+        return tokenizer
+
+    return _loaded(options, load, tokenizer_files)
 
 
 def model_options(model: str | ModelOptions) -> ModelOptions:
@@ -44,7 +51,13 @@ def load_with_config(options: ModelOptions, lazy: bool = False) -> tuple[nn.Modu
 
     trust, form = options.trust_remote_code, options.quantize
     how: dict[str, Any] = {"tokenizer_config": {"trust_remote_code": trust}, "trust_remote_code": trust}
-    model, tokenizer, config = _loaded(options, lambda name: load_model(name, lazy=lazy or bool(form), return_config=True, **how))
+
+    def load(folder: str) -> Any:
+        loaded = load_model(folder, lazy=lazy or bool(form), return_config=True, **how)
+        use_stop_tokens(loaded[1], Path(folder), options.eos_token or ())
+        return loaded
+
+    model, tokenizer, config = _loaded(options, load)
     if form:
         model, config = quantize_loaded(model, config, form)
     return model, tokenizer, config
@@ -66,7 +79,7 @@ def _loaded(options: BaseOptions, read: Callable[[str], Any], patterns: list[str
         return read(str(folder))
     except Exception as error:  # the hub, the network, any file of the model: users can act on all of these messages
         told = reason(error, 1000)
-        if told.startswith(flag):
+        if told.startswith((flag, "--eos-token")):
             raise
         if "trust_remote_code" in told:
             remedy = "read it, then allow it with --trust-remote-code"
