@@ -92,9 +92,11 @@ def assistant_turns(
     with rendering(tokenizer, location):
         template = template_of(tokenizer, tools, template_args)
         if template is not None:
-            chat = Conversation(template, _accepted(template, messages, location), tools, location)
+            accepted = _accepted(template, messages, location)
+            kept = [i for i, m in enumerate(messages) if len(accepted) == len(messages) or m["role"] != "system"]
+            chat = Conversation(template, accepted, tools, location)
             if not chat.whole.lost:
-                return chat.tokens(tokenizer.eos_token_ids, chosen)
+                return chat.tokens(tokenizer.eos_token_ids, {new for new, old in enumerate(kept) if old in chosen})
 
     def tokens(part: list[Message], prompt: bool) -> list[int]:
         return render(tokenizer, part, location, tools=tools, generation_prompt=prompt, template_args=template_args)

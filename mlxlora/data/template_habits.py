@@ -144,7 +144,8 @@ def with_arguments(call: Message, as_text: bool) -> Message:
     if as_text:
         arguments = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
     else:
-        arguments = json_object(given) or given if isinstance(given, str) else given
+        parsed = json_object(given)
+        arguments = given if parsed is None else parsed
     changed = {**function, "arguments": arguments}
     return {**call, "function": changed} if "function" in call else changed
 

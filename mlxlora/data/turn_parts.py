@@ -150,11 +150,16 @@ def _whole_words(text: str) -> int:
 
 
 def foreign_parts(whole: Rendering, roles: Sequence[str]) -> list[tuple[int, int]]:
-    """Character ranges that hold words of other messages than an assistant's; no token with one of them is trained."""
+    """Character ranges that hold words of other messages than an assistant's; no token with one of them is trained.
+
+    The name of a role is no such word: it can be part of the header at which generation stops, as in GLM's <|user|>.
+    """
     return [
         (span.start, span.stop)
         for span in whole.spans
-        if (message := span.origin.message) is not None and (message == SEVERAL or roles[message] != "assistant")
+        if (message := span.origin.message) is not None
+        and span.origin.field != "role"
+        and (message == SEVERAL or roles[message] != "assistant")
     ]
 
 
