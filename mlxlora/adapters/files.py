@@ -128,7 +128,20 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 
 def read_adapter_config(directory: str | Path) -> dict[str, Any]:
-    """The adapter_config.json of an adapter directory.
+    """The adapter_config.json of a folder of mlx-lm's adapters.
+
+    Raises:
+        InputError: there is none, it is not a JSON object, or it is that of peft.
+    """
+    config = read_config_object(directory)
+    if "peft_type" in config:
+        convert = f"`mlxlora import --peft {directory} --adapter-path NEW`"
+        raise InputError(f"{directory}: these adapters are in the format of peft; convert them with {convert}")
+    return config
+
+
+def read_config_object(directory: str | Path) -> dict[str, Any]:
+    """The adapter_config.json of a folder, of mlx-lm or peft.
 
     Raises:
         InputError: there is none, or it is not a JSON object.

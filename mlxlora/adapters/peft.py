@@ -25,10 +25,21 @@ from safetensors import safe_open
 from ..config.options import AdapterOptions, ModelOptions
 from ..errors import InputError, listed, quoted
 from ..models.loading import load_with_config, model_options
+from ..models.quantize import weight_of
 from ..reporting.card import CARD, CardHead, front_matter, portable
 from ..utils.files import atomic_directory
 from ..utils.folders import check_vacant
-from .files import CONFIG, is_number, mismatches, read_adapter_config, read_arrays, save, save_arrays, sound_arrays
+from .files import (
+    CONFIG,
+    is_number,
+    mismatches,
+    read_adapter_config,
+    read_arrays,
+    read_config_object,
+    save,
+    save_arrays,
+    sound_arrays,
+)
 from .inject import layers_to_train, linear_keys
 from .lora import NamedArrays, rank_of
 from .prepare import attach, prepare
@@ -40,6 +51,7 @@ _PARTS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magni
 _KEY = re.compile(
     rf"{re.escape(_PREFIX)}(?P<path>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(?:\.(?!weight$)\w+)?(?:\.weight)?"
 )
+_SAVED = re.compile(rf"{re.escape(_PREFIX)}(?P<path>(?:\w+\.)*(?:embed_tokens|wte|embedding|lm_head))(?:\.base_layer)?\.weight")
 _NAMES = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m"}
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations that subtract something from the base
 
@@ -185,7 +197,8 @@ def _card(base: str, config: Mapping[str, Any]) -> str:
 def from_peft(folder: str | Path, model: str | ModelOptions, output: str | Path, *, overwrite: bool = False) -> int:
     """Writes adapters of the peft library as an adapter folder of mlx-lm, `mlxlora import` in Python.
 
-    Different ranks and scales become one: smaller ranks are padded with zeros, and scales are multiplied into B.
+    Different ranks and scales become one: smaller ranks are padded with zeros, and scales are multiplied into B. peft may have
+    saved embeddings, too (`save_embedding_layers`); these are not imported, so they have to be those of the base.
 
     Args:
         folder: with adapter_config.json and adapter_model.safetensors of LoRA, rank-stabilized LoRA or DoRA.
@@ -201,11 +214,15 @@ def from_peft(folder: str | Path, model: str | ModelOptions, output: str | Path,
     """
     model = model_options(model)
     target = check_vacant(output, "--adapter-path", overwrite=overwrite, marker=CONFIG, apart_from=(folder,))
-    config = read_adapter_config(folder)
+    config = read_config_object(folder)
     _check_importable(config, folder)
-    modules = _modules(sound_arrays(Path(folder) / PEFT_WEIGHTS), config, Path(folder) / PEFT_WEIGHTS)
+    file = Path(folder) / PEFT_WEIGHTS
+    arrays = sound_arrays(file)
+    saved = {match["path"]: arrays.pop(key) for key in list(arrays) if (match := _SAVED.fullmatch(key))}
+    modules = _modules(arrays, config, file)
     model = evolve(model, model=model.model or config.get("base_model_name_or_path"))
     network, *_ = load_with_config(model)
+    _check_unchanged(network, saved, file)
     options = _options(network, modules, config)
     _fill(network, options, modules, folder)
     with atomic_directory(target) as temporary:
@@ -268,6 +285,20 @@ def _modules(arrays: NamedArrays, config: Mapping[str, Any], file: Path) -> dict
         if not {"lora_a", "lora_b"} <= found.keys() or any(found[part].ndim != 2 for part in ("lora_a", "lora_b")):
             raise InputError(f"{file}: {listed([path])} needs two matrices, lora_A and lora_B")
     return {path: Module(found, _scale(path, found["lora_a"].shape[1], config)) for path, found in parts.items()}
+
+
+def _check_unchanged(network: nn.Module, saved: NamedArrays, file: Path) -> None:
+    """Refuses embeddings that differ from those of the base; a tied output layer is the embedding."""
+    modules: dict[str, Any] = dict(network.named_modules())
+    embedding = next((m for m in modules.values() if isinstance(m, nn.Embedding | nn.QuantizedEmbedding)), None)
+    for path, array in saved.items():
+        module = modules.get(path) or (embedding if path.endswith("lm_head") else None)
+        if module is None or array.shape != weight_of(module).shape:
+            raise InputError(f"{file}: {listed([path])} has shape {list(array.shape)}; the base has no such weights")
+        if not mx.array_equal(array.astype(weight_of(module).dtype), weight_of(module)):
+            raise InputError(
+                f"{file}: {listed([path])} differs from the base, but mlx-lm's adapters cannot replace it; merge with peft"
+            )
 
 
 def _scale(path: str, rank: int, config: Mapping[str, Any]) -> float:

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from mlxlora.adapters.files import save
 from mlxlora.adapters.fuse import fuse
 from mlxlora.adapters.peft import _check_exportable, _checkpoint_names, _scale, alpha, from_peft, to_peft
-from mlxlora.adapters.prepare import attach, load, prepare
+from mlxlora.adapters.prepare import attach, load, load_weights, prepare
 from mlxlora.config.options import AdapterOptions, ModelOptions
 from mlxlora.errors import InputError
 from mlxlora.models.initialize import init_model
@@ -237,6 +237,34 @@ def test_what_mlx_lm_does_not_have(config: Any, rename: Any, message: str, bases
     broken = changed(tmp_path / "peft", tmp_path / "broken", config, rename)
     assert message in refused(from_peft, broken, model_of(bases["llama"]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_peft_is_no_adapter_path(mlxlora: Any, bases: dict[str, Path], tmp_path: Path) -> None:
+    """Each way to name adapters says how to convert them."""
+    to_peft(model_of(bases["llama"]), trained(bases["llama"], tmp_path / "adapters"), tmp_path / "peft")
+    remedy = f"{tmp_path / 'peft'}: these adapters are in the format of peft; convert them with `mlxlora import --peft"
+    named = ("--model", bases["llama"], "--adapter-path", tmp_path / "peft")
+    for command in (("generate", "--prompt", "a", *named), ("generate", "--prompt", "a", *named[2:]), ("fuse", *named)):
+        done = mlxlora(*command)
+        assert done.code == 2 and remedy in done.err and done.err.count("\n") == 1
+    model, _ = load(model_of(bases["llama"]))
+    weights = tmp_path / "peft/adapter_model.safetensors"
+    assert remedy in refused(load_weights, prepare(model, AdapterOptions()), weights)
+
+
+@pytest.mark.parametrize(("name", "saved"), [("llama", "model.embed_tokens"), ("llama", "lm_head"), ("qwen3", "lm_head")])
+def test_a_saved_embedding_has_to_be_that_of_the_base(name: str, saved: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    base = model_of(bases[name])
+    modules = to_peft(base, trained(bases[name], tmp_path / "adapters"), tmp_path / "peft")
+    file = tmp_path / "peft/adapter_model.safetensors"
+    arrays, weights = load_file(file), load_file(bases[name] / "model.safetensors")
+    own = weights.get(f"{saved}.weight", weights["model.embed_tokens.weight"])
+    save_file(arrays | {f"base_model.model.{saved}.weight": own}, file)
+    assert from_peft(tmp_path / "peft", base, tmp_path / "same") == modules
+    save_file(arrays | {f"base_model.model.{saved}.weight": own + 1}, file)
+    assert f"{saved} differs from the base" in refused(from_peft, tmp_path / "peft", base, tmp_path / "other")
+    save_file(arrays | {f"base_model.model.{saved}.weight": own[:-1].copy()}, file)
+    assert f"{saved} has shape [287, 64]" in refused(from_peft, tmp_path / "peft", base, tmp_path / "other")
 
 
 def test_folders_in_use(bases: dict[str, Path], tmp_path: Path) -> None:
