@@ -206,7 +206,7 @@ ORPO = Method(
     help="Odds-ratio preference optimization: learn the chosen completion, avoid the rejected one; no reference.",
     title="odds-ratio preference optimization (ORPO)",
     example="--use-chat-template --beta 0.1",
-    source=lambda o, _: ml.pairs(o.part(PairData), score_prompt=o.nll_on_prompt),
+    source=lambda o, _: ml.pairs(o.part(PairData), train_prompt=o.nll_on_prompt),
     objective=lambda o: ml.objectives.orpo(**options_for(ml.objectives.orpo, o.part(ORPOOptions))),
     record="preference_record",
     starter=Starter("pairs", "orpo"),

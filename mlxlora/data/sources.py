@@ -160,11 +160,11 @@ class PairSource(Source):
     """Preference rows; an item is a `Pair`.
 
     Attributes:
-        score_prompt: train on the prompt too (ORPO's NLL over prompt and completion).
+        train_prompt: train on the prompt too (ORPO's NLL over prompt and completion).
     """
 
     data: PairData
-    score_prompt: bool = False
+    train_prompt: bool = False
 
     @property
     def encoder(self) -> Encoder:
@@ -175,7 +175,7 @@ class PairSource(Source):
             use_chat_template=data.use_chat_template,
             max_seq_length=data.max_seq_length,
             prompt_truncation=data.prompt_truncation,
-            score_prompt=self.score_prompt,
+            train_prompt=self.train_prompt,
             keys={**KEYS, "prompt": data.prompt_key},
         )
 
@@ -211,16 +211,16 @@ def rows(data: str | DataOptions, **options: Any) -> Source:
     return RowSource(data, packing=data.packing)
 
 
-def pairs(data: str | PairData, *, score_prompt: bool = False, **options: Any) -> Source:
+def pairs(data: str | PairData, *, train_prompt: bool = False, **options: Any) -> Source:
     """Preference rows: two completions of one prompt, the first preferred.
 
     Args:
         data: folder, file or hub data set; or all options at once.
-        score_prompt: train on the prompt too (ORPO's NLL over prompt and completion).
+        train_prompt: train on the prompt too (ORPO's NLL over prompt and completion).
         options: fields of `PairData`, such as `max_seq_length=1024`.
     """
     data = PairData(data=data, **options) if isinstance(data, str) else evolve(data, **options)
-    return PairSource(data, score_prompt, share=data.share_prompts)
+    return PairSource(data, train_prompt, share=data.share_prompts)
 
 
 def load_rows(data: RowOptions, seed: int) -> dict[str, list[Row]]:

@@ -134,7 +134,7 @@ def preference_pair(
     use_chat_template: bool = False,
     max_seq_length: int = 2048,
     prompt_truncation: Literal["right", "left"] = "right",
-    score_prompt: bool = False,
+    train_prompt: bool = False,
     keys: Mapping[str, str] = KEYS,
 ) -> Pair | None:
     """Both sides of a preference row; None if truncation leaves a side without a trained token.
@@ -145,7 +145,7 @@ def preference_pair(
         use_chat_template: wrap plain strings in the chat template.
         max_seq_length: most tokens of prompt and completion together; the end is cut off.
         prompt_truncation: "left" first cuts off the beginning of the prompt, so that the longer completion fits.
-        score_prompt: train the tokens of the prompt too, and mark them as such.
+        train_prompt: train the tokens of the prompt too, and mark them as such.
         keys: names of the fields.
 
     Raises:
@@ -156,7 +156,7 @@ def preference_pair(
     start = min(whole.start for whole in wholes)
     longest = max(len(whole.ids) for whole in wholes)
     cut = max(0, min(start - 1, longest - max_seq_length)) if prompt_truncation == "left" else 0
-    chosen, rejected = (_completed(whole, start, cut, row.location, max_seq_length, score_prompt) for whole in wholes)
+    chosen, rejected = (_completed(whole, start, cut, row.location, max_seq_length, train_prompt) for whole in wholes)
     return None if chosen is None or rejected is None else Pair(chosen, rejected, record.preference_score)
 
 
@@ -315,12 +315,12 @@ def _ended(tokenizer: Any, text: str) -> str:
     return text if not eos or text.endswith(eos) else text + eos
 
 
-def _completed(whole: _Whole, start: int, cut: int, location: str, limit: int, score_prompt: bool) -> Example | None:
+def _completed(whole: _Whole, start: int, cut: int, location: str, limit: int, train_prompt: bool) -> Example | None:
     """A side of a pair without its first `cut` tokens; None if no token of the completion is left."""
     ids, completion = whole.ids[cut:], whole.completion(start)[cut:]
     if start - cut >= limit:
         return None
-    if not score_prompt:
+    if not train_prompt:
         return _example(ids, completion, location, limit, cut=cut > 0)
     prompt = [t < start - cut for t in range(len(ids))]
     loss_mask = [before or after for before, after in zip(prompt, completion, strict=True)]

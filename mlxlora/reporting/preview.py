@@ -208,7 +208,7 @@ def _shown(preview: Preview, item: Any, console: Console) -> Iterator[Text]:
         cut = ", cut" if example.truncated else ""
         about = f"{len(example.tokens):,} tokens, {int(example.loss_mask.sum()):,} trained{cut}"
         yield Text(f"\n{example.location}  {side}  {about}".replace("    ", "  "), style="dim")
-        yield marked(example, preview.tokenizer, plain=not console.is_terminal, newline="⏎" if _unicode(console) else "\\n")
+        yield highlighted(example, preview.tokenizer, plain=not console.is_terminal, newline="⏎" if _unicode(console) else "\\n")
 
 
 def _sides(item: Any) -> tuple[str, ...]:
@@ -217,7 +217,7 @@ def _sides(item: Any) -> tuple[str, ...]:
     return ({True: "desirable", False: "undesirable"}.get(getattr(item, "label", None), ""),)  # type: ignore[arg-type]
 
 
-def marked(example: Example, tokenizer: Any, *, plain: bool, newline: str = "⏎") -> Text:
+def highlighted(example: Example, tokenizer: Any, *, plain: bool, newline: str = "⏎") -> Text:
     """A row as the model reads it, with trained tokens marked, and special tokens and line ends visible.
 
     Args:

@@ -122,9 +122,9 @@ def test_reference_is_carried_only_if_every_row_has_one() -> None:
 
 
 @some
-@given(seeds=st.lists(st.integers(0, 10_000), min_size=1, max_size=6), score_prompt=st.booleans())
-def test_collate_keeps_every_scored_token_and_its_context(seeds: list[int], score_prompt: bool) -> None:
-    rows = [example(seed, score_prompt=score_prompt) for seed in seeds]
+@given(seeds=st.lists(st.integers(0, 10_000), min_size=1, max_size=6), train_prompt=st.booleans())
+def test_collate_keeps_every_scored_token_and_its_context(seeds: list[int], train_prompt: bool) -> None:
+    rows = [example(seed, train_prompt=train_prompt) for seed in seeds]
     batch = collate(rows)
     positions, targets, sequence = (np.array(a) for a in (batch.positions, batch.targets, batch.sequence))
     tokens, width = np.array(batch.tokens), batch.tokens.shape[1]

@@ -35,7 +35,7 @@ from tests.training.test_resume import same_run, stop
 
 
 def packs(seed: int = 0, count: int = 9, room: int = 64) -> list[tuple[Example, ...]]:
-    examples = [random_example(100 * seed + s, score_prompt=True) for s in range(count)]
+    examples = [random_example(100 * seed + s, train_prompt=True) for s in range(count)]
     return [tuple(examples[i] for i in row) for row in best_fit([len(e.tokens) - 1 for e in examples], room)]
 
 
@@ -99,7 +99,7 @@ def test_a_neighbor_is_never_seen() -> None:
     """Other tokens in one example change no log-probability of another."""
     model, rows = adapted(dense()), packs()
     score = scorer(model)
-    changed = random_example(999, score_prompt=True)
+    changed = random_example(999, train_prompt=True)
     first = packed_batch(rows, 64).batch
     other = packed_batch([(*rows[0][:-1], changed), *rows[1:]], 64 + len(changed.tokens)).batch
     last = len(rows[0]) - 1

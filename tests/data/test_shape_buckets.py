@@ -110,7 +110,7 @@ def test_few_shapes_are_left_alone():
 @given(st.integers(0, 100), st.integers(0, 2), st.booleans(), st.booleans())
 @settings(max_examples=12, deadline=None)
 def test_padding_changes_no_result(seed, steps, shared, reference):
-    examples = [example(seed + i, score_prompt=True, reference=reference) for i in range(3)]
+    examples = [example(seed + i, train_prompt=True, reference=reference) for i in range(3)]
     sides = [
         Example(np.concatenate([examples[0].tokens[:4], e.tokens]), np.pad(e.loss_mask, (4, 0)), None, "") for e in examples[:2]
     ]

@@ -53,7 +53,7 @@ def plain(value):
 
 def sources(folder):
     yield lambda **o: rows(str(folder / "rows.jsonl"), mask_prompt=True, max_seq_length=60, **o)
-    yield lambda **o: pairs(str(folder / "pairs.jsonl"), score_prompt=True, **o)
+    yield lambda **o: pairs(str(folder / "pairs.jsonl"), train_prompt=True, **o)
     yield lambda **o: pairs(str(folder / "pairs.jsonl"), max_seq_length=12, **o)
 
 

@@ -224,7 +224,7 @@ def test_what_others_say_within_a_completion_is_not_trained() -> None:
     assert pair is not None
     assert micros(pair.chosen, tok) == ["2<|im_end|>\n", "3 <3<|im_end|>\n"]
     assert micros(pair.rejected, tok) == ["3 <3<|im_end|>\n"]
-    scored = preference_pair(row(prompt=CHAT[:1], chosen=CHAT[1:], rejected=CHAT[3:]), tok, score_prompt=True)
+    scored = preference_pair(row(prompt=CHAT[:1], chosen=CHAT[1:], rejected=CHAT[3:]), tok, train_prompt=True)
     assert scored is not None and scored.chosen.prompt is not None
     others = scored.chosen.loss_mask & ~scored.chosen.prompt
     assert (others == pair.chosen.loss_mask).all() and scored.chosen.prompt.sum() == pair.chosen.loss_mask.argmax() - 1
@@ -270,7 +270,7 @@ def test_pair_shares_a_prompt_up_to_the_first_merge() -> None:
 
 
 def test_pair_scores_prompts_on_request() -> None:
-    pair = preference_pair(row(prompt="abc", chosen="d", rejected="ef", preference_score=0.5), tokenizer(), score_prompt=True)
+    pair = preference_pair(row(prompt="abc", chosen="d", rejected="ef", preference_score=0.5), tokenizer(), train_prompt=True)
     assert pair is not None and pair.chosen.prompt is not None
     assert pair.chosen.loss_mask.tolist() == [False, True, True, True, True]
     assert pair.chosen.prompt.tolist() == [False, True, True, False, False]
@@ -291,7 +291,7 @@ def test_pair_truncation_right_and_left() -> None:
     assert [text(side, tok) for side in (short.chosen, short.rejected)] == ["de", "dg"]
     for limit in (4, 3):
         assert preference_pair(fields, tok, max_seq_length=limit) is None
-        assert preference_pair(fields, tok, max_seq_length=limit, score_prompt=True) is None
+        assert preference_pair(fields, tok, max_seq_length=limit, train_prompt=True) is None
 
 
 def test_prompt_keeps_columns_and_respects_its_limit() -> None:
@@ -361,7 +361,7 @@ def test_any_row_is_an_example_dropped_or_an_input_error(
     source, tok = Row(fields, "a.jsonl", 7), tokenizer(template, bos=template is WITH_BOS)
     for make in (
         partial(supervised_example, mask_prompt=mask, max_seq_length=limit),
-        partial(preference_pair, score_prompt=mask, prompt_truncation="left" if limit % 2 else "right", max_seq_length=limit),
+        partial(preference_pair, train_prompt=mask, prompt_truncation="left" if limit % 2 else "right", max_seq_length=limit),
         partial(prompt_example, max_prompt_length=limit),
     ):
         try:

@@ -28,7 +28,7 @@ PAIRS = 3
 def micro() -> MicroBatch:
     """Three pairs with every column that a source adds."""
     rng = np.random.default_rng(0)
-    examples = [example(seed, score_prompt=True, reference=True, longest=12) for seed in range(2 * PAIRS)]
+    examples = [example(seed, train_prompt=True, reference=True, longest=12) for seed in range(2 * PAIRS)]
     batch = collate(
         examples,
         advantages=mx.array(rng.normal(size=2 * PAIRS).astype(np.float32)),

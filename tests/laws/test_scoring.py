@@ -50,28 +50,28 @@ class Case:
     Attributes:
         objective: what is minimized.
         pairs: rows come in pairs, all chosen before all rejected.
-        score_prompt: prompts are trained on too.
+        train_prompt: prompts are trained on too.
     """
 
     objective: Objective
     pairs: bool = False
-    score_prompt: bool = False
+    train_prompt: bool = False
 
     def batch(self, groups: Sequence[int]) -> Batch:
         """The batch of these rows, or of these pairs."""
         seeds = [*groups, *(u + 1000 for u in groups)] if self.pairs else groups
         needs = self.objective.needs
-        examples = [example(s, score_prompt=self.score_prompt, reference="ref_logps" in needs) for s in seeds]
+        examples = [example(s, train_prompt=self.train_prompt, reference="ref_logps" in needs) for s in seeds]
         advantages = mx.array([np.random.default_rng(s).normal() for s in seeds]) if "advantages" in needs else None
         return collate(examples, advantages=advantages)
 
 
 OBJECTIVES = {
     "sft": Case(sft()),
-    "sft on everything": Case(sft(), score_prompt=True),
+    "sft on everything": Case(sft(), train_prompt=True),
     "dft": Case(sft(loss_type="dft")),
     "sft with an entropy bonus": Case(sft() + -0.1 * entropy()),
-    "orpo": Case(orpo(nll_on_prompt=True), pairs=True, score_prompt=True),
+    "orpo": Case(orpo(nll_on_prompt=True), pairs=True, train_prompt=True),
     "dpo": Case(dpo(), pairs=True),
     "dpo weighted by confidence": Case(dpo(wpo=True), pairs=True),
     "grpo": Case(grpo(beta=0.1)),

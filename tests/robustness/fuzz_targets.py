@@ -66,7 +66,7 @@ def readers() -> tuple[Callable[..., Any], ...]:
         partial(supervised_example, mask_prompt=True),
         partial(supervised_example, use_chat_template=True, mask_prompt=True),
         preference_pair,
-        partial(preference_pair, use_chat_template=True, score_prompt=True, max_seq_length=16, prompt_truncation="left"),
+        partial(preference_pair, use_chat_template=True, train_prompt=True, max_seq_length=16, prompt_truncation="left"),
         partial(judged_row, data=RowOptions(data="x", max_seq_length=16)),
         prompt_example,
         partial(prompt_example, use_chat_template=True, system="s"),

@@ -96,14 +96,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>")
 
 
-def example(seed: int, *, score_prompt: bool = False, reference: bool = False, longest: int = 40) -> Example:
+def example(seed: int, *, train_prompt: bool = False, reference: bool = False, longest: int = 40) -> Example:
     """A random row: a prompt of a few tokens and a completion."""
     rng = np.random.default_rng(seed)
     length = int(rng.integers(6, longest))
     start = int(rng.integers(2, length - 2))
     completion = np.arange(length) >= start
-    loss_mask = np.arange(length) > 0 if score_prompt else completion
-    prompt = loss_mask & ~completion if score_prompt else None
+    loss_mask = np.arange(length) > 0 if train_prompt else completion
+    prompt = loss_mask & ~completion if train_prompt else None
     tokens = rng.integers(1, VOCABULARY, length).astype(np.int32)
     ref_logps = -rng.exponential(2.0, int(loss_mask.sum())).astype(np.float32) if reference else None
     return Example(tokens, loss_mask, prompt, f"rows.jsonl:{seed + 1}", ref_logps=ref_logps)

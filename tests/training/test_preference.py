@@ -487,7 +487,7 @@ LAWFUL = {
 def test_pieces_of_a_batch(name: str, seed: int, cuts: set[int]) -> None:
     """k pieces make the same step as the batch that they are pieces of: loss, metrics, gradient norm and weights."""
     prompts = name.endswith("prompts")
-    sides = [with_ref(example(20 * seed + i, score_prompt=prompts), i) for i in range(10)]
+    sides = [with_ref(example(20 * seed + i, train_prompt=prompts), i) for i in range(10)]
     rows = [Pair(sides[i], sides[i + 5], 0.5 + i) for i in range(5)]
     split = [rows[a:b] for a, b in pairwise([0, *sorted(cuts), 5])]
     (whole, at_once), (parts, in_pieces) = (stepped(LAWFUL[name], [pair_batch(p) for p in groups]) for groups in ([rows], split))

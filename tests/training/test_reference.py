@@ -33,7 +33,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def examples() -> list[Example]:
-    return [example(seed, score_prompt=seed % 2 == 1) for seed in range(7)]
+    return [example(seed, train_prompt=seed % 2 == 1) for seed in range(7)]
 
 
 @pytest.fixture
