@@ -22,9 +22,20 @@ PURE = (
         "objectives.quantity",
         "objectives.signature",
         "objectives.cross_row",
-        "config.method_options", "config.values",
+        "config.method_options",
+        "config.values",
     ),
-    *("data.messages", "data.chat_template", "data.formats", "data.rows", "data.batching", "reporting.text", "errors"),
+    *(
+        "data.messages",
+        "data.conversation",
+        "data.dialogue",
+        "data.traced_text",
+        "data.formats",
+        "data.rows",
+        "data.batching",
+        "reporting.text",
+        "errors",
+    ),
 )
 """Modules whose functions are shown at work in doctests."""
 
