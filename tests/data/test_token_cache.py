@@ -32,7 +32,9 @@ def tokenizer():
 def data(tmp_path):
     lines = [{"prompt": f"add {n} and 2.", "completion": "x" * (1 + 7 * n)} for n in range(12)]
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join(map(orjson.dumps, lines)))
-    sides = [{"prompt": f"add {n}.", "chosen": f"{n} is", "rejected": "no" * (n + 1), "preference_score": n or None} for n in range(12)]
+    sides = [
+        {"prompt": f"add {n}.", "chosen": f"{n} is", "rejected": "no" * (n + 1), "preference_score": n or None} for n in range(12)
+    ]
     (tmp_path / "pairs.jsonl").write_bytes(b"\n".join(map(orjson.dumps, sides)))
     return tmp_path
 
