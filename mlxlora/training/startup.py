@@ -11,6 +11,7 @@ import yaml
 
 from ..adapters.files import CONFIG, WEIGHTS
 from ..config.options import AdapterOptions, Output, Training
+from ..data.stop_tokens import never_stops, stops_told
 from ..data.tokenize import Counts
 from ..errors import InputError
 from ..reporting.card import CARD
@@ -101,6 +102,9 @@ def _check_writable(directory: Path) -> None:
         raise InputError(f"--adapter-path {directory}: cannot write to {existing} ({error.strerror})") from None
 
 
+_ASKED = 100  # rows in which a stop token is looked for
+
+
 def introduce(run: Run, reporter: Reporter) -> None:
     """Reports what the run trains on: row counts, cut and dropped rows, the first example with its trained tokens marked."""
     config, data = run.options.config, run.source.data
@@ -113,6 +117,13 @@ def introduce(run: Run, reporter: Reporter) -> None:
         _report_counts(name, split.counts, data.max_seq_length, reporter)
     if not run.splits["valid"].items:
         reporter.note("no validation split: --valid-fraction 0.1 would make one")
+    reporter.note(stops_told(run.tokenizer))
+    if not run.source.online:
+        items = run.splits["train"].items[:_ASKED]
+        examples = [example for item in items for example in run.source.examples(item) if not example.truncated]
+        if examples and never_stops(examples, run.tokenizer):
+            remedy = "use the model's chat template, or name the token that ends your rows with --eos-token"
+            reporter.note(f"no trained turn ends in a stop token, so answers will not end; {remedy}", warning=True)
     first = run.source.examples(run.splits["train"].items[0])[0]
     text = run.tokenizer.decode(first.tokens.tolist())
     if run.tokenizer.has_chat_template and not data.use_chat_template and not is_rendered(text, run.tokenizer):
