@@ -7,9 +7,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+from attrs import frozen
 
 from ..data.chat_template import rendering
+from ..data.tokenize import check_ids
 from ..errors import InputError, reason
+from ..models.modes import vocabulary
 from ..utils.safetensors import check_header
 from ..utils.trust import check_model_code
 from .reward_functions import TextOrMessages
@@ -28,6 +32,30 @@ QUESTION = """Which answer is better? Reply with the letter A or B alone.
 # Answer B
 {second}
 """
+
+
+@frozen(eq=False)
+class _Reader:
+    """A model that is not the policy, and the tokens that it can read.
+
+    Attributes:
+        flag: the option that names it.
+        run: tokens [R, T] to hidden states [R, T, D] or logits [R, T, V].
+        tokenizer: of the model.
+        size: how many tokens have an embedding.
+    """
+
+    flag: str
+    run: Callable[[mx.array], mx.array]
+    tokenizer: Any
+    size: int
+
+    def __call__(self, rows: Sequence[list[int]]) -> mx.array:
+        """Of rows, padded on the right."""
+        longest = max(map(len, rows))
+        for row in rows:
+            check_ids(np.array(row), self.flag, self.size, self.tokenizer)
+        return self.run(mx.array([row + [0] * (longest - len(row)) for row in rows]))
 
 
 def reward_model(folder: str) -> NamedReward:
@@ -53,7 +81,8 @@ def reward_model(folder: str) -> NamedReward:
     model.freeze().eval()
     backbone = model.model if hasattr(model, "model") else model.backbone
     mx.eval(model.parameters(), head)
-    return NamedReward("reward_model", partial(_scored, backbone, head, tokenizer))
+    reader = _Reader(f"--reward-model {folder}", backbone, tokenizer, vocabulary(model))
+    return NamedReward("reward_model", partial(_scored, reader, head))
 
 
 def judge(model: nn.Module, tokenizer: Any) -> NamedReward:
@@ -72,7 +101,8 @@ def judge(model: nn.Module, tokenizer: Any) -> NamedReward:
         raise InputError("--judge-model: its tokenizer has no single tokens for A and B; use another model")
     model.freeze().eval()
     mx.eval(model.parameters())
-    return NamedReward("judge", partial(_judged, partial(_first_preferred, model, tokenizer, [ids[0] for ids in letters])))
+    reader = _Reader("--judge-model", model, tokenizer, vocabulary(model))
+    return NamedReward("judge", partial(_judged, partial(_first_preferred, reader, [ids[0] for ids in letters])))
 
 
 def text_of_turns(value: Any) -> str:
@@ -95,26 +125,22 @@ def _judged(
     return found
 
 
-def _first_preferred(model: Any, tokenizer: Any, letters: list[int], prompt: str, first: str, second: str) -> float:
+def _first_preferred(reader: _Reader, letters: list[int], prompt: str, first: str, second: str) -> float:
     question = QUESTION.format(prompt=prompt, first=first, second=second)
     asked = [{"role": "user", "content": question}]
-    with rendering(tokenizer, "--judge-model"):
-        ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
-    logits = model(mx.array([ids]))[0, -1].astype(mx.float32)
+    with rendering(reader.tokenizer, "--judge-model"):
+        ids = reader.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    logits = reader([list(ids)])[0, -1].astype(mx.float32)
     return mx.sigmoid(logits[letters[0]] - logits[letters[1]]).item()  # type: ignore[return-value]
 
 
-def _scored(
-    backbone: Any, head: mx.array, tokenizer: Any, prompts: Sequence[TextOrMessages], completions: Sequence[Any]
-) -> list[float | None]:
-    texts = [_conversation(tokenizer, *pair) for pair in zip(prompts, completions, strict=True)]
+def _scored(reader: _Reader, head: mx.array, prompts: Sequence[TextOrMessages], completions: Sequence[Any]) -> list[float | None]:
+    texts = [_conversation(reader.tokenizer, *pair) for pair in zip(prompts, completions, strict=True)]
     scores: list[float | None] = [None] * len(texts)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     for rows in (order[k : k + _TOGETHER] for k in range(0, len(order), _TOGETHER)):
-        longest = len(texts[rows[-1]])
-        padded = mx.array([texts[i] + [0] * (longest - len(texts[i])) for i in rows])
         last = mx.array([len(texts[i]) - 1 for i in rows])
-        hidden = backbone(padded)[mx.arange(len(rows)), last]
+        hidden = reader([texts[i] for i in rows])[mx.arange(len(rows)), last]
         for i, score in zip(rows, (hidden.astype(mx.float32) @ head).tolist(), strict=True):  # type: ignore[arg-type]
             scores[i] = score
     return scores

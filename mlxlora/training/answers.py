@@ -11,7 +11,7 @@ from ..data.formats import KEYS
 from ..data.prompts import Question, question
 from ..data.rows import Row
 from ..errors import InputError
-from ..models.modes import evaluating
+from ..models.modes import evaluating, vocabulary
 from ..reporting.reporter import Reporter, ReporterGroup, Values
 from .inputs import Run
 
@@ -62,6 +62,7 @@ def first_questions(run: Run, rows: Mapping[str, Sequence[Row]]) -> list[Questio
     how: dict[str, Any] = {
         "use_chat_template": data.use_chat_template,
         "system": getattr(data, "system", None),
+        "vocabulary": vocabulary(run.model),
         "keys": {name: getattr(data, f"{name}_key", default) for name, default in KEYS.items()},
     }
     found = []

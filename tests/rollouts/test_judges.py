@@ -13,6 +13,7 @@ from mlx_lm.utils import load
 from mlxlora.errors import InputError
 from mlxlora.rollouts.judges import QUESTION, judge, reward_model
 from mlxlora.rollouts.rewards import call_rewards
+from tests.support.tiny import dense
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 
@@ -94,6 +95,23 @@ def test_the_place_of_an_answer_does_not_count(chat: tuple[Any, Any]) -> None:
 def test_a_judge_needs_a_chat_template(model_folder: Path) -> None:
     with pytest.raises(InputError, match="--judge-model: its tokenizer has no chat template"):
         judge(*load(str(model_folder))[:2])
+
+
+def test_tokens_without_an_embedding_are_refused(classifier: Path, chat: tuple[Any, Any], tmp_path: Path) -> None:
+    """MLX would read past the end of the matrix."""
+    folder = tmp_path / "short"
+    shutil.copytree(classifier, folder)
+    weights: Any = mx.load(str(folder / "model.safetensors"))
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:40]
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    config = orjson.loads((folder / "config.json").read_bytes()) | {"vocab_size": 40}
+    (folder / "config.json").write_bytes(orjson.dumps(config))
+    small = dense()  # 96 tokens
+    small.update({"model": {"embed_tokens": {"weight": small.model.embed_tokens.weight[:40]}}})
+    small.lm_head.weight = small.lm_head.weight[:40]
+    for reward, flag in ((reward_model(str(folder)), f"--reward-model {folder}"), (judge(small, chat[1]), "--judge-model")):
+        with pytest.raises(InputError, match=f"{flag}: token .* is not among the model's 40"):
+            called(reward, ["ab", "ab"], ["cd", "ce"])
 
 
 @pytest.fixture
