@@ -130,9 +130,9 @@ _ADDED_BY = {
     "reference_point": "unpaired(...)",
     "from_reference": "on_policy_pairs(..., explore=True)",
     "divergence": "a scorer with a teacher",
-    "entropy": "the scorer, for a term that needs it",
-    "log_sum_sq_probs": "the scorer, for a term that needs it",
-    "correct": "the scorer, for a term that needs it",
+    "entropy": "the scorer",
+    "log_sum_sq_probs": "the scorer",
+    "correct": "the scorer",
 }
 
 
