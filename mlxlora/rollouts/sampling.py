@@ -8,6 +8,7 @@ from attrs import frozen
 from attrs import validators as v
 
 from ..config.fields import option
+from ..models.normalize import log_softmax, logsumexp
 
 _BLOCK = 512  # about how many tokens of the vocabulary are summed together; see `categorical`
 _BELOW_ONE = 1 - 2**-22  # a total times this is less than the total, in float32 too
@@ -47,14 +48,14 @@ def draw_tokens(logits: mx.array, sampling: Sampling, noise: mx.array, seen: mx.
     logits = logits.astype(mx.float32)
     scale = sampling.temperature or 1.0
     policy = logits if scale == 1 else logits / scale
-    behavior = policy if seen is None else _penalised(logits, seen, sampling.repetition_penalty) / scale
+    behavior = policy if seen is None else _penalized(logits, seen, sampling.repetition_penalty) / scale
     if sampling.temperature == 0:
-        tokens, total = mx.argmax(behavior, axis=-1).astype(mx.int32), mx.logsumexp(policy, axis=-1)
+        tokens, total = mx.argmax(behavior, axis=-1).astype(mx.int32), logsumexp(policy)
     else:
         allowed = truncated(behavior, sampling)
         blocks, sums = _blocks(allowed)
         tokens = _drawn(blocks, sums, noise)
-        total = mx.logsumexp(*((sums,) if allowed is policy else (policy,)), axis=-1)
+        total = logsumexp(sums if allowed is policy else policy)
     return tokens, mx.take_along_axis(policy, tokens[:, None], axis=-1)[:, 0] - total
 
 
@@ -78,7 +79,7 @@ def _blocks(logits: mx.array) -> tuple[mx.array, mx.array]:
     if vocabulary % size:
         logits = mx.pad(logits, [(0, 0), (0, -vocabulary % size)], constant_values=-mx.inf)
     blocks = logits.reshape(rows, -1, size)
-    return blocks, mx.logsumexp(blocks, axis=-1)
+    return blocks, logsumexp(blocks)
 
 
 def _drawn(blocks: mx.array, sums: mx.array, noise: mx.array) -> mx.array:
@@ -128,10 +129,23 @@ def _at_least(logits: mx.array, threshold: mx.array) -> mx.array:
 def _nucleus(logits: mx.array, top_p: float) -> mx.array:
     """[R, V] to [R, 1]: the logit of the last token that is needed to reach `top_p`."""
     ascending = mx.sort(logits, axis=-1)
-    above = mx.cumsum(mx.softmax(ascending, axis=-1), axis=-1, reverse=True, inclusive=False)
+    above = sums_after(mx.exp(log_softmax(ascending)))
     return mx.where(above < top_p, ascending, mx.inf).min(axis=-1, keepdims=True)
 
 
-def _penalised(logits: mx.array, seen: mx.array, penalty: float) -> mx.array:
+def sums_after(values: mx.array) -> mx.array:
+    """[R, V] to [R, V]: the sum of the entries after each entry, in blocks, so that float32 loses no small entries.
+
+    >>> sums_after(mx.array([[1.0, 2.0, 3.0]])).tolist()
+    [[5.0, 3.0, 0.0]]
+    """
+    rows, size = values.shape
+    blocks = mx.pad(values, [(0, 0), (0, -size % _BLOCK)]).reshape(rows, -1, _BLOCK)
+    inside = mx.cumsum(blocks, axis=-1, reverse=True, inclusive=False)
+    later = mx.cumsum(blocks.sum(axis=-1), axis=-1, reverse=True, inclusive=False)
+    return (inside + later[..., None]).reshape(rows, -1)[:, :size]
+
+
+def _penalized(logits: mx.array, seen: mx.array, penalty: float) -> mx.array:
     """CTRL's penalty (Keskar et al., 2019, https://arxiv.org/abs/1909.05858), sign-aware."""
     return mx.where(seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
