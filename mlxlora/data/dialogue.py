@@ -148,6 +148,18 @@ def whole_conversation(prompt: list[Message], answer: list[Message]) -> tuple[li
     return [*prompt[:-1], begun, *answer[1:]], len(prompt) - 1
 
 
+def sampled_turns(prompt: str | list[Message], text: str) -> tuple[str | list[Message], str | list[Message]]:
+    """A prompt and its sampled completion as rewards get them: a begun answer belongs to the completion, as in TRL.
+
+    >>> sampled_turns([{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "It is"}], " 2.")[1]
+    [{'role': 'assistant', 'content': 'It is 2.'}]
+    """
+    if isinstance(prompt, str):
+        return prompt, text
+    messages, first = whole_conversation(prompt, [{"role": "assistant", "content": text}])
+    return messages[:first], messages[first:]
+
+
 def dialogue_prompt(chosen: str, rejected: str, location: str) -> int:
     """Characters of the prompt in dialogues of HH-RLHF: up to the last assistant header that both sides share.
 

@@ -78,6 +78,7 @@ def _prompt(example: Example) -> np.ndarray:
 
 
 def _joined(example: Example, other: Example, limit: int) -> Example:
-    prompt = _prompt(example)
-    tokens = np.concatenate([prompt, other.tokens[other.loss_mask.argmax() :]])[:limit]
-    return Example(tokens, np.arange(len(tokens)) >= len(prompt), None, example.location)
+    prompt, start = _prompt(example), other.loss_mask.argmax()
+    tokens = np.concatenate([prompt, other.tokens[start:]])[:limit]
+    loss_mask = np.concatenate([np.zeros(len(prompt), bool), other.loss_mask[start:]])[:limit]
+    return Example(tokens, loss_mask, None, example.location)

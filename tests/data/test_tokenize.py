@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import TokenizerWrapper, load
 
+from mlxlora.config.options import RowOptions
+from mlxlora.data.labeled import judged_row, with_mismatched
 from mlxlora.data.rows import Row, read_rows
 from mlxlora.data.tokenize import Example, Pair, Prompt, preference_pair, prompt_example, supervised_example, tokenize_all
 from mlxlora.errors import InputError
@@ -228,6 +230,15 @@ def test_what_others_say_within_a_completion_is_not_trained() -> None:
     assert scored is not None and scored.chosen.prompt is not None
     others = scored.chosen.loss_mask & ~scored.chosen.prompt
     assert (others == pair.chosen.loss_mask).all() and scored.chosen.prompt.sum() == pair.chosen.loss_mask.argmax() - 1
+
+
+def test_mismatched_completions_keep_what_is_trained() -> None:
+    """KTO joins a completion of several turns to another prompt."""
+    tok, data = tokenizer(CHATML), RowOptions(data="x")
+    made = [judged_row(row(prompt=[message("user", q)], completion=CHAT[1:], label=True), tok, data=data) for q in ("a", "b")]
+    items = with_mismatched([judged for judged in made if judged], 2048)
+    for item in items:
+        assert micros(item.mismatched, tok) == micros(item.example, tok) == ["2<|im_end|>\n", "3 <3<|im_end|>\n"]
 
 
 def test_a_prompt_that_begins_the_answer_is_continued() -> None:
