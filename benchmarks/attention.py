@@ -4,10 +4,10 @@
 
 Both sides compute softmax(scale·Q·Kᵀ)·V of the same random arrays and the gradients of all three, compiled, in one
 process, and take turns. "Ours" is `attention.blockwise`; the peer is `mx.fast.scaled_dot_product_attention` with
-mask="causal", or with a mask array where there is a window or there are segments (packed rows), for it has no other way.
-"chosen" is what a run takes on this device (--attention auto). Errors are the largest absolute differences of output and
+mask="causal", or with a mask array for windows and segments (packed rows), which it supports in no other way.
+"chosen" is the way of a run on this device (--attention auto). Errors are the largest absolute differences of output and
 gradients to the peer's in float32, on rows as long as the first 512 tokens; "peer's error" is that of the peer in the
-benchmark's dtype, so 0 in float32. Speed and memory above 1 and below 1 are good.
+benchmark's dtype, so 0 in float32. Good numbers are above 1 for speed and below 1 for memory.
 """
 
 from collections.abc import Callable, Sequence

@@ -65,7 +65,7 @@ def linear(name: str, n: int, inner: int, outer: int, times: int) -> list[Kernel
 
 
 def vjp(run: Callable[..., mx.array], argument: int = 0) -> Callable[..., Any]:
-    """The backward pass alone is not to be had: forward and backward."""
+    """Forward and backward; MLX cannot run the backward pass alone."""
     return lambda g, *args: mx.vjp(lambda x: run(*args[:argument], x, *args[argument + 1 :]), [args[argument]], [g])[1]
 
 
@@ -199,7 +199,7 @@ COLUMNS = {
 
 def main() -> None:
     parser = flags(__doc__, repetitions=5)
-    parser.add_argument("--host", action="store_true", help="what the host pays for an operation, in place of all else")
+    parser.add_argument("--host", action="store_true", help="only the host's time for each operation")
     options = parsed(parser)
     if options.host:
         tell(launches(options.repetitions, 20 if options.quick else 1000), dict(list(COLUMNS.items())[:3]), options.json)

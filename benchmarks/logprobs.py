@@ -1,4 +1,4 @@
-"""Log-probabilities of the scored tokens and their gradient: memory-bounded against plain cross entropy.
+"""Log-probabilities of the trained tokens and their gradient: memory-bounded against plain cross entropy.
 
     python -m benchmarks.logprobs [--device gpu] [--quick] [--json FILE]
 
@@ -40,7 +40,7 @@ COLUMNS = {
 
 @frozen
 class Case:
-    """N scored tokens, hidden size D, vocabulary V; what the head is and what has a gradient."""
+    """N trained tokens, hidden size D, vocabulary V; what the head is and what has a gradient."""
 
     tokens: int
     hidden: int
@@ -61,7 +61,7 @@ QUICK = [Case(64, 32, 512, kind) for kind in ("dense", "4 bits", "trained head",
 
 
 class Head(nn.Module):
-    """A model that is nothing but a head."""
+    """A model that is only a head."""
 
     def __init__(self, case: Case, dtype: mx.Dtype) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Head(nn.Module):
 
 @frozen(eq=False)
 class Given:
-    """A split whose backbone returns what it is given."""
+    """A split whose backbone returns given hidden states."""
 
     model: Head
     states: list[mx.array]

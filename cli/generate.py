@@ -14,7 +14,7 @@ from mlxlora.errors import InputError
 
 from .flags import flags
 
-BASE = "Model folder or hub name; default: the one that the adapters were trained on, quantised as it was for them."
+BASE = "Model folder or hub name; default: the model that the adapters were trained on, quantized as it was."
 
 
 @group("Generation")

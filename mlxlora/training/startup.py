@@ -18,7 +18,7 @@ from ..reporting.card import CARD
 from ..reporting.history import METRICS, PAGE, PICTURE, SAMPLES, SETTINGS
 from ..reporting.reporter import Reporter
 from ..utils.files import sweep
-from ..utils.folders import writing
+from ..utils.folders import locked_folder
 from .inputs import Run
 from .run_folder import check_run
 
@@ -60,7 +60,7 @@ def claimed(output: Output, method: str | None) -> Iterator[None]:
         return
     directory = Path(output.adapter_path)
     _check_writable(directory)
-    with writing(directory, "--adapter-path"):
+    with locked_folder(directory, "--adapter-path"):
         _check_unused(directory, output, method)
         sweep(directory, WEIGHTS, CONFIG, METRICS, SAMPLES, SETTINGS, CARD, PAGE, PICTURE)
         sweep(directory / "checkpoints", "[0-9]*")

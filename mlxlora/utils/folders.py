@@ -51,7 +51,7 @@ def check_vacant(
 
 
 @contextmanager
-def writing(folder: Path, flag: str) -> Iterator[None]:
+def locked_folder(folder: Path, flag: str) -> Iterator[None]:
     """Locks a folder for this process while the context lasts; makes it, and removes it again if it stays empty.
 
     The system releases the lock when the process ends, however it ends.

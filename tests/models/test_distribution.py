@@ -266,3 +266,10 @@ def test_the_benchmark_writes_its_rows(tmp_path: Path) -> None:
         assert row["case"] in done.stdout
         if row["way"] == "scorer":
             assert abs(float(row["bias"])) < 1e-5 and float(row["dlogps"]) < 1e-6
+
+
+def test_whole_blocks_of_minus_infinity_count_as_nothing() -> None:
+    """As truncated sampling makes them."""
+    z = mx.where(mx.arange(1000)[None] == 7, 1.5, mx.array(-mx.inf))
+    assert logsumexp(z, blocks=True).item() == 1.5
+    assert statistics(z, mx.array([7]), dict.fromkeys(COLUMNS, False)).tolist() == [[0.0], [0.0], [0.0], [1.0]]

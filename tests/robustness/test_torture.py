@@ -20,7 +20,7 @@ from mlxlora.errors import InputError, RunError
 from mlxlora.training.checkpoint import Progress, at_best, initial, load_checkpoint, newest, save_checkpoint
 from mlxlora.utils import folders
 from mlxlora.utils.files import atomic_directory, sweep
-from mlxlora.utils.folders import check_vacant, writing
+from mlxlora.utils.folders import check_vacant, locked_folder
 from tests.robustness import torture, torture_faults
 from tests.support.tiny import dense, text_rows
 
@@ -236,7 +236,7 @@ def test_the_best_adapters_are_written_again_from_their_checkpoint_or_not_at_all
 
 
 def test_a_second_run_is_refused(tmp_path, mlxlora):
-    with writing(tmp_path / "run", "--adapter-path"):
+    with locked_folder(tmp_path / "run", "--adapter-path"):
         (tmp_path / "run" / "config.yaml").touch()
         before = sorted(tmp_path.rglob("*"))
         for more in ((), ("--resume",), ("--overwrite",)):
@@ -252,7 +252,7 @@ def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOTSUP, "not supported")
 
     monkeypatch.setattr(folders.fcntl, "flock", none)
-    with writing(tmp_path, "--adapter-path"), writing(tmp_path, "--adapter-path"):
+    with locked_folder(tmp_path, "--adapter-path"), locked_folder(tmp_path, "--adapter-path"):
         (tmp_path / "file").touch()
     assert (tmp_path / "file").exists()
     told = f"warning: --adapter-path {tmp_path}: its file system has no locks (not supported); do not start a second run there\n"
@@ -260,17 +260,17 @@ def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch, capsys):
 
 
 def test_nothing_is_left_of_folders_for_nothing(tmp_path):
-    with pytest.raises(InputError), writing(tmp_path / "a" / "b", "--adapter-path"):
+    with pytest.raises(InputError), locked_folder(tmp_path / "a" / "b", "--adapter-path"):
         raise InputError("no such data")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("number", "told"), [(errno.ENOSPC, "free some space"), (errno.EROFS, "make the folder writable")])
 def test_what_cannot_be_written_is_one_line(tmp_path, number, told):
-    with pytest.raises(RunError, match=told) as in_loraplus_group, writing(tmp_path, "--adapter-path"):
+    with pytest.raises(RunError, match=told) as in_loraplus_group, locked_folder(tmp_path, "--adapter-path"):
         raise OSError(number, os.strerror(number), str(tmp_path / "metrics.jsonl"))
     assert "--resume" in str(in_loraplus_group.value) and str(tmp_path) in str(in_loraplus_group.value)
-    with pytest.raises(OSError), writing(tmp_path / "run", "--adapter-path"):
+    with pytest.raises(OSError), locked_folder(tmp_path / "run", "--adapter-path"):
         raise OSError(number, os.strerror(number), "/elsewhere")
 
 
