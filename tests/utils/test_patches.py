@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -22,6 +23,7 @@ from mlxlora.models.neftune import noisy
 from mlxlora.models.row_layouts import mask_axes, use_windows
 from mlxlora.utils.patches import Slot, converted, overridden, restore, set_class, subclass
 from tests.models.test_attention import MODELS
+from tests.support.ranks import ended, launched
 from tests.support.tiny import dense, example
 
 TOKENS = mx.array([[1, 2, 3, 4]])
@@ -178,3 +180,35 @@ def test_the_model_without_adapters_is_not_rounded() -> None:
     assert np.abs(computed(model) - plain).max() > 1e-3
     with disabled(model):
         np.testing.assert_array_equal(computed(model), plain)
+
+
+SLICED = """
+import sys
+import mlx.core as mx
+sys.path.insert(0, sys.argv[1])
+from tests.support.tiny import dense
+from mlxlora.distributed.ranks import current_ranks
+from mlxlora.distributed.sharding import is_sharded, shard
+from mlxlora.models.grad_checkpoint import checkpointed
+from mlxlora.utils.patches import restore
+from mlx.utils import tree_flatten
+model, plain = dense(), dense()
+model.lm_head.bias = mx.array(1.0)  # a number, not a row: its shape is ()
+before = [(type(m), sorted(m.__dict__)) for m in plain.modules()]
+checkpointed(model)
+shard(model, current_ranks())
+assert is_sharded(model) and any(a.ndim > 2 for _, a in tree_flatten(model.parameters()))
+restore(model)
+assert not is_sharded(model) and [(type(m), sorted(m.__dict__)) for m in model.modules()] == before
+whole, expected = (dict(tree_flatten(m.parameters())) for m in (model, plain))
+assert all(mx.array_equal(whole[name], array).item() for name, array in expected.items())
+assert whole["lm_head.bias"].shape == () and whole["lm_head.bias"].item() == 1.0
+tokens = mx.array([[1, 2, 3]])
+assert mx.allclose(model(tokens), plain(tokens) + 1.0, atol=1e-5).item()
+"""
+
+
+@pytest.mark.skipif(not mx.distributed.is_available("ring"), reason="this MLX was built without the ring backend")
+def test_slices_of_parameters_become_whole(tmp_path: Path) -> None:
+    for code, output in ended(launched(tmp_path, 2, SLICED, Path(__file__).resolve().parents[2])):
+        assert code == 0, output
