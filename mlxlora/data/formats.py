@@ -211,7 +211,7 @@ def _alpaca(row: Row, names: Mapping[str, str]) -> CompletionRecord | None:
         return None
     completion = _string(row, "output")
     if not completion:
-        raise _empty(row, "output")
+        raise InputError(f"{row.location}: 'output' is empty; write an answer or remove the row")
     return CompletionRecord(_alpaca_prompt(row), completion, row.location, _optional_string(row, "system"))
 
 
