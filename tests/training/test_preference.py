@@ -122,7 +122,7 @@ def test_dpo(loss: str, train: Any) -> None:
         np.testing.assert_allclose(step[loss], DPO[loss](c, r), rtol=1e-4, atol=1e-6)
         assert step["loss"] == step[loss]
         np.testing.assert_allclose(step["rewards/margins"], B * (c - r), rtol=1e-4, atol=1e-6)
-        assert step["rewards/accuracies"] == (c > r)
+        assert step["rewards/accuracies"] == (c > r if abs(c - r) > 1e-5 else 0.5)  # the first step is a tie
 
 
 def margin_of(step: dict[str, Any]) -> float:
