@@ -6,7 +6,6 @@ Each case has a test; small ones are also rebuilt in the tests of their modules,
 import json
 import math
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from mlxlora.data.tokenize import preference_pair, prompt_example, supervised_ex
 from mlxlora.errors import InputError
 from mlxlora.models.loading import load_tokenizer, load_with_config
 from tests.support.paths import SHARED, Outcome
-from tests.support.tokens import CHATML, merging_tokenizer, trained_spans
+from tests.support.tokens import CHATML, copy_with_token, merging_tokenizer, trained_spans
 
 FIELD = SHARED / "field"
 CASES: dict[str, list[Callable[..., None]]] = {}
@@ -127,7 +126,7 @@ def test_the_end_of_a_turn_is_trained_whatever_the_tokenizers_eos(name: str) -> 
 def test_preview_and_runs_know_the_same_stop_tokens(model_folder: Path, tmp_path: Path, mlxlora: Callable[..., Outcome]) -> None:
     """The end of a turn is in generation_config.json alone, and the template's marks leave it out."""
     name = "eos_in_generation_config"
-    folder = with_token(model_folder, tmp_path / "model", "<|last|>", (FIELD / name / "template.jinja").read_text(), size=288)
+    folder = copy_with_token(model_folder, tmp_path / "model", "<|last|>", (FIELD / name / "template.jinja").read_text(), size=288)
     inner = AutoTokenizer.from_pretrained(folder)
     end = inner.convert_tokens_to_ids("<|im_end|>")
     inner.eos_token = "<|last|>"
@@ -382,7 +381,7 @@ def test_a_template_without_system_messages() -> None:
 @case("vocab_too_large")
 def test_tokens_outside_the_embedding(model_folder: Path, tmp_path: Path, mlxlora: Callable[..., Outcome]) -> None:
     """Training and generating refuse them: MLX would read past the end of the embedding."""
-    folder = with_token(model_folder, tmp_path / "model", "<|tool|>", CHATML)
+    folder = copy_with_token(model_folder, tmp_path / "model", "<|tool|>", CHATML)
     for arguments in (
         ("sft", "--data", FIELD / "vocab_too_large" / "train.jsonl", "--adapter-path", tmp_path / "a", "--iters", 1),
         ("grpo", "--data", FIELD / "vocab_too_large" / "prompts.jsonl", "--adapter-path", tmp_path / "b", "--iters", 1),
@@ -390,17 +389,6 @@ def test_tokens_outside_the_embedding(model_folder: Path, tmp_path: Path, mlxlor
     ):
         done = mlxlora(arguments[0], "--model", folder, *arguments[1:])
         assert done.code == 2 and "('<|tool|>') is not among the model's 288" in done.err and done.err.count("\n") == 1
-
-
-def with_token(model: Path, folder: Path, token: str, template: str, size: int = 289) -> Path:
-    """A copy of a model of 288 tokens whose tokenizer has a chat template and `size` tokens, the last of which is `token`."""
-    shutil.copytree(model, folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens([f"<|filler {i}|>" for i in range(size - 1 - len(tokenizer))])
-    tokenizer.add_special_tokens({"additional_special_tokens": [token]})
-    tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @case("dpo_from_sft_adapter")

@@ -1,5 +1,7 @@
 """The prompt and the expected answer in rows of any training method."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +10,8 @@ from mlxlora.data.dialogue import sampled_turns
 from mlxlora.data.prompts import Question, question
 from mlxlora.data.rows import Row
 from mlxlora.errors import InputError
-from tests.support.tokens import CHATML, merging_tokenizer
+from tests.support.paths import Outcome
+from tests.support.tokens import CHATML, copy_with_token, merging_tokenizer
 
 USER, ANSWER = {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}
 BEGUN = {"role": "assistant", "content": "It is"}
@@ -58,3 +61,13 @@ def test_what_rewards_get_of_a_begun_answer() -> None:
     assert sampled_turns([USER, BEGUN], " 2") == ([USER], [{"role": "assistant", "content": "It is 2"}])
     assert sampled_turns([USER], "2") == ([USER], [ANSWER])
     assert sampled_turns("1+1?", "2") == ("1+1?", "2")
+
+
+def test_generate_refuses_tokens_without_embedding(
+    model_folder: Path, tmp_path: Path, mlxlora: Callable[..., Outcome]
+) -> None:
+    """MLX would read past the end of the embedding."""
+    folder = copy_with_token(model_folder, tmp_path / "model", "<|tool|>", CHATML)
+    done = mlxlora("generate", "--model", folder, "--prompt", "a <|tool|> b", "--max-tokens", 1)
+    assert done.code == 2 and "--prompt:1: token 288 ('<|tool|>') is not among the model's 288" in done.err
+    assert mlxlora("generate", "--model", folder, "--prompt", "a", "--max-tokens", 1).code == 0

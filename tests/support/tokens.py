@@ -1,11 +1,13 @@
-"""A tokenizer of bytes with merges and special tokens, and the texts that an example trains."""
+"""Tokenizers of bytes with special tokens, and the texts that an example trains."""
 
+import shutil
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mlxlora.data.tokenize import Example
 
@@ -37,3 +39,14 @@ def trained_spans(example: Example | None, tokenizer: TokenizerWrapper) -> list[
     assert example is not None
     runs = np.split(np.arange(len(example.tokens)), np.flatnonzero(np.diff(example.loss_mask.astype(int))) + 1)
     return [tokenizer.decode(example.tokens[run]) for run in runs if example.loss_mask[run[0]]]
+
+
+def copy_with_token(model: Path, folder: Path, token: str, template: str, size: int = 289) -> Path:
+    """A copy of a model of 288 tokens whose tokenizer has a chat template and `size` tokens, the last of which is `token`."""
+    shutil.copytree(model, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<|filler {i}|>" for i in range(size - 1 - len(tokenizer))])
+    tokenizer.add_special_tokens({"additional_special_tokens": [token]})
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
