@@ -48,7 +48,7 @@ EVERY_METHOD = {
     "kto": f"kto --iters 2 --batch-size 5 {REPORTS}",
     "grpo": f"grpo --iters 2 --batch-size 3 --max-completion-length 12 {REPORTS}",
 }
-WITH_TEACHER = f"--model {model_path()} --teacher-model {model_path()} --num-layers -1 --learning-rate 1e-3"
+WITH_TEACHER = f"--model {model_path()} --teacher-model TEACHER --num-layers -1 --learning-rate 1e-3"
 MORE_METHODS = {
     "online-dpo": f"online-dpo --iters 2 --batch-size 3 --max-completion-length 12 {REPORTS}",
     "distill": f"distill {WITH_TEACHER} --data {data_path('sft')} --iters 2 --batch-size 3 {REPORTS}",
@@ -69,7 +69,8 @@ MORE_RANKS_THAN_ROWS = {
     [(2, EVERY_METHOD), (2, MORE_METHODS), (4, MORE_RANKS_THAN_ROWS)],
     ids=["2 ranks", "2 ranks, more methods", "4 ranks"],
 )
-def test_ranks_report_what_one_process_reports(tmp_path, alone, ranks, methods):
+def test_ranks_report_what_one_process_reports(tmp_path, alone, teacher, ranks, methods):
+    methods = {name: text.replace("TEACHER", str(teacher)) for name, text in methods.items()}
     outcomes = ended(start(tmp_path, ranks, *to_run(tmp_path, methods, ranks)))
     assert [code for code, _ in outcomes] == [0] * ranks, [output for _, output in outcomes]
     assert [output for _, output in outcomes[1:]] == [""] * (ranks - 1), "only rank 0 prints"

@@ -174,7 +174,8 @@ sys.path.insert(0, sys.argv[1])
 from tests.support.tiny import dense
 from mlxlora.adapters.prepare import prepare
 from mlxlora.adapters.files import read_arrays
-from mlxlora.training.checkpoint import Progress, initial, save_checkpoint
+from mlxlora.training.checkpoint import initial, save_checkpoint
+from mlxlora.training.progress import Progress
 from mlxlora.config.options import AdapterOptions, Training
 from mlxlora.distributed.ranks import current_ranks
 from mlxlora.training.rank_sync import on_rank0
