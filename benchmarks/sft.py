@@ -163,7 +163,9 @@ def our_epoch(case: Case, rows: Sequence[Example], *, wait: bool = False) -> tup
             begun.append(step.begin(batch))
             while len(begun) > (0 if wait else 1):
                 step.ended(begun.popleft(), whole=wait)
-        step.ended(begun.pop() if begun else {})
+        if begun:
+            step.ended(begun.pop())
+        mx.eval(step.state)
 
     loss = step(collate(rows[: case.batch_size]))["loss"].item()
     return partial(limited, case.limit, epoch), loss

@@ -3,7 +3,6 @@
 import hashlib
 import shutil
 from contextlib import suppress
-from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import orjson
-from attrs import asdict, define, field, fields
 from mlx.utils import tree_unflatten
 
 from ..adapters.files import CONFIG, WEIGHTS, mismatches, own_arrays, put_arrays, read_arrays, save, save_arrays
@@ -19,42 +17,18 @@ from ..adapters.rank_scale import is_uniform
 from ..config.options import AdapterOptions
 from ..distributed.sharded_files import Sliced, stored
 from ..distributed.sharding import is_sharded
-from ..errors import InputError, listed, reason
+from ..errors import InputError, reason
 from ..reporting.history import METRICS, read_lines
 from ..utils.files import atomic_directory, sweep
-from ..utils.rng import random_key, restore_random_key
+from ..utils.rng import restore_random_key
 from .optimizers import put_state
+from .progress import Progress, progress_of, state_of
 from .trainable import layout, stored_state
 
 FOLDER, OPTIMIZER, STATE, RANDOM = "checkpoints", "optimizer.safetensors", "state.json", "random_state"
 OWN = "trained.safetensors"  # the trained arrays, if the form of mlx-lm's file differs from theirs
 _CHECKED = (CONFIG, WEIGHTS, OWN, OPTIMIZER)
 _ANY = "[0-9]*"
-
-
-@define
-class Progress:
-    """The state of a run between steps; all of it is saved, so that a resumed run reports what an uninterrupted one would.
-
-    Attributes:
-        step: optimizer steps so far.
-        tokens: tokens that the model read so far.
-        window: sums of the metrics since the last report, with their number of steps.
-        best: the lowest validation loss so far.
-        waited: validations since then.
-        skipped: skipped steps in a row, up to the last step.
-        stop: why the run ends early, or empty.
-        key: the random state after the last step.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    window: dict[str, float] = field(factory=dict)
-    best: float | None = None
-    waited: int = 0
-    skipped: int = 0
-    stop: str = ""
-    key: mx.array = field(factory=lambda: random_key(), metadata={"array": True})
 
 
 def save_checkpoint(
@@ -72,14 +46,13 @@ def save_checkpoint(
         if not is_uniform(model):
             save_arrays(temporary / OWN, own_arrays(model))
         save_arrays(temporary / OPTIMIZER, {RANDOM: progress.key, **stored_state(model, optimizer)})
-        state = asdict(progress, filter=lambda a, _: "array" not in a.metadata)
+        state = state_of(progress)
         digests = {name: _digest(temporary / name) for name in _CHECKED if (temporary / name).exists()}
         state["sha256"] = {STATE: _digest_of(state), **digests}
         (temporary / STATE).write_bytes(orjson.dumps(state, option=orjson.OPT_INDENT_2))
     sweep(path.parent, _ANY)  # damaged checkpoints that were put aside
-    known = [
-        old for old in checkpoints(directory) if old.name <= path.name
-    ]  # later ones are damaged: the run resumed from an earlier one
+    # later checkpoints are damaged: the run resumed from an earlier one
+    known = [old for old in checkpoints(directory) if old.name <= path.name]
     for old in known[keep:] if keep else []:
         shutil.rmtree(old, ignore_errors=True)
     return path
@@ -113,7 +86,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: optim.Optimizer) ->
     put_state(optimizer.state, tree_unflatten(list(arrays.items())))
     restore_random_key(key)
     _put_aside_later(path)
-    return Progress(key=key, **state)
+    return progress_of(state, key)
 
 
 def _put_aside_later(path: Path) -> None:
@@ -160,33 +133,17 @@ def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = orjson.loads((path / STATE).read_bytes())
         digests = state.pop("sha256")
-        damaged = (
-            [STATE] if digests.pop(STATE, None) not in (None, _digest_of(state)) else []
-        )  # None: the state has no digest of itself
-        state["window"] = {name: nan if value is None else value for name, value in state["window"].items()}  # JSON has no NaN
-        _check_fields(state, digests)
+        own = digests.pop(STATE, None)
+        damaged = [] if own is None or own == _digest_of(state) else [STATE]
+        if not {WEIGHTS, OPTIMIZER} <= digests.keys() <= set(_CHECKED):
+            raise ValueError("sha256 must have the digests of the files")
+        progress_of(state, mx.zeros(2, mx.uint32))
         damaged += [name for name, digest in digests.items() if _digest(path / name) != digest]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{path}: damaged checkpoint ({reason(error)})") from None
     if damaged:
         raise InputError(f"{path}: damaged checkpoint ({', '.join(damaged)} changed since it was written)")
     return state
-
-
-def _check_fields(state: dict[str, Any], digests: dict[str, Any]) -> None:
-    """Checks a state that some other program may have written.
-
-    Raises:
-        ValueError: a field has another type, or is unknown; a file has no digest.
-    """
-    counts, numbers = ("step", "tokens", "waited", "skipped"), [*state["window"].values(), state.get("best")]
-    wrong = [name for name in counts if type(state.get(name, 0)) is not int or not 0 <= state.get(name, 0) < 1 << 53]
-    wrong += [name for name in state if name not in {field.name for field in fields(Progress)} - {"key"}]
-    wrong += ["window or best"] if not all(value is None or type(value) in (int, float) for value in numbers) else []
-    wrong += ["stop"] if not isinstance(state.get("stop", ""), str) else []
-    wrong += ["sha256"] if not {WEIGHTS, OPTIMIZER} <= digests.keys() <= set(_CHECKED) else []
-    if wrong or "step" not in state:
-        raise ValueError(f"{STATE}: {listed(wrong or ['step'])} were not written by a run")
 
 
 def _digest_of(state: dict[str, Any]) -> str:

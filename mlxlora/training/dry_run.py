@@ -18,11 +18,11 @@ from ..reporting.reporter import Reporter
 from ..reporting.text import duration
 from ..utils.device import memory_limit, smaller
 from ..utils.integers import ceil_div
-from .checkpoint import Progress
 from .evaluate import Evaluate
 from .inputs import Run, RunOptions
 from .loop import LoopOptions, train
 from .prepared import Prepared, compiled, prepare_run
+from .progress import Progress
 from .schedule import Schedule, total_steps
 from .step import Step
 
@@ -223,7 +223,8 @@ def table(needs: Needs, advice: Sequence[str]) -> dict[str, str]:
 
 def _completion_length(micro: MicroBatch) -> float | None:
     """The mean length of the sampled completions of a batch, in tokens; None if nothing is sampled."""
-    return micro.metrics.get("completions/mean_length")
+    found = micro.metrics.get("completions/mean_length")
+    return None if found is None else found.result
 
 
 def _sampled(length: float | None) -> dict[str, str]:

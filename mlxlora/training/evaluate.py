@@ -1,7 +1,7 @@
 """Means over a whole split, pooled: every row counts, and every token has the same weight."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import mlx.core as mx
@@ -10,6 +10,7 @@ import numpy as np
 
 from ..batch import Batch
 from ..data.batching import MicroBatch
+from ..data.pooled import pooled, results
 from ..distributed.ranks import ALONE, Ranks
 from ..models.logprobs import Scorer
 from ..models.modes import evaluating
@@ -46,33 +47,31 @@ def make_evaluate(model: nn.Module, objective: Objective, score: Scorer, ranks: 
                     mx.eval(parts)
                 if micro.is_padding:
                     continue
-                for pooled, part in zip((total, count), parts, strict=True):
-                    pooled.update({name: pooled[name] + float(np.array(value)) for name, value in part.items()})
+                for found, part in zip((total, count), parts, strict=True):
+                    found.update({name: found[name] + float(np.array(value)) for name, value in part.items()})
         everyone = ranks.totals(*total.values(), *count.values())
-        halves = everyone[: len(names)], everyone[len(names) :]
-        means = {name: t / max(c, 1) for name, t, c in zip(names, *halves, strict=True)}
-        return _with_loss(objective, means)
+        return _report(objective, everyone[: len(names)], everyone[len(names) :])
 
     return evaluate
 
 
-def mean_measures(micros: Iterable[MicroBatch], ranks: Ranks = ALONE) -> dict[str, float]:
-    """Means over the rows of all ranks of the metrics of the micro-batches; the loss is the negative reward."""
-    total: dict[str, float] = {}
-    count = 0
-    for micro in micros:
-        count += len(micro.rows)
-        total = {name: total.get(name, 0.0) + value * len(micro.rows) for name, value in micro.metrics.items()}
-    names = ranks.of_rank0(list(total))
-    *sums, rows = ranks.totals(*(total[name] for name in names), count)
-    means = {name: value / max(rows, 1) for name, value in zip(names, sums, strict=True)}
-    return {"loss": -means["reward"], **means}
-
-
-def _with_loss(objective: Objective, means: dict[str, float]) -> dict[str, float]:
-    loss = sum(c * means[t.name] for c, t in objective.terms)
+def _report(objective: Objective, totals: Sequence[float], counts: Sequence[float]) -> dict[str, float]:
+    """Loss, means, perplexity; a metric that counts nothing is left out."""
+    entries = list(zip(objective.terms, totals, counts, strict=True))
+    means = {term.name: total / max(count, 1) for (_, term), total, count in entries}
+    loss = sum(coefficient * means[term.name] for coefficient, term in objective.terms)
+    reported = {term.name: means[term.name] for (coefficient, term), _, count in entries if coefficient or count}
     perplexity = {"perplexity": _exp(means["nll"])} if "nll" in means else {}
-    return {"loss": loss, **means, **perplexity}
+    return {"loss": loss, **reported, **perplexity}
+
+
+def mean_measures(micros: Iterable[MicroBatch]) -> dict[str, float]:
+    """The metrics of the micro-batches, pooled; the loss is the negative mean reward, NaN without rewards.
+
+    The metrics of a micro-batch are those of the rows of all ranks, so all ranks return the same.
+    """
+    metrics = results(pooled(micro.metrics for micro in micros))
+    return {"loss": -metrics.get("reward", math.nan), **metrics}
 
 
 def _exp(x: float) -> float:

@@ -9,10 +9,9 @@ from attrs import frozen
 from ..config.options import Output
 from ..data.batching import MicroBatch
 from ..reporting.reporter import Reporter
-from .checkpoint import Progress
 from .evaluate import Evaluate
-from .loop import reported
 from .micro_batch import BatchDivider
+from .progress import Progress, Window
 
 FIRST = ("loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second")
 """Metrics at the beginning of every training record."""
@@ -33,7 +32,7 @@ class Report:
     online: bool
 
     def __call__(self, progress: Progress, micros: Sequence[MicroBatch] = ()) -> None:
-        seen = reported(progress)
+        seen, progress.window = progress.window.report() | {"tokens": progress.tokens}, Window()
         alone = seen.pop("training_tokens_per_second")
         self.reporter.record(
             {

@@ -9,15 +9,15 @@ import mlx.core as mx
 from attrs import define, field, frozen
 
 from ..data.batching import MicroBatch
+from ..data.pooled import pooled
 from ..distributed.ranks import ALONE, Ranks
 from ..errors import RunError, SharedError, listed, reason
-from ..objectives.objective import Metrics
 from ..utils.device import out_of_memory, smaller
 from ..utils.rng import random_key
-from .checkpoint import Progress
 from .interrupt import Abandoned, Interruptible
 from .micro_batch import BatchDivider
-from .step import Step
+from .progress import Progress
+from .step import LazyResult, Step, StepResult
 
 Hook = Callable[[Progress, Sequence[MicroBatch]], None]
 """(progress, batches of the last step): what a run does between steps."""
@@ -93,14 +93,14 @@ class _Begun:
     """A step whose metrics have not been read yet.
 
     Attributes:
-        metrics: lazy arrays.
+        result: lazy arrays.
         micros: its micro-batches.
         parts: the same, divided to fit into memory.
         tokens: tokens that the model reads, of all ranks.
         key: the random state after the step.
     """
 
-    metrics: Metrics
+    result: LazyResult
     micros: Sequence[MicroBatch]
     parts: Sequence[MicroBatch]
     tokens: int
@@ -135,8 +135,8 @@ class _Steps:
         """Begins a step and ends the one before; ends this one too if the next one depends on what it leaves."""
         parts = self.how.divider(micros) if self.how.divider else micros
         with _explained(parts):
-            metrics = self.step.begin(*(p.batch for p in parts if not p.is_padding), idle=parts[0].batch)
-        following = _Begun(metrics, micros, parts, tokens, random_key())
+            result = self.step.begin(*(p.batch for p in parts if not p.is_padding), idle=parts[0].batch)
+        following = _Begun(result, micros, parts, tokens, random_key())
         self.end(whole=False)
         self._open = following
         if not self._may_wait():
@@ -147,15 +147,15 @@ class _Steps:
         if (done := self._open) is None:
             return
         with _explained(done.parts):
-            metrics = self.step.ended(done.metrics, whole=whole)
+            result = self.step.ended(done.result, whole=whole)
         self._open = None
         if self.how.divider:
             self.how.divider.learn()
-        seconds = {"seconds_waited": self._waited, "seconds_stepped": time.perf_counter() - self._since - self._waited}
-        _advance(self.progress, metrics, seconds, done)
+        seconds = self._waited, time.perf_counter() - self._since - self._waited
+        _advance(self.progress, result, seconds, done)
         if self.progress.skipped:
             rows = self.how.ranks.listed([row for micro in done.micros for row in micro.rows])
-            _warn_of_skipped(metrics, self.progress, rows, self.how)
+            _warn_of_skipped(result, self.progress, rows, self.how)
         for hook in self.hooks:
             hook(self.progress, done.micros)
         self._since, self._waited = time.perf_counter(), 0.0
@@ -211,13 +211,13 @@ class Every:
         return step == self.total or bool(self.steps and step % self.steps == 0)
 
 
-def _warn_of_skipped(metrics: dict[str, float], progress: Progress, rows: Sequence[str], how: LoopOptions) -> None:
+def _warn_of_skipped(result: StepResult, progress: Progress, rows: Sequence[str], how: LoopOptions) -> None:
     """Warns of a skipped step.
 
     Raises:
         SharedError: it is the last that may be skipped.
     """
-    found = [f"{name} is {metrics[name]}" for name in ("loss", "grad_norm") if not math.isfinite(metrics[name])]
+    found = [f"{name} is {result.numbers[name]}" for name in ("loss", "grad_norm") if not math.isfinite(result.numbers[name])]
     problem = f"step {progress.step}: {(found or ['the updated weights are not finite'])[0]} (rows {listed(rows, 8)})"
     if progress.skipped % (how.skips * how.repeats):
         how.warn(f"{problem}: skipped, the weights stay as they were")
@@ -228,33 +228,18 @@ def _warn_of_skipped(metrics: dict[str, float], progress: Progress, rows: Sequen
     raise SharedError(f"{problem}{times}; the weights are those of step {good}. Try {remedy}")
 
 
-def _advance(progress: Progress, metrics: dict[str, float], seconds: dict[str, float], done: _Begun) -> None:
-    """Counts a step; the metrics of a skipped one do not count among the means."""
-    skipped, micros = metrics["skipped"], done.micros
-    sourced = {name: sum(p.metrics[name] for p in micros) / len(micros) for name in micros[0].metrics}
-    measured = {"skipped": skipped} if skipped else {**metrics, **sourced}
-    seen = {**measured, **seconds, "window_tokens": done.tokens, "steps": 1 - skipped}
-    progress.window = {name: progress.window.get(name, 0.0) + seen.get(name, 0.0) for name in {**progress.window, **seen}}
-    progress.window["learning_rate"] = metrics["learning_rate"]
-    progress.skipped = progress.skipped + 1 if skipped else 0
+def _advance(progress: Progress, result: StepResult, seconds: tuple[float, float], done: _Begun) -> None:
+    """Counts a step; the metrics of a skipped step count in no mean."""
+    window = progress.window
+    if result.skipped:
+        window.skipped += 1
+    else:
+        window.add(result.metrics | pooled(micro.metrics for micro in done.micros))
+    window.tokens += done.tokens
+    window.learning_rate = result.learning_rate
+    window.seconds_waited += seconds[0]
+    window.seconds_stepped += seconds[1]
+    progress.skipped = progress.skipped + 1 if result.skipped else 0
     progress.step += 1
     progress.tokens += done.tokens
     progress.key = done.key
-
-
-def reported(progress: Progress) -> dict[str, float]:
-    """The means over the steps since the last report, and how many were skipped; empties the window."""
-    window, progress.window = dict(progress.window), {}
-    steps, tokens, rate, skipped = (window.pop(name, 0) for name in ("steps", "window_tokens", "learning_rate", "skipped"))
-    waited, stepped = window.pop("seconds_waited"), window.pop("seconds_stepped")
-    means = {"loss": math.nan, "grad_norm": math.nan} if not steps else {name: value / steps for name, value in window.items()}
-    return {
-        "loss": means.pop("loss"),
-        "grad_norm": means.pop("grad_norm"),
-        "learning_rate": rate,
-        "tokens": progress.tokens,
-        "tokens_per_second": tokens / (waited + stepped),
-        "training_tokens_per_second": tokens / stepped,
-        **({"skipped": int(skipped)} if skipped else {}),
-        **means,
-    }

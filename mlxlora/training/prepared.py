@@ -95,7 +95,14 @@ def prepare_run(run: Run, reporter: Reporter, only: Mapping[str, Sequence[int]] 
         reporter.note("this model cannot be split into backbone and head: the logits of all tokens are computed", warning=True)
     live = policy if run.source.online else None
     context = Context(
-        run.model, run.tokenizer, training.seed, items=schedule.items("train"), share=share, ranks=ranks, reference=live
+        run.model,
+        run.tokenizer,
+        training.seed,
+        items=schedule.items("train"),
+        share=share,
+        ranks=ranks,
+        reference=live,
+        warn=partial(reporter.note, warning=True),
     )
     train, valid = plain_maker(schedule.source, context), plain_maker(schedule.source, evolve(context, validation=True))
     if live:  # validation measures rewards, which need no reference
@@ -108,8 +115,7 @@ def compiled(run: Run, prepared: Prepared) -> tuple[Step, Evaluate]:
     """The step and the validation of a run; from here on the optimizer has a state."""
     score, ranks, clip = prepared.score, prepared.ranks, run.options.training.max_grad_norm
     step = make_step(run.model, prepared.optimizer, run.objective, score=score, max_grad_norm=clip, ranks=ranks)
-    measures = partial(mean_measures, ranks=ranks)
-    return step, measures if run.source.online else make_evaluate(run.model, run.objective, score, ranks)
+    return step, mean_measures if run.source.online else make_evaluate(run.model, run.objective, score, ranks)
 
 
 def plain_maker(source: Source, context: Context) -> Make:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import mlx.nn as nn
-from attrs import asdict
+from attrs import fields
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..adapters.files import CONFIG, check_arrays, check_settings, own_arrays, put_arrays, read_adapter_config, read_arrays
@@ -16,8 +16,9 @@ from ..distributed.ranks import Ranks
 from ..distributed.sharded_files import Sliced, stored
 from ..errors import InputError, LostError, SharedError
 from ..utils.rng import random_key, restore_random_key
-from .checkpoint import FOLDER, Progress, at_best, initial
+from .checkpoint import FOLDER, at_best, initial
 from .optimizers import put_state
+from .progress import Progress, progress_of, state_of
 from .step import Step
 from .trainable import stored_state
 
@@ -56,9 +57,9 @@ def broadcast(ranks: Ranks, step: Step, optimizer: Any, progress: Progress) -> N
         model.load_weights(list(ranks.from_first(own_arrays(model)).items()), strict=False)  # with the starting point of PiSSA
         put_state(state, ranks.from_first(state))
         step.trained.push()
-    for name, value in ranks.of_rank0(asdict(progress, filter=lambda a, _: "array" not in a.metadata)).items():
-        setattr(progress, name, value)
-    progress.key = ranks.from_first(progress.key)
+    same = progress_of(ranks.of_rank0(state_of(progress)), ranks.from_first(progress.key))
+    for attribute in fields(Progress):
+        setattr(progress, attribute.name, getattr(same, attribute.name))
     restore_random_key(ranks.from_first(random_key()))
 
 

@@ -11,12 +11,12 @@ from ..reporting.history import PAGE
 from ..reporting.reporter import Reporter
 from ..utils.integers import round_up
 from .answers import answered
-from .checkpoint import Progress
 from .evaluate import Evaluate
 from .hooks import Report, Validation
 from .inputs import Run
 from .loop import Every, LoopOptions, train
 from .prepared import Prepared, compiled, prepare_run
+from .progress import Progress
 from .rank_sync import broadcast, restore_saved
 from .saving import Saver
 from .schedule import batches_of_split, batches_of_steps

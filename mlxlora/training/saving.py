@@ -17,9 +17,10 @@ from ..errors import InputError, LostError, RunError, SharedError
 from ..reporting.history import METRICS, SAMPLES, SETTINGS
 from ..reporting.reporter import Reporter, truncate_after
 from ..utils.files import atomic_file
-from .checkpoint import Progress, checkpoints, load_checkpoint, newest, save_checkpoint
+from .checkpoint import checkpoints, load_checkpoint, newest, save_checkpoint
 from .inputs import RunOptions
 from .loop import Abandoned
+from .progress import Progress
 from .rank_sync import on_rank0, repair
 from .run_folder import check_no_adapters, check_same, clean
 

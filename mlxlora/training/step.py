@@ -1,17 +1,18 @@
-"""One optimiser step, the same for every objective."""
+"""One optimizer step, the same for every objective."""
 
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from attrs import define
+from attrs import define, frozen
 from mlx.utils import tree_flatten, tree_map
 
 from ..batch import Batch
+from ..data.pooled import Pooled
 from ..distributed.ranks import ALONE, Ranks
 from ..models.distribution import COLUMNS
 from ..models.logprobs import Scorer, scorer
@@ -19,6 +20,48 @@ from ..models.modes import compute_cast, computing
 from ..objectives.objective import Metrics, Objective
 from .optimizers import put_state
 from .trainable import Trained
+
+
+class LazyResult(NamedTuple):
+    """What a step will have measured, as arrays that may not be computed yet.
+
+    Attributes:
+        metrics: the mean of every term, loss, grad_norm, learning_rate, skipped.
+        counts: [terms], what the mean of each term is taken over, in the order of the objective.
+    """
+
+    metrics: Metrics
+    counts: mx.array
+
+
+@frozen
+class StepResult:
+    """What a step measured.
+
+    Attributes:
+        numbers: as `LazyResult.metrics`.
+        counts: what the mean of each metric is taken over, for terms that are metrics; those of the loss count once a step.
+    """
+
+    numbers: dict[str, float]
+    counts: dict[str, float]
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the step changed nothing."""
+        return bool(self.numbers["skipped"])
+
+    @property
+    def learning_rate(self) -> float:
+        """That of this step."""
+        return self.numbers["learning_rate"]
+
+    @property
+    def metrics(self) -> dict[str, Pooled]:
+        """The means with what they are taken over: over several steps the loss is the mean of their losses, and the sum of its
+        terms; metrics are pooled, so that steps without rows of a metric do not count."""
+        means = {name: value for name, value in self.numbers.items() if name not in ("skipped", "learning_rate")}
+        return {name: Pooled.mean(value, self.counts.get(name, 1.0)) for name, value in means.items()}
 
 
 @define
@@ -40,7 +83,7 @@ class Step:
         ranks: the processes that take this step together, each with its share of the batches; a share may be empty.
     """
 
-    whole: Callable[[Batch], Metrics]
+    whole: Callable[[Batch], LazyResult]
     backward: Callable[..., Any]
     update: Callable[[Any, Metrics], Metrics]
     objective: Objective
@@ -50,32 +93,34 @@ class Step:
     ranks: Ranks = ALONE
 
     def __call__(self, *batches: Batch, idle: Batch | None = None) -> Metrics:
-        metrics = self.begin(*batches, idle=idle)
+        result = self.begin(*batches, idle=idle)
         with self.ranks.computing():
-            mx.eval(self.state, metrics)
-        return metrics
+            mx.eval(self.state, result)
+        return result.metrics
 
-    def begin(self, *batches: Batch, idle: Batch | None = None) -> Metrics:
+    def begin(self, *batches: Batch, idle: Batch | None = None) -> LazyResult:
         """Dispatches the step without waiting; the metrics and the new weights in the model are lazy."""
         self.trained.pull()
-        metrics = self.whole(batches[0]) if len(batches) == 1 and self.ranks.size == 1 else self._batches_of_steps(batches, idle)
+        result = self.whole(batches[0]) if len(batches) == 1 and self.ranks.size == 1 else self._in_parts(batches, idle)
         with self.ranks.computing():
-            mx.async_eval(self.trained.master_weights, metrics)
+            mx.async_eval(self.trained.master_weights, result)
             self.trained.push()  # while the device works
             mx.async_eval(self.state)
-        return metrics
+        return result
 
-    def ended(self, metrics: Metrics, *, whole: bool = True) -> dict[str, float]:
-        """The metrics of `begin` as numbers; `whole` also waits for weights and optimizer, and for any step begun since."""
+    def ended(self, result: LazyResult, *, whole: bool = True) -> StepResult:
+        """The result of `begin` as numbers; `whole` also waits for weights and optimizer, and for any step begun since."""
         with self.ranks.computing():
-            mx.eval(metrics, *([self.state] if whole else []))
-        return {name: float(np.array(value)) for name, value in metrics.items()}
+            mx.eval(result, *([self.state] if whole else []))
+        counts = zip(self.objective.terms, result.counts.tolist(), strict=True)  # type: ignore[arg-type]
+        watched = {term.name: count for (coefficient, term), count in counts if not coefficient}
+        return StepResult({name: float(np.array(value)) for name, value in result.metrics.items()}, watched)
 
     def measured(self, *batches: Batch, idle: Batch | None = None) -> dict[str, float]:
         """The whole step, with metrics as numbers."""
-        return self.ended(self.begin(*batches, idle=idle))
+        return self.ended(self.begin(*batches, idle=idle)).numbers
 
-    def _batches_of_steps(self, batches: Sequence[Batch], idle: Batch | None) -> Metrics:
+    def _in_parts(self, batches: Sequence[Batch], idle: Batch | None) -> LazyResult:
         with self.ranks.own_rng():
             counts = self.ranks.summed(reduce(_add, map(self.objective.counts, batches)) if batches else self._zeros())
             total = None
@@ -86,9 +131,9 @@ class Step:
                     mx.eval(total)  # holds the activations of one micro-batch at a time
             gradient, metrics = total or self._nothing()
             if self.ranks.sharded:  # the gradient of a slice is a sum already
-                return self.update(gradient, self.ranks.summed(metrics))
+                return LazyResult(self.update(gradient, self.ranks.summed(metrics)), stacked(counts))
             total = self.ranks.summed((gradient, metrics))
-        return self.update(*total)
+        return LazyResult(self.update(*total), stacked(counts))
 
     def _passes(self, batches: Sequence[Batch], counts: Metrics, idle: Batch | None) -> list[tuple[Batch, Metrics]]:
         """Each batch with its counts; ranks that gather slices pass through the model equally often, so some passes are idle."""
@@ -157,11 +202,17 @@ def make_step(
         return {**metrics, "grad_norm": norm, "learning_rate": optimizer.learning_rate, "skipped": ~good}
 
     @compiled
-    def whole(batch: Batch) -> Metrics:
-        return apply(*gradient(batch, objective.counts(batch)))
+    def whole(batch: Batch) -> LazyResult:
+        counts = objective.counts(batch)
+        return LazyResult(apply(*gradient(batch, counts)), stacked(counts))
 
     step = Step(whole, compiled(gradient), compiled(apply), objective, state, trained, ranks=ranks)
     return step
+
+
+def stacked(counts: Metrics) -> mx.array:
+    """[terms], one array because mx.compile raises IndexError for equal outputs (mlx 0.32.4)."""
+    return mx.stack(list(counts.values()))
 
 
 def columns_of(objective: Objective) -> dict[str, bool]:

@@ -24,8 +24,9 @@ from mlxlora.errors import InputError
 from mlxlora.models.logprobs import scorer, token_logps
 from mlxlora.models.modes import evaluating
 from mlxlora.objectives.supervised import sft
-from mlxlora.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from mlxlora.training.checkpoint import load_checkpoint, save_checkpoint
 from mlxlora.training.optimizers import make_optimizer
+from mlxlora.training.progress import Progress
 from mlxlora.training.step import make_step
 from tests.support.tiny import dense, distance, example, experts, loss_and_gradient, quantized, same, shaken, snapshot, tied
 

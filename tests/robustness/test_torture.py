@@ -13,11 +13,13 @@ import mlx.optimizers as optim
 import orjson
 import pytest
 
-from mlxlora.adapters.files import read_arrays, read_adapter_config, save
+from mlxlora.adapters.files import read_adapter_config, read_arrays, save
 from mlxlora.adapters.prepare import attach, load_weights, prepare
 from mlxlora.config.options import AdapterOptions
+from mlxlora.data.pooled import Pooled
 from mlxlora.errors import InputError, RunError
-from mlxlora.training.checkpoint import Progress, at_best, initial, load_checkpoint, newest, save_checkpoint
+from mlxlora.training.checkpoint import at_best, initial, load_checkpoint, newest, save_checkpoint
+from mlxlora.training.progress import Progress, Window
 from mlxlora.utils import folders
 from mlxlora.utils.files import atomic_directory, sweep
 from mlxlora.utils.folders import check_vacant, locked_folder
@@ -25,6 +27,9 @@ from tests.robustness import torture, torture_faults
 from tests.support.tiny import dense, text_rows
 
 SMALL = AdapterOptions(num_layers=1, rank=1, lora_keys=("self_attn.k_proj",))
+
+
+WINDOW = Window({"loss": Pooled.mean(0.1), "kl": Pooled.mean(float("nan")), "reward_std": Pooled.of([1, 4], "std")}, steps=1)
 
 
 @pytest.fixture
@@ -43,7 +48,7 @@ def flips(content, every=1):
 
 @pytest.mark.parametrize("name", ["state.json", "adapter_config.json", "adapters.safetensors", "optimizer.safetensors"])
 def test_every_flip_in_a_checkpoint_is_noticed(model, tmp_path, name):
-    path = save_checkpoint(tmp_path, model, optim.Adam(1e-3), Progress(step=3, window={"loss": 0.1, "kl": float("nan")}), SMALL)
+    path = save_checkpoint(tmp_path, model, optim.Adam(1e-3), Progress(step=3, window=WINDOW), SMALL)
     assert newest(tmp_path) == (path, [])
     file = path / name
     content = file.read_bytes()
@@ -81,7 +86,11 @@ def test_a_checkpoint_without_a_digest_of_its_state_is_read(model, adam, tmp_pat
             ("skipped", []),
             ("stop", 1),
             ("best", "low"),
-            ("window", {"loss": "a"}),
+            ("window", {"metrics": {"loss": "a"}}),
+            ("window", {"metrics": {"loss": {"statistic": "median"}}}),
+            ("window", {"metrics": {"loss": {"statistic": "mean", "count": "a"}}}),
+            ("window", {"steps": -1}),
+            ("window", {"future": 1}),
             ("window", []),
         ),
         *(("future", 1), ("sha256", {}), ("sha256", {"../../secret": "x"}), ("sha256", [])),

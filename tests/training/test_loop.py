@@ -14,8 +14,8 @@ from mlxlora.config.options import AdapterOptions
 from mlxlora.data.batching import MicroBatch, collate
 from mlxlora.errors import RunError
 from mlxlora.objectives.objective import term, token_mean
-from mlxlora.training.checkpoint import Progress
 from mlxlora.training.loop import Every, LoopOptions, train
+from mlxlora.training.progress import Progress
 from mlxlora.training.step import Step, make_step
 from tests.support.tiny import dense, example, same, shaken, snapshot
 
@@ -60,7 +60,8 @@ class Seen:
         step.whole = counted
 
     def look(self, progress: Progress, _: Sequence[MicroBatch]) -> None:
-        metrics = {name: value for name, value in progress.window.items() if not name.startswith("seconds")}
+        metrics = {name: metric.result for name, metric in progress.window.metrics.items()}
+        metrics |= {"steps": progress.window.steps, "skipped": progress.window.skipped, "tokens": progress.window.tokens}
         self.looks.append((progress.step, snapshot(self.step.trained.model.trainable_parameters()), metrics))
         self.optimizer.append(snapshot(self.step.state[1]) | {"key": np.array(progress.key)})
 

@@ -98,13 +98,13 @@ def test_as_many_as_fit() -> None:
 
 def test_what_was_measured_replaces_the_estimate() -> None:
     micro = rows(8, 3)
-    micro = BatchDivider(mx.get_active_memory() + (1 << 30), cost=(1 << 30) / position_count(micro.batch) * 2)
-    assert len(found := micro([micro])) == 2
+    divider = BatchDivider(mx.get_active_memory() + (1 << 30), cost=(1 << 30) / position_count(micro.batch) * 2)
+    assert len(found := divider([micro])) == 2
     kept = mx.zeros((1 << 20,))
     mx.eval(kept)
-    micro.learn()
-    assert micro.largest == max(position_count(p.batch) for p in found) and micro.peak >= kept.nbytes
-    assert len(micro([micro])) == 1  # the step was far cheaper than estimated
+    divider.learn()
+    assert divider.largest == max(position_count(p.batch) for p in found) and divider.peak >= kept.nbytes
+    assert len(divider([micro])) == 1  # the step was far cheaper than estimated
 
 
 def test_an_estimate_is_of_the_right_size() -> None:

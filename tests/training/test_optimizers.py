@@ -15,8 +15,9 @@ from mlxlora.data.batching import collate
 from mlxlora.errors import InputError
 from mlxlora.methods import SFT
 from mlxlora.objectives.supervised import sft
-from mlxlora.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from mlxlora.training.checkpoint import load_checkpoint, save_checkpoint
 from mlxlora.training.optimizers import make_optimizer
+from mlxlora.training.progress import Progress
 from mlxlora.training.step import make_step
 from mlxlora.training.trainable import Separate, Vector, layout
 from tests.support.tiny import dense, distance, example, snapshot
@@ -57,7 +58,7 @@ def by_hand(model: Any, name: str) -> None:
         for optimizer, names in ((first, flat.keys() - in_loraplus_group), (second, in_loraplus_group)):
             new |= optimizer.apply_gradients({n: flat[n] for n in names}, {n: weights[n] for n in names})
         model.load_weights(list(new.items()), strict=False)
-        step.trained.follow()
+        step.trained.pull()
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])

@@ -170,7 +170,7 @@ def test_answers_before_training_are_of_the_resumed_adapters(
         "dpo", *options, "--iters", 1, "--answers", 1, "--resume-adapter-file", start, "--adapter-path", tmp_path / "run"
     )
     assert done.code == 0, done.err
-    saved = mx.load(str(start))["model.layers.0.self_attn.q_proj.lora_b"]
+    saved = dict(mx.load(str(start)))["model.layers.0.self_attn.q_proj.lora_b"]
     assert np.array_equal(seen[0], saved) and not np.array_equal(seen[-1], saved)
 
 
