@@ -12,14 +12,26 @@ import pytest
 
 from mlxlora.adapters.prepare import prepare
 from mlxlora.batch import Batch
-from mlxlora.config.options import AdapterOptions, DataOptions, DistillOptions, GRPOOptions, ORPOOptions, PairData, RowOptions
+from mlxlora.config.options import (
+    AdapterOptions,
+    DataOptions,
+    DistillOptions,
+    GRPOOptions,
+    ORPOOptions,
+    PairData,
+    RowOptions,
+    Training,
+)
 from mlxlora.data.batching import collate
 from mlxlora.data.labeled import judged_row, with_mismatched
+from mlxlora.data.pooled import pooled, results
 from mlxlora.data.rows import Row
 from mlxlora.data.tokenize import preference_pair, supervised_example
 from mlxlora.objectives import cpo, dpo, grpo, kto, orpo
 from mlxlora.objectives.advantages import advantage, group_relative, no_signal
 from mlxlora.objectives.terms import nll
+from mlxlora.rollouts.groups import Gathered, completion_metrics, reward_metrics
+from mlxlora.training.optimizers import make_optimizer
 from mlxlora.training.step import make_step
 from tests.support.chat import chat_tokenizer
 from tests.support.goldens import flat_batch
@@ -174,6 +186,16 @@ def zero_std() -> None:
     assert no_signal(np.array([[1.0, 1.0], [0.0, 1.0]])).mean() == 0.5  # TRL: 0
 
 
+@difference("`reward_std`, least and greatest length in a report of several steps")
+def statistics_of_a_report() -> None:
+    """Two steps with rewards 0, 1 and 3, 5, and lengths 2, 9 and 4, 5."""
+    steps = [([0.0, 1.0], [2, 9]), ([3.0, 5.0], [4, 5])]
+    found = [Gathered(np.array([rewards]), np.zeros((0, 2)), np.array(lengths), np.ones(2) > 0) for rewards, lengths in steps]
+    seen = results(pooled(reward_metrics(one, ()) | completion_metrics(one, 1.0) for one in found))
+    assert np.isclose(seen["reward_std"], (59 / 12) ** 0.5)  # Σ(r - 9/4)²/3; TRL: (√½ + √2)/2
+    assert (seen["completions/min_length"], seen["completions/max_length"]) == (2, 9)  # TRL: 3 and 7
+
+
 @difference("metrics that are not means")
 def no_other_metrics() -> None:
     """Minima, maxima and differences of means do not pool over batches."""
@@ -229,6 +251,17 @@ def dropout() -> None:
         losses.append([make_step(model, optim.SGD(0.0), dpo()).measured(batch)["loss"] for _ in range(2)])
     assert losses[0][0] == losses[0][1] and abs(losses[1][0] - losses[1][1]) > 1e-3  # TRL: as without dropout
     assert AdapterOptions().dropout == 0
+
+
+@difference("weight decay of norms and biases in full training")
+def weight_decay() -> None:
+    """A gradient of 0, rate 0.1, decay 0.5: 1 becomes 0.95."""
+    model = dense()
+    model.unfreeze()
+    norm = model.model.norm.weight  # type: ignore[union-attr]
+    optimizer = make_optimizer(Training(optimizer="adamw", learning_rate=0.1, weight_decay=0.5), 1)
+    updated = optimizer.apply_gradients({"norm": mx.zeros_like(norm)}, {"norm": norm})
+    np.testing.assert_allclose(updated["norm"], 0.95 * norm, rtol=1e-6)  # TRL: as it was
 
 
 @difference("defaults of `gkd`")
