@@ -239,6 +239,8 @@ def test_json_is_alone_on_standard_output(tmp_path, mlxlora):
     done = mlxlora("preview", "--config", file, "--json")
     assert done.code == 0, done.err
     assert [json.loads(line)["text"] for line in done.out.splitlines()] == ["words<|im_end|>"]
+    done = mlxlora("preview", "--json", "--num", 1)
+    assert len(json.loads(done.out)["tokens"]) and "bundled starter" in done.err
 
 
 @pytest.mark.parametrize("method", METHODS)
