@@ -9,8 +9,7 @@ from attrs import evolve, frozen
 
 from ..utils.time_limit import TooLong
 from .messages import Message, json_object
-from .traced_template import Rendering, Span, render_traced
-from .traced_text import Origin
+from .traced_template import Rendering, render_traced
 from .turn_parts import assistant_parts, content_end, dropped, prompt_tail
 
 _SEEN = '{{ {"messages": messages, "tools": tools, "documents": documents} | tojson }}'
@@ -35,7 +34,7 @@ class Template:
     variables: str = "{}"
 
     def render(self, messages: Sequence[Message], tools: list[Message] | None = None, prompt: bool = False) -> Rendering:
-        """A conversation with the origin of its characters, exactly as transformers renders it.
+        """A conversation with the origin of its characters, exactly as transformers renders it; without spans if they differ.
 
         Args:
             messages: the conversation.
@@ -54,7 +53,7 @@ class Template:
         rendering = render_traced(self.source, seen.pop("messages"), {**variables, **seen})
         if rendering.text == text:
             return rendering
-        return Rendering(text, [Span(0, len(text), Origin())] if text else [], lost=True, printed=False)
+        return Rendering(text, [], lost=True, printed=False)
 
     def attempt(self, messages: Sequence[Message], tools: list[Message] | None = None, prompt: bool = False) -> Rendering | None:
         """The rendering of a conversation; None if the template rejects it."""
@@ -160,10 +159,11 @@ def role_for(template: Template, role: str) -> str:
 def _shows_role(template: Template, role: str) -> bool:
     words: Message = {"role": role, "content": "plums"}
     if _STAND_IN.get(role, role) == "tool":
-        chat = [_USER, _calls(None), {**words, "name": "now", "tool_call_id": "call00001"}]
+        words |= {"name": "now", "tool_call_id": "call00001"}
+        chats = [[_USER, _calls(None), words], [_USER, _ANSWER, words]]
     else:
-        chat = [words, _USER, _ANSWER]
-    return template.shows(adapted(chat, habits(template)))
+        chats = [[words, _USER, _ANSWER]]
+    return any(template.shows(adapted(chat, habits(template))) for chat in chats)
 
 
 @frozen

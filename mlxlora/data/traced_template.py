@@ -22,6 +22,9 @@ from markupsafe import Markup
 from .traced_text import Origin, Traced, blended, joined, marked, message_of, traceable, traced_value, writing, written
 
 
+_ESCAPING = ("e", "escape", "forceescape", "safe")
+
+
 class Span(NamedTuple):
     """Characters [start, stop) of a rendered text, and their origin."""
 
@@ -60,7 +63,8 @@ def render_traced(template: str, messages: Sequence[Mapping[str, Any]], variable
     traced = [{key: traced_value(value, i, key) for key, value in message.items()} for i, message in enumerate(messages)]
     writing.start()
     texts, spans, at = [], [], 0
-    for chunk in _compiled(template).generate(messages=traced, **variables):
+    compiled, escapes = _compiled(template)
+    for chunk in compiled.generate(messages=traced, **variables):
         texts.append(chunk)
         for length, origin in written(chunk):
             if spans and spans[-1].origin == origin:
@@ -68,13 +72,16 @@ def render_traced(template: str, messages: Sequence[Mapping[str, Any]], variable
             else:
                 spans.append(Span(at, at + length, origin))
             at += length
-    return Rendering("".join(texts), spans, writing.lost, writing.printed)
+    return Rendering("".join(texts), spans, writing.lost or escapes, writing.printed)
 
 
 @lru_cache(maxsize=32)
-def _compiled(template: str) -> Any:
+def _compiled(template: str) -> tuple[Any, bool]:
+    """The template, and whether it has constants that escape what is added to them, without origins."""
     environment = _TracedEnvironment()
-    return environment.from_string(_Instrument().visit(environment.parse(template)))
+    tree = environment.parse(template)
+    escapes = any(isinstance(node.node, nodes.Const) and node.name in _ESCAPING for node in tree.find_all(nodes.Filter))
+    return environment.from_string(_Instrument().visit(tree)), escapes
 
 
 class _Instrument(NodeTransformer):
@@ -122,7 +129,7 @@ class _TracedEnvironment(ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
         self.filters = {name: _carrying(function) for name, function in self.filters.items()}
-        self.filters |= {"tojson": _tojson, "join": _join}
+        self.filters |= {"tojson": _tojson, "join": _join, "safe": _safe}
         self.globals |= {"raise_exception": _refuse, "strftime_now": _now, "dict": _Dict(), "namespace": _Namespace}
 
     def concat(self, parts: Iterator[str]) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -207,7 +214,7 @@ def _check_name(name: Any) -> None:
 def _carried(result: Any, sources: Any) -> Any:
     """The result of an operation, with the origins of what it was made of."""
     if isinstance(result, Markup):
-        writing.lost = True
+        writing.lost = True  # it escapes what is added to it, and origins are gone
         return result
     return blended(result, sources) if type(result) is str else result
 
@@ -223,6 +230,10 @@ def _carrying(function: Any) -> Any:
 def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
     text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     return blended(text, value)
+
+
+def _safe(value: Any) -> str:
+    return value if isinstance(value, Traced) else _carried(Markup(value), ())
 
 
 @pass_environment
