@@ -24,7 +24,7 @@ from tests.support.tiny import dense, loss_and_gradient, quantized, softcapped, 
 
 ALPHA = 5.0
 TOKENS = mx.array([[3, 9, 2, 7, 1], [4, 8, 0, 0, 0]])
-MODELS: dict[str, Callable[[], nn.Module]] = {"dense": dense, "tied": tied, "quantised": quantized, "softcapped": softcapped}
+MODELS: dict[str, Callable[[], nn.Module]] = {"dense": dense, "tied": tied, "quantized": quantized, "softcapped": softcapped}
 every = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 
 

@@ -1,4 +1,4 @@
-"""Quantised as it is loaded: what a converted model is. Rounded in training: what the model will be, and loses less by it."""
+"""Quantized while loaded, a model is what a converted one is. Rounded in training, it is what it will be, and loses less by it."""
 
 import json
 from pathlib import Path
@@ -156,7 +156,7 @@ def aware(make: Any, form: str = "4", **changes: Any) -> nn.Module:
 @pytest.mark.parametrize("form", FORMATS)
 @each_kind
 def test_the_model_computes_as_it_will(make: Any, changes: dict[str, Any], form: str) -> None:
-    """The logits of the model that was fused and quantised; its own weights are those of before."""
+    """The logits of the model that was fused and quantized; its own weights stay."""
     model = aware(make, form, **changes)
     before, exact = snapshot(model.parameters()), model(TOKENS)
     with evaluating(model):
@@ -205,7 +205,7 @@ OBJECTIVES = {"sft": sft(), "dpo": dpo(beta=0.3), "orpo": orpo(beta=0.3)}
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_quantizing_loses_less(name: str, kind: str, eager: None) -> None:
-    """The loss of the quantised model after the same steps, with and without."""
+    """The loss of the quantized model after the same steps, with and without."""
     losses = {form: _quantized_loss(OBJECTIVES[name], kind, form) for form in (None, "4")}
     assert losses["4"] < 0.9 * losses[None], losses
 

@@ -49,7 +49,7 @@ def _of(module: Any, **more: Any) -> Callable[[], nn.Module]:
 ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "llama": dense,
     "tied": tied,
-    "quantised": lambda: quantized(dense),
+    "quantized": lambda: quantized(dense),
     "qwen3": _of(qwen3),
     "softcapped": softcapped,
     "experts": experts,
@@ -125,7 +125,7 @@ def test_sharing_is_exact_for(name: str) -> None:
     model = adapted(ARCHITECTURES[name]())
     assert layout_obstacle(scorer(model).forward, model) is None
     shared, plain = (with_squares(pairs(), share=share) for share in (True, False))
-    assert_same(model, dpo(), shared, plain, 5e-5 if name == "quantised" else 1e-5)
+    assert_same(model, dpo(), shared, plain, 5e-5 if name == "quantized" else 1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "windows", "experts"])

@@ -27,7 +27,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "dense": (dense, "lora"),
     "tied, in full": (tied, "full"),
     "dense, in full": (dense, "full"),
-    "quantised": (lambda: quantized(dense), "lora"),
+    "quantized": (lambda: quantized(dense), "lora"),
     "softcapped": (softcapped, "dora"),
 }
 

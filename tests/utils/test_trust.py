@@ -46,19 +46,20 @@ SPECIAL = {"allow_pickle", "shell"}
 
 ALLOWED = {
     "benchmarks/scaling.py: import socket": "free port numbers for the ranks that it starts on this machine",
-    "mlxlora/distributed.py: import socket": "a pair inside the process, through which a signal wakes a thread",
+    "mlxlora/distributed/watchdog.py: import socket": "a pair inside the process, through which a signal wakes a thread",
     "examples/picture.py: import pty": "a terminal for the command line whose picture it takes",
 }
-"""What stands there none the less, and why."""
+"""Exceptions, and why."""
 
 LOADERS = {"load", "load_model", "load_tokenizer", "sharded_load", "pipeline_load", "load_adapters", "_download"}
 MAY_LOAD = {
-    "mlxlora/recipes.py": "checks code and headers first",
-    "mlxlora/judges.py": "checks code and headers first",
-    "mlxlora/adapters.py": "checks the header first",
-    "mlxlora/initialise.py": "reads a tokenizer, without code",
+    "mlxlora/models/loading.py": "checks code and headers first",
+    "mlxlora/rollouts/judges.py": "checks code and headers first",
+    "mlxlora/adapters/prepare.py": "checks the header first",
+    "mlxlora/models/initialize.py": "reads a tokenizer, without code",
+    "mlxlora/adapters/peft.py": "its card shows from_pretrained to readers",
 }
-MAY_RUN = {"mlxlora/userfile.py": "runs files that the command line names, and says so"}
+MAY_RUN = {"mlxlora/utils/user_code.py": "runs files that the command line names, and says so"}
 
 
 def found(path):
@@ -103,17 +104,18 @@ def test_exceptions_are_there():
     assert {line for path in SOURCES for line in found(path)} == ALLOWED.keys()
 
 
+def loads(path):
+    """Names by which a file loads a model, a tokenizer or adapters from mlx-lm or transformers."""
+    text = path.read_text(encoding="utf-8")
+    imports = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
+    names = {alias.name for node in imports if (node.module or "").startswith("mlx_lm") for alias in node.names}
+    return (names & LOADERS) | ({"load"} if any(word in text for word in (".from_pretrained(", "mlx_lm.load")) else set())
+
+
 def test_models_are_loaded_in_few_places():
-    """Names that load a model, a tokenizer or adapters are imported from mlx-lm and transformers by these modules only."""
-    for path in (path for path in SOURCES if path.parent.name in ("mlxlora", "cli")):
-        name, tree = path.relative_to(ROOT).as_posix(), ast.parse(path.read_text(encoding="utf-8"))
-        imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-        names = {alias.name for node in imports if (node.module or "").startswith("mlx_lm") for alias in node.names}
-        names |= (
-            {"load"} if any(word in path.read_text(encoding="utf-8") for word in (".from_pretrained(", "mlx_lm.load")) else set()
-        )
-        if name not in MAY_LOAD and name != "mlxlora/peft.py":  # whose card shows from_pretrained to readers
-            assert not names & LOADERS, f"{name} loads by {names & LOADERS}; go through mlxlora.recipes"
+    """Others go through models/loading.py."""
+    package = (path for path in SOURCES if path.relative_to(ROOT).parts[0] in ("mlxlora", "cli"))
+    assert {path.relative_to(ROOT).as_posix() for path in package if loads(path)} == MAY_LOAD.keys()
 
 
 def test_code_of_files_runs_in_one_place():
@@ -371,7 +373,7 @@ def tokenizer():
 @pytest.mark.parametrize("threaded", [False, True], ids=["main thread", "another thread"])
 def test_templates_are_held(name, threaded, tokenizer, monkeypatch):
     template, told = TEMPLATES[name]
-    monkeypatch.setattr(templates, "RENDER_SECONDS", 0.5)
+    monkeypatch.setattr(templates, "RENDER_SECONDS", 0.5 if name == "no end" else 20.0)  # a busy machine recurses slowly
     monkeypatch.setattr(tokenizer._tokenizer, "chat_template", template)
     caught = []
 
