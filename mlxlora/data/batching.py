@@ -11,6 +11,7 @@ from attrs import frozen
 from ..batch import Batch
 from ..distributed.ranks import Ranks
 from ..utils.integers import ceil_div, round_up
+from .pooled import Pooled
 from .tokenize import Example, Pair
 
 ALIGN = 32
@@ -23,7 +24,7 @@ class MicroBatch(NamedTuple):
         batch: the arrays.
         tokens: tokens of the sequences, without padding.
         rows: where the rows come from, as `file:line`.
-        metrics: values that the source measured while it made the batch, such as rewards.
+        metrics: what the source measured while it made the batch, such as rewards; over the rows of all ranks.
         samples: text for people to read, such as completions with their rewards.
         groups: sequences that stay together when the micro-batch is divided: a row, a pair, the completions of a prompt.
         is_padding: it stands in for a rank that has no row of a batch, and must not count.
@@ -32,7 +33,7 @@ class MicroBatch(NamedTuple):
     batch: Batch
     tokens: int
     rows: tuple[str, ...]
-    metrics: Mapping[str, float] = {}
+    metrics: Mapping[str, Pooled] = {}
     samples: tuple[Mapping[str, Any], ...] = ()
     groups: tuple[tuple[int, ...], ...] = ()
     is_padding: bool = False

@@ -37,6 +37,7 @@ class Context:
         ranks: the processes that train together.
         reference: a context in which a model computes what the reference does, if the objective needs a reference of what the
             policy samples; None: it needs none.
+        warn: prints a warning for the user.
     """
 
     model: nn.Module
@@ -47,6 +48,7 @@ class Context:
     share: bool = False
     ranks: Ranks = ALONE
     reference: Callable[[], AbstractContextManager[nn.Module]] | None = None
+    warn: Callable[[str], object] = lambda _: None
 
 
 @frozen

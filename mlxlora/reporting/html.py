@@ -21,7 +21,7 @@ COLORS = 8  # of lines, in the style of the page
 _PACKAGES = ("mlxlora", "mlx", "mlx-lm", "transformers", "numpy")
 _SECTIONS: dict[str, Callable[[str], bool]] = {
     "Loss and rewards": lambda n: n in ("loss", "reward", "perplexity") or (n.startswith("rewards/") and not n.endswith("/std")),
-    "Completions": lambda n: n.startswith(("completions/", "frac_")) or n in ("reward_std", "entropy") or n.endswith("/std"),
+    "Completions": lambda n: n.startswith(("completions/", "frac_")) or n.endswith(("reward_std", "/std")) or n == "entropy",
     "Optimizer": lambda n: n in ("grad_norm", "learning_rate"),
     "Speed and memory": lambda n: "seconds" in n or "tokens" in n or n == "peak_memory_gb",
     "Everything else": lambda _: True,

@@ -20,7 +20,7 @@ from ..utils.device import backend
 from .kv_cache import Route, Rows, enter, find_route, reader
 from .sampling import Sampling, draw_tokens, uniforms
 
-__all__ = ["Completion", "Decoding", "Route", "Sampling", "find_route", "length_stats", "sample"]
+__all__ = ["Completion", "Decoding", "Route", "Sampling", "find_route", "sample"]
 
 _LOOK_EVERY = 8  # steps between looks at the sampled tokens
 _AHEAD = 2  # steps that the device computes meanwhile
@@ -90,22 +90,6 @@ def sample(model: nn.Module, prompts: Sequence[Sequence[int]], how: Decoding, *,
         _generate(run, how.batch or len(run.done))
     flat = [_completion(run, row) for row in range(len(run.done))]
     return [flat[start : start + how.group_size] for start in range(0, len(flat), how.group_size)]
-
-
-def length_stats(lengths: Sequence[float], finished: Sequence[bool], seconds: float) -> dict[str, float]:
-    """Lengths in tokens, share cut at the limit and tokens per second, under TRL's names.
-
-    >>> length_stats([3, 3], [True, True], 2.0)["rollout_tokens_per_second"]
-    3.0
-    """
-    lengths = lengths or [0]
-    return {
-        "completions/mean_length": float(np.mean(lengths)),
-        "completions/min_length": float(min(lengths)),
-        "completions/max_length": float(max(lengths)),
-        "completions/clipped_ratio": sum(not each for each in finished) / max(len(finished), 1),
-        "rollout_tokens_per_second": sum(lengths) / max(seconds, 1e-9),
-    }
 
 
 # --- what has been sampled so far -----------------------------------------------------------

@@ -1,16 +1,17 @@
 """Groups of rewarded completions: their metrics over all ranks, and samples for people to read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import numpy as np
-from attrs import frozen
+from attrs import define, field, frozen
 
+from ..data.pooled import Pooled
 from ..data.tokenize import Prompt
 from ..distributed.ranks import Ranks
 from ..objectives.advantages import no_signal
-from .engine import Completion, length_stats
+from .engine import Completion
 from .rewards import NamedReward
 
 
@@ -73,28 +74,58 @@ def gathered(groups: Sequence[CompletionGroup], ranks: Ranks, group_size: int, f
     return Gathered(rewards, np.array(parts).reshape(len(parts), lengths.size), lengths.reshape(-1), finished.reshape(-1) > 0)
 
 
-def completion_metrics(found: Gathered, seconds: float) -> dict[str, float]:
-    """Lengths, share of completions cut at the limit, and speed; see `length_stats`."""
-    return length_stats(found.lengths.tolist(), found.finished.tolist(), seconds)
+def completion_metrics(found: Gathered, seconds: float) -> dict[str, Pooled]:
+    """Lengths in tokens, share of completions cut at the limit, and tokens per second, under TRL's names."""
+    return {
+        "completions/mean_length": Pooled.of(found.lengths),
+        "completions/min_length": Pooled.of(found.lengths, "min"),
+        "completions/max_length": Pooled.of(found.lengths, "max"),
+        "completions/clipped_ratio": Pooled.of(~found.finished),
+        "rollout_tokens_per_second": Pooled.mean(found.lengths.sum() / max(seconds, 1e-9), seconds),
+    }
 
 
-def reward_metrics(found: Gathered, rewards: Sequence[NamedReward]) -> dict[str, float]:
-    """Mean and standard deviation of the rewards and of each function, under TRL's names; None counts in neither."""
-    metrics = {"reward": _mean(found.rewards), "reward_std": float(np.mean([_std(group) for group in found.rewards]))}
+def reward_metrics(found: Gathered, rewards: Sequence[NamedReward]) -> dict[str, Pooled]:
+    """Mean and standard deviation of the rewards and of each function, under TRL's names; None counts nowhere.
+
+    `reward_std` is that of all rewards, as in TRL 1.16; `group_reward_std` is the mean of those of the groups, by which the
+    advantages are divided.
+    """
+    stds = [Pooled.of(group, "std").result for group in found.rewards]
+    metrics = {
+        "reward": Pooled.of(found.rewards),
+        "reward_std": Pooled.of(found.rewards, "std"),
+        "group_reward_std": Pooled.of([np.nan if std is None else std for std in stds]),
+    }
     for reward, values in zip(rewards, found.parts, strict=True):
-        metrics[f"rewards/{reward.name}/mean"] = _mean(values)
-        metrics[f"rewards/{reward.name}/std"] = _std(values)
+        metrics[f"rewards/{reward.name}/mean"] = Pooled.of(values)
+        metrics[f"rewards/{reward.name}/std"] = Pooled.of(values, "std")
     return metrics
 
 
-def _mean(values: np.ndarray) -> float:
-    present = values[~np.isnan(values)]
-    return float(present.mean()) if present.size else 0.0
+@define
+class NoneWatch:
+    """Warns of reward functions that have returned None alone, once for each.
 
+    Attributes:
+        enough: completions that a function must have seen.
+        seen: completions so far.
+        quiet: functions that gave a number, or that were told of.
+    """
 
-def _std(values: np.ndarray) -> float:
-    present = values[~np.isnan(values)]
-    return float(present.std(ddof=1)) if present.size > 1 else 0.0
+    enough: int
+    seen: int = 0
+    quiet: set[str] = field(factory=set)
+
+    def look(self, found: Gathered, rewards: Sequence[NamedReward], warn: Callable[[str], object]) -> None:
+        """Counts a batch of completions."""
+        self.seen += found.lengths.size
+        for reward, values in zip(rewards, found.parts, strict=True):
+            if not np.isnan(values).all():
+                self.quiet.add(reward.name)
+            elif self.seen >= self.enough and reward.name not in self.quiet:
+                self.quiet.add(reward.name)
+                warn(f"reward {reward.name} returned None for all of the first {self.seen} completions; check its columns and rows")
 
 
 def samples(groups: Sequence[CompletionGroup], rewards: Sequence[NamedReward], count: int = 4) -> tuple[Mapping[str, Any], ...]:

@@ -145,10 +145,10 @@ def _accuracy(same: Callable[[str, str], bool], score: float) -> Reward:
     return reward
 
 
-def accuracy(score: float = 1.0) -> Reward:
+def answer_accuracy(score: float = 1.0) -> Reward:
     r"""`score` if the answer in `\boxed{}`, in `<answer>`, after `####` or as the last number is right; None without `answer`.
 
-    >>> accuracy()(completions=["6 * 12 is 72."], answer=["The product.\n#### 72"])
+    >>> answer_accuracy()(completions=["6 * 12 is 72."], answer=["The product.\n#### 72"])
     [1.0]
     """
     return _accuracy(loosely_same_answer, score)
@@ -286,16 +286,17 @@ def _at_least(name: str, value: int, bound: int) -> None:
 
 
 _FACTORIES: Iterable[Callable[..., Reward]] = (
-    accuracy, accuracy_strict, integer, format_strict, format_soft, think_format, tag_count, regex,
+    accuracy_strict, integer, format_strict, format_soft, think_format, tag_count, regex,
     repetition, soft_overlong,
 )  # fmt: skip
 
 BUILT_IN: dict[str, Callable[..., Reward]] = {
     **{factory.__name__: factory for factory in _FACTORIES},
     "format": format_strict,
+    "accuracy": answer_accuracy,
     "length": length_penalty,
     # TRL's and open-r1's names
-    "accuracy_reward": accuracy,
+    "accuracy_reward": answer_accuracy,
     "format_reward": format_strict,
     "think_format_reward": think_format,
     "tag_count_reward": tag_count,

@@ -12,17 +12,20 @@ from attrs import evolve, field, frozen
 from ..batch import Batch
 from ..config.options import PromptData, RewardOptions
 from ..data.batching import Make, MicroBatch, as_padding, collate, singles
+from ..data.dialogue import sampled_turns
 from ..data.formats import KEYS
+from ..data.pooled import Pooled
 from ..data.sources import Context, Encoder, Source
 from ..data.tokenize import Example, Prompt, prompt_example
 from ..objectives.advantages import Advantage, group_relative
 from .engine import Completion, Decoding, sample
-from .groups import CompletionGroup, completion_metrics, gathered, reward_metrics, samples, stand_in
+from .groups import CompletionGroup, NoneWatch, completion_metrics, gathered, reward_metrics, samples, stand_in
 from .kv_cache import Route, find_route
 from .rewards import NamedReward, call_rewards, combine
 from .sampling import Sampling
 
 _ROUNDS = 4  # of dynamic sampling; then the batch keeps its silent groups
+_ENOUGH = 64  # completions, or a pass over the prompts, after which a reward that is always None is a mistake
 
 
 @frozen
@@ -115,7 +118,8 @@ class PromptSource(Source):
         how = self.rollouts
         if context.validation:
             how = evolve(how, group_size=1, sampling=evolve(how.sampling, temperature=0.0))
-        return Roller(self, context, evolve(how, route=how.route or find_route(context.model)))
+        how = evolve(how, route=how.route or find_route(context.model))
+        return Roller(self, context, how, NoneWatch(min(_ENOUGH, how.group_size * len(context.items) or _ENOUGH)))
 
     def examples(self, item: Prompt) -> tuple[Example, ...]:
         """The prompt alone."""
@@ -185,16 +189,19 @@ class Roller:
     source: PromptSource
     context: Context
     how: Rollouts
+    none: NoneWatch
 
     def __call__(self, items: Sequence[Prompt], index: int) -> MicroBatch:
         """Samples and rewards a batch."""
         began, context, how = time.perf_counter(), self.context, self.how
         groups = self._rolled(items, (index, 0))
-        silent = float(context.ranks.interleaved(np.array([group.silent for group in groups], bool)).mean())
+        silent = context.ranks.interleaved(np.array([group.silent for group in groups], bool))
         if how.options.dynamic_sampling and not context.validation:
             groups = self._with_signal(groups, index)
         found = gathered(groups, context.ranks, how.group_size, len(how.rewards))
-        rewarded = {"frac_reward_zero_std": silent, **reward_metrics(found, how.rewards)} if how.rewards else {}
+        if not context.validation:
+            self.none.look(found, how.rewards, context.warn)
+        rewarded = {"frac_reward_zero_std": Pooled.of(silent), **reward_metrics(found, how.rewards)} if how.rewards else {}
         metrics = rewarded | completion_metrics(found, time.perf_counter() - began)
         known = groups or [stand_in(items[0], how.group_size, len(how.rewards))]
         batch, examples, together = self.source.batch(context, how, known)
@@ -247,14 +254,12 @@ def _rewarded(
     """[functions, S]: the answers of the reward functions, which get TRL's arguments."""
     rows = [prompt for prompt in items for _ in range(how.group_size)]
     said = [text for group in texts for text in group]
-    turns = [
-        text if isinstance(p.prompt, str) else [{"role": "assistant", "content": text}] for p, text in zip(rows, said, strict=True)
-    ]
+    turns = [sampled_turns(prompt.prompt, text) for prompt, text in zip(rows, said, strict=True)]
     names = sorted({name for prompt in items for name in prompt.columns})
     return call_rewards(
         how.rewards,
-        prompts=[prompt.prompt for prompt in rows],
-        completions=turns,
+        prompts=[prompt for prompt, _ in turns],
+        completions=[completion for _, completion in turns],
         completion_ids=[c.tokens.tolist() for group in sampled for c in group],
         columns={name: [prompt.columns.get(name) for prompt in rows] for name in names},
         locations=[prompt.location for prompt in rows],

@@ -15,7 +15,7 @@ from mlxlora.config.options import AdapterOptions
 from mlxlora.errors import InputError, RunError
 from mlxlora.models.logprobs import scorer
 from mlxlora.rollouts import prefix_cache
-from mlxlora.rollouts.engine import Decoding, length_stats, sample
+from mlxlora.rollouts.engine import Decoding, sample
 from mlxlora.rollouts.kv_cache import Route, find_route
 from mlxlora.rollouts.sampling import Sampling, categorical, draw_tokens, truncated, uniforms
 from tests.support import tiny
@@ -358,16 +358,6 @@ def test_something_is_always_left(seed, k, p, m, t):
     assert np.isfinite(left[np.arange(4), np.array(z).argmax(axis=-1)]).all()
     tokens_, logps = draw_tokens(z, sampling, uniforms(mx.random.key(seed)[None], 4)[0])
     assert np.isfinite(left[np.arange(4), np.array(tokens_)]).all() and (np.array(logps) <= 0).all()
-
-
-def test_statistics():
-    assert length_stats([9, 3, 3, 3], [False, True, True, True], 2.0) == {
-        "completions/mean_length": 4.5,
-        "completions/min_length": 3.0,
-        "completions/max_length": 9.0,
-        "completions/clipped_ratio": 0.25,
-        "rollout_tokens_per_second": 9.0,
-    }
 
 
 def test_weights_are_untouched(plain):

@@ -15,7 +15,6 @@ import pytest
 from mlx_lm.utils import load
 
 from mlxlora.config.options import AdapterOptions, Training
-from mlxlora.errors import InputError
 from mlxlora.objectives.grpo import grpo
 from mlxlora.rollouts.rewards import NamedReward
 from mlxlora.rollouts.sampling import Sampling
@@ -48,6 +47,15 @@ def picky(prompts, completions, **kwargs):
 
 def equal(completions, **kwargs):
     return [1.0] * len(completions)
+
+def math_only(completions, kind, **kwargs):
+    return [1.0 if k == "math" else None for k in kind]
+
+def code_only(completions, kind, **kwargs):
+    return [0.5 if k == "code" else None for k in kind]
+
+def never(completions, **kwargs):
+    return [None] * len(completions)
 """
 CLOCK = ("seconds", "per_second", "memory")
 TINY = ("--iters", 2, "--steps-per-report", 1, "--max-completion-length", 4)
@@ -90,6 +98,20 @@ def same_run(ours: Path, theirs: Path) -> None:
 
 
 # --- what a run leaves ----------------------------------------------------------------------------------
+
+
+def test_rewards_that_are_none(command: tuple[Any, ...], tmp_path: Path, mlxlora: Run) -> None:
+    """A mean is over the completions that a function rewards, and a function that rewards none is told once."""
+    rows = [{"prompt": f"say {n}", "kind": ("code", "math")[n % 2]} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(map(orjson.dumps, rows)))
+    more = ("--data", tmp_path / "rows.jsonl", "--batch-size", 1, "--group-size", 2, "--val-batches", 0, "--beta", 0)
+    rewards = ("--rewards", "math_only,code_only,never", "--max-completion-length", 4, "--adapter-path", tmp_path / "run")
+    outcome = mlxlora(*command[:-2], *more, *rewards, "--iters", 8, "--steps-per-report", 4)
+    assert outcome.code == 0, outcome.err
+    found = train_records(tmp_path / "run")
+    assert [(r["rewards/math_only/mean"], r["rewards/code_only/mean"], r["reward"]) for r in found] == [(1, 0.5, 0.75)] * 2
+    assert not any("never" in name for record in found for name in record)
+    assert (outcome.out + outcome.err).count("reward never returned None for all of the first 8 completions") == 1
 
 
 def test_files(command: tuple[Any, ...], model_folder: Path, tmp_path: Path, mlxlora: Run) -> None:
@@ -206,16 +228,17 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-@pytest.mark.parametrize(("train_type", "models"), [("lora", 1), ("dora", 1), ("full", 2)])
-def test_reference(command: tuple[Any, ...], train_type: str, models: int, tmp_path: Path, mlxlora: Run, loads: list[str]) -> None:
+@pytest.mark.parametrize("train_type", ["lora", "dora", "full"])
+def test_reference(command: tuple[Any, ...], train_type: str, tmp_path: Path, mlxlora: Run, loads: list[str]) -> None:
+    """It is the policy as training starts, so no second model is loaded."""
     more = (*TINY, "--iters", 4, "--train-type", train_type, "--learning-rate", 2e-2, "--val-batches", 0)
     outcome = mlxlora(*command, *more, "--beta", 0.1, "--adapter-path", tmp_path / "beta")
     assert outcome.code == 0, outcome.err
-    assert len(loads) == models
+    assert len(loads) == 1
     kl = [record["kl"] for record in train_records(tmp_path / "beta")]
     assert abs(kl[0]) < 1e-6 and all(value > 1e-4 for value in kl[1:])
     assert mlxlora(*command, *more, "--beta", 0, "--adapter-path", tmp_path / "no").code == 0
-    assert len(loads) == models + 1 and "kl" not in train_records(tmp_path / "no")[0]
+    assert len(loads) == 2 and "kl" not in train_records(tmp_path / "no")[0]
 
 
 def test_reference_model_path(command: tuple[Any, ...], model_folder: Path, tmp_path: Path, mlxlora: Run, loads: list[str]) -> None:
@@ -238,11 +261,11 @@ def test_dropout_is_active_with_a_reference(command: tuple[Any, ...], tmp_path: 
     assert norms[0] != norms[1]
 
 
-def test_full_training_without_a_second_model_has_no_reference(model_folder: Path, folder: Path, tmp_path: Path) -> None:
+def test_full_training_of_a_loaded_model_has_its_start_as_reference(model_folder: Path, folder: Path, tmp_path: Path) -> None:
     source = prompts(str(folder), Rollouts((NamedReward("equal", lambda completions: [1.0] * len(completions)),), 2, Sampling()))
     full, loaded = AdapterOptions(train_type="full", num_layers=-1), load(str(model_folder))[:2]
-    with pytest.raises(InputError, match="reference"):
-        run(*loaded, grpo(beta=0.1), source, Training(iters=1, batch_size=2), adapter=full, adapter_path=str(tmp_path), quiet=True)
+    run(*loaded, grpo(beta=0.1), source, Training(iters=1, batch_size=2), adapter=full, adapter_path=str(tmp_path), quiet=True)
+    assert abs(train_records(tmp_path)[0]["kl"]) < 1e-6
 
 
 def test_an_epoch_is_a_pass_over_the_prompts(command: tuple[Any, ...], tmp_path: Path, mlxlora: Run) -> None:

@@ -18,6 +18,7 @@ from mlx_lm.utils import load
 from mlxlora.adapters.prepare import disabled, prepare
 from mlxlora.config.options import AdapterOptions, PromptData, RewardOptions
 from mlxlora.data.batching import Make, MicroBatch
+from mlxlora.data.pooled import results
 from mlxlora.data.rows import Row
 from mlxlora.data.sources import Context
 from mlxlora.models.logprobs import scorer
@@ -37,6 +38,7 @@ METRICS = {
     "frac_reward_zero_std",
     "reward",
     "reward_std",
+    "group_reward_std",
     "rewards/spread/mean",
     "rewards/spread/std",
     "completions/mean_length",
@@ -45,6 +47,11 @@ METRICS = {
     "completions/clipped_ratio",
     "rollout_tokens_per_second",
 }
+
+
+def measured(micro: MicroBatch) -> dict[str, float]:
+    """The metrics of a micro-batch that have a value."""
+    return results(micro.metrics)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +154,7 @@ def test_equal_rewards_have_no_gradient(roll: Any, loaded: Any) -> None:
     micro = roll(constant)
     metrics, gradient = loss_and_gradient(loaded[0], grpo(beta=0.0), micro.batch)
     assert metrics["policy_loss"] == 0 and all(not mx.any(g != 0).item() for g in gradient.values())
-    assert micro.metrics["frac_reward_zero_std"] == 1 and micro.metrics["reward"] == 0.5
+    assert measured(micro)["frac_reward_zero_std"] == 1 and measured(micro)["reward"] == 0.5
     _, gradient = loss_and_gradient(loaded[0], grpo(beta=0.0), roll().batch)
     assert any(mx.any(g != 0).item() for g in gradient.values())
 
@@ -163,10 +170,10 @@ def test_scale_rewards(roll: Any, name: str) -> None:
 def test_mask_truncated(roll: Any) -> None:
     options = {"options": RewardOptions(mask_truncated=True), "keep_logps": True, "tokens": 200}
     plain, masked = roll(tokens=200, keep_logps=True), roll(**options)
-    assert 0 < plain.metrics["completions/clipped_ratio"] < 1, "the case needs both kinds"
+    assert 0 < measured(plain)["completions/clipped_ratio"] < 1, "the case needs both kinds"
     lengths, kept = np.array(plain.batch.lengths), np.array(masked.batch.lengths)
     finished = np.isin(kept, lengths[kept > 0]) & (kept > 0)
-    assert finished.mean() == 1 - plain.metrics["completions/clipped_ratio"]
+    assert finished.mean() == 1 - measured(plain)["completions/clipped_ratio"]
     np.testing.assert_array_equal(kept, np.where(finished, lengths, 0))
     sequence, old = np.array(plain.batch.sequence), np.array(plain.batch.old_logps)
     expected = old[np.isin(sequence, np.flatnonzero(finished))]
@@ -176,7 +183,7 @@ def test_mask_truncated(roll: Any) -> None:
 
 def test_a_batch_of_truncated_completions_weighs_nothing(roll: Any, loaded: Any) -> None:
     micro = roll(options=RewardOptions(mask_truncated=True), tokens=1, keep_logps=True)
-    assert micro.metrics["completions/clipped_ratio"] == 1 and not np.array(micro.batch.lengths).any()
+    assert measured(micro)["completions/clipped_ratio"] == 1 and not np.array(micro.batch.lengths).any()
     metrics, gradient = loss_and_gradient(loaded[0], grpo(beta=0.0), micro.batch)
     assert metrics["policy_loss"] == 0 and all(not mx.any(g != 0).item() for g in gradient.values())
 
@@ -191,7 +198,7 @@ def test_use_prompt(roll: Any) -> None:
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_shortest_completions(roll: Any, loaded: Any, tokens: int) -> None:
     micro = roll(tokens=tokens, keep_logps=True)
-    assert micro.metrics["completions/max_length"] == tokens
+    assert measured(micro)["completions/max_length"] == tokens
     metrics, _ = loss_and_gradient(loaded[0], grpo(beta=0.0), micro.batch)
     assert np.isfinite(metrics["policy_loss"])
 
@@ -203,22 +210,24 @@ def test_a_reward_that_does_not_apply(roll: Any) -> None:
     micro = roll(lambda completions: [1.0, None, 0.0, None] * 2)
     advantages = np.array(micro.batch.advantages).reshape(2, 4)
     assert (advantages[:, [1, 3]] == 0).all() and (advantages[:, 0] > 0).all() and (advantages[:, 2] < 0).all()
-    assert micro.metrics["reward"] == 0.5
+    assert measured(micro)["reward"] == 0.5
     assert [sample["reward"] for sample in micro.samples] == [1.0, None, 0.0, None]
 
 
 def test_no_reward_applies(roll: Any) -> None:
     micro = roll(lambda completions: [None] * 8)
     assert not np.array(micro.batch.advantages).any()
-    assert (micro.metrics["reward"], micro.metrics["reward_std"], micro.metrics["frac_reward_zero_std"]) == (0, 0, 1)
+    assert {name for name, value in measured(micro).items() if "reward" in name} == {"frac_reward_zero_std"}, "None is no number"
+    assert measured(micro)["frac_reward_zero_std"] == 1
 
 
 def test_frac_reward_zero_std(roll: Any) -> None:
     first_only = [0.0, 1.0, 0.0, 1.0, 2.0, 2.0, 2.0, 2.0]
     micro = roll(lambda completions: first_only)
-    assert micro.metrics["frac_reward_zero_std"] == 0.5
-    assert micro.metrics["reward_std"] == pytest.approx(np.mean([np.std([0, 1, 0, 1], ddof=1), 0]))
-    assert micro.metrics["rewards/spread/std"] == pytest.approx(np.std(first_only, ddof=1))
+    assert measured(micro)["frac_reward_zero_std"] == 0.5
+    assert measured(micro)["reward_std"] == pytest.approx(np.std(first_only, ddof=1)), "TRL 1.16: of the batch"
+    assert measured(micro)["group_reward_std"] == pytest.approx(np.mean([np.std([0, 1, 0, 1], ddof=1), 0]))
+    assert measured(micro)["rewards/spread/std"] == pytest.approx(np.std(first_only, ddof=1))
 
 
 @given(st.lists(st.lists(st.none() | st.floats(-4, 4), min_size=8, max_size=8), min_size=1, max_size=3))
@@ -230,7 +239,7 @@ def test_any_rewards(loaded: Any, answers: list[list[float | None]]) -> None:
     matrix = np.array(answers, float)
     total = combine(matrix, [r.weight for r in rewards]).reshape(2, 4)
     np.testing.assert_array_equal(np.array(micro.batch.advantages), group_relative(total).ravel().astype(np.float32))
-    assert np.isfinite(list(micro.metrics.values())).all()
+    assert np.isfinite(list(measured(micro).values())).all()
     assert micro.metrics.keys() == METRICS - {"rewards/spread/mean", "rewards/spread/std"} | {
         f"rewards/r{k}/{kind}" for k in range(len(rewards)) for kind in ("mean", "std")
     }
@@ -278,7 +287,7 @@ def test_dynamic_sampling_replaces_silent_groups(loaded: Any) -> None:
 
     make, items = source(loaded, reward, TEXTS, options=RewardOptions(dynamic_sampling=True), tokens=6)
     micro = make([items[0], items[3]], 0)
-    assert micro.metrics["frac_reward_zero_std"] == 0.5, "before the replacement"
+    assert measured(micro)["frac_reward_zero_std"] == 0.5, "before the replacement"
     assert micro.rows[0] == "rows.jsonl:1" and micro.rows[1] != "rows.jsonl:4"
     assert np.array(micro.batch.advantages).reshape(2, 4).any(axis=1).all()
     again = make([items[0], items[3]], 0)
@@ -346,11 +355,12 @@ def test_metrics(roll: Any) -> None:
     micro = roll(tokens=200)
     assert micro.metrics.keys() == METRICS
     lengths = np.array(micro.batch.lengths)
-    assert micro.metrics["completions/mean_length"] == lengths.mean()
-    assert micro.metrics["completions/min_length"] == lengths.min() < micro.metrics["completions/max_length"] == lengths.max()
+    assert measured(micro)["completions/mean_length"] == lengths.mean()
+    assert measured(micro)["completions/min_length"] == lengths.min() < measured(micro)["completions/max_length"] == lengths.max()
     rewards = np.array([spread(ids) for ids in by_group(micro, 2)])
-    assert micro.metrics["reward"] == micro.metrics["rewards/spread/mean"] == pytest.approx(rewards.mean())
-    assert micro.metrics["reward_std"] == pytest.approx(rewards.std(axis=1, ddof=1).mean())
+    assert measured(micro)["reward"] == measured(micro)["rewards/spread/mean"] == pytest.approx(rewards.mean())
+    assert measured(micro)["reward_std"] == pytest.approx(rewards.std(ddof=1))
+    assert measured(micro)["group_reward_std"] == pytest.approx(rewards.std(axis=1, ddof=1).mean())
 
 
 def test_samples(roll: Any, loaded: Any) -> None:
