@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules by name."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -26,15 +27,22 @@ _HYPERPARAMETERS = {
     "momentum": ("sgd", "muon"),
 }
 """The optimizers that have each hyperparameter; MLX's defaults apply if it is not given."""
-LORAPLUS_GROUP = "lora_b"
+TRAINED_GROUP, LORAPLUS_GROUP, UNDECAYED_GROUP = "trained", "lora_b", "norm"
+"""Parameters with an optimizer of their own: names of the vectors of `trainable`, which `group_of` puts into the same groups."""
 
 
-def make_optimizer(training: Training, steps: int) -> optim.Optimizer:
+def make_optimizer(training: Training, steps: int, paths: Iterable[str] = ()) -> optim.Optimizer:
     """The optimizer that `training` names, on its learning-rate schedule over `steps`.
 
     Adam and AdamW are the published ones (Kingma & Ba, 2015; Loshchilov & Hutter, 2019), with bias correction. LoRA+ (Hayou et
     al., 2024, https://arxiv.org/abs/2402.12354) is two optimizers: the second one trains the `in_loraplus_group` parameters at a
-    multiple of the rate.
+    multiple of the rate. Biases and weights of norms have an optimizer without weight decay, as in Hugging Face's Trainer, unless
+    `training.decay_norms`.
+
+    Args:
+        training: the options.
+        steps: optimizer steps of the run.
+        paths: the trainable parameters.
 
     Raises:
         InputError: weight decay for adam, which has none, or a hyperparameter of other optimizers.
@@ -47,9 +55,33 @@ def make_optimizer(training: Training, steps: int) -> optim.Optimizer:
             raise InputError(f"--{name} has no effect on {training.optimizer}; it belongs to {', '.join(_HYPERPARAMETERS[name])}")
     make = partial(_OPTIMIZERS[training.optimizer], weight_decay=training.weight_decay, **given)
     rate, ratio = learning_rate(training, steps), training.loraplus_lr_ratio
-    if ratio is None:
-        return make(rate)
-    return optim.MultiOptimizer([make(rate), make(_times(rate, ratio))], [lambda path, _: not in_loraplus_group(path)])
+    groups = {TRAINED_GROUP: make(rate)}
+    if ratio is not None:
+        groups[LORAPLUS_GROUP] = make(_times(rate, ratio))
+    if training.weight_decay and not training.decay_norms and any(group_of(path) == UNDECAYED_GROUP for path in paths):
+        groups[UNDECAYED_GROUP] = make(rate, weight_decay=0.0)
+    if len(groups) == 1:
+        return groups[TRAINED_GROUP]
+
+    def belongs(group: str, path: str, _: mx.array) -> bool:
+        found = group_of(path)
+        return group == (found if found in groups else TRAINED_GROUP)
+
+    return optim.MultiOptimizer(list(groups.values()), [partial(belongs, group) for group in [*groups][:-1]])
+
+
+def group_of(path: str) -> str:
+    """The group of a parameter, or of the vector of a group.
+
+    >>> [group_of(path) for path in ("q_proj.weight", "q_proj.lora_b", "q_proj.bias", "input_layernorm.weight", "ln_f.weight")]
+    ['trained', 'lora_b', 'norm', 'norm', 'norm']
+    """
+    if in_loraplus_group(path):
+        return LORAPLUS_GROUP
+    return UNDECAYED_GROUP if _UNDECAYED.search(path) else TRAINED_GROUP
+
+
+_UNDECAYED = re.compile(r"bias|norm|(^|\.)ln(_|\d|\.)", re.IGNORECASE)
 
 
 def in_loraplus_group(path: str) -> bool:

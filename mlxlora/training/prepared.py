@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from attrs import evolve, frozen
+from mlx.utils import tree_flatten
 
 from ..adapters.prepare import load_weights, prepare
 from ..data.batching import Make, read_positions, spread
@@ -108,7 +109,8 @@ def prepare_run(run: Run, reporter: Reporter, only: Mapping[str, Sequence[int]] 
     if live:  # validation measures rewards, which need no reference
         train = referenced(train, live, run.source.temperature)
     divider = BatchDivider(limit, cost, rows, comparing=tuple(comparing))
-    return Prepared(schedule, score, divider, make_optimizer(training, schedule.steps), train, valid, ranks)
+    paths = [path for path, _ in tree_flatten(run.model.trainable_parameters())]  # type: ignore[misc]
+    return Prepared(schedule, score, divider, make_optimizer(training, schedule.steps, paths), train, valid, ranks)
 
 
 def compiled(run: Run, prepared: Prepared) -> tuple[Step, Evaluate]:

@@ -16,12 +16,11 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..distributed.sharded_files import Sliced
 from ..distributed.sharding import is_sharded, nbytes, ranks_of, shape_of, slice_length
-from .optimizers import LORAPLUS_GROUP, in_loraplus_group, put_state
+from .optimizers import TRAINED_GROUP, group_of, put_state
 
 _Tree = Any  # of arrays
 
 ELEMENTWISE = (optim.SGD, optim.Adam, optim.AdamW, optim.Adamax, optim.Lion, optim.RMSprop, optim.Adagrad, optim.AdaDelta)
-_NAME = "trained"
 _LARGEST = 1 << 30  # bytes of a vector, which needs a copy of the gradient: beyond, it costs too much memory
 
 
@@ -89,7 +88,7 @@ def layout(optimizer: optim.Optimizer, model: nn.Module) -> Vector | Separate:
     kinds = {type(each) for each in (optimizer.optimizers if several else (optimizer,))}  # type: ignore[attr-defined]
     if not kinds <= set(ELEMENTWISE) or len({array.dtype for _, array in flat}) > 1 or not small:
         return Separate()
-    return Vector({name: (LORAPLUS_GROUP if several and in_loraplus_group(name) else _NAME, array.shape) for name, array in flat})
+    return Vector({name: (group_of(name) if several else TRAINED_GROUP, array.shape) for name, array in flat})
 
 
 @define(eq=False)

@@ -20,7 +20,6 @@ from mlxlora.config.options import (
     ORPOOptions,
     PairData,
     RowOptions,
-    Training,
 )
 from mlxlora.data.batching import collate
 from mlxlora.data.labeled import judged_row, with_mismatched
@@ -31,7 +30,6 @@ from mlxlora.objectives import cpo, dpo, grpo, kto, orpo
 from mlxlora.objectives.advantages import advantage, group_relative, no_signal
 from mlxlora.objectives.terms import nll
 from mlxlora.rollouts.groups import Gathered, completion_metrics, reward_metrics
-from mlxlora.training.optimizers import make_optimizer
 from mlxlora.training.step import make_step
 from tests.support.chat import chat_tokenizer
 from tests.support.goldens import flat_batch
@@ -251,17 +249,6 @@ def dropout() -> None:
         losses.append([make_step(model, optim.SGD(0.0), dpo()).measured(batch)["loss"] for _ in range(2)])
     assert losses[0][0] == losses[0][1] and abs(losses[1][0] - losses[1][1]) > 1e-3  # TRL: as without dropout
     assert AdapterOptions().dropout == 0
-
-
-@difference("weight decay of norms and biases in full training")
-def weight_decay() -> None:
-    """A gradient of 0, rate 0.1, decay 0.5: 1 becomes 0.95."""
-    model = dense()
-    model.unfreeze()
-    norm = model.model.norm.weight  # type: ignore[union-attr]
-    optimizer = make_optimizer(Training(optimizer="adamw", learning_rate=0.1, weight_decay=0.5), 1)
-    updated = optimizer.apply_gradients({"norm": mx.zeros_like(norm)}, {"norm": norm})
-    np.testing.assert_allclose(updated["norm"], 0.95 * norm, rtol=1e-6)  # TRL: as it was
 
 
 @difference("defaults of `gkd`")

@@ -120,3 +120,34 @@ def test_full_weights_have_no_b(model_folder: Path, tmp_path: Path) -> None:
     rows.write_text('{"text": "abc"}\n' * 4)
     with pytest.raises(InputError, match=r"--loraplus-lr-ratio 4\.0 is for adapters; use --train-type lora or dora"):
         SFT(model=str(model_folder), data=str(rows), train_type="full", loraplus_lr_ratio=4.0, adapter_path=str(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("separate", [False, True], ids=["vector", "separate"])
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd"])
+@pytest.mark.parametrize("decay_norms", [False, True])
+def test_weight_decay_in_full_training(name: Any, decay_norms: bool, separate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: without a gradient, rate 0.1 and decay 0.5 leave 1 - 0.1·0.5 = 0.95 of a weight, and all of a norm's or a bias."""
+    if separate:
+        monkeypatch.setattr("mlxlora.training.trainable._LARGEST", 0)
+    model = dense()
+    block = model.layers[0].self_attn  # type: ignore[union-attr]
+    block.q_proj.bias = mx.ones((block.q_proj.weight.shape[0],))
+    prepare(model, AdapterOptions(train_type="full", num_layers=-1))
+    before = snapshot(model.trainable_parameters())
+    training = Training(optimizer=name, learning_rate=0.1, weight_decay=0.5, decay_norms=decay_norms)
+    step = make_step(model, make_optimizer(training, 1, before), 0.0 * sft())
+    assert step.measured(BATCHES[0])["grad_norm"] == 0.0
+    norms = {path for path in before if "norm" in path or path.endswith("bias")}
+    assert "model.layers.0.self_attn.q_proj.bias" in norms and "model.norm.weight" in norms
+    for path, value in snapshot(model.trainable_parameters()).items():
+        left = 1.0 if path in norms and not decay_norms else 0.95
+        np.testing.assert_allclose(value, left * before[path], rtol=1e-6, err_msg=path)
+
+
+def test_without_weight_decay_there_is_one_optimizer() -> None:
+    model = prepare(dense(), AdapterOptions(train_type="full", num_layers=-1))
+    paths = snapshot(model.trainable_parameters())
+    for training in (Training(optimizer="adamw"), Training(optimizer="adamw", weight_decay=0.1, decay_norms=True)):
+        assert isinstance(make_optimizer(training, 1, paths), optim.AdamW)
+    adapters_alone = ("model.layers.0.self_attn.q_proj.lora_a", "model.layers.0.self_attn.q_proj.lora_b")
+    assert isinstance(make_optimizer(Training(optimizer="adamw", weight_decay=0.1), 1, adapters_alone), optim.AdamW)

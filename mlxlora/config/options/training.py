@@ -20,6 +20,7 @@ class Training:
         "adam", "Update rule; Adam and AdamW are the published ones, with bias correction."
     )
     weight_decay: float = option(0.0, "Weight decay, decoupled in adamw and lion; adam has none.", v.ge(0))
+    decay_norms: bool = option(False, "Apply --weight-decay to biases and weights of norms too, which full training leaves out.")
     loraplus_lr_ratio: float | None = option(
         None, "LoRA+: the learning rate of B (and of DoRA's magnitudes) is this many times that of A.", v.gt(0)
     )
