@@ -95,7 +95,7 @@ def assistant_turns(
             accepted = _accepted(template, messages, location)
             kept = [i for i, m in enumerate(messages) if len(accepted) == len(messages) or m["role"] != "system"]
             chat = Conversation(template, accepted, tools, location)
-            if chat.whole.spans:
+            if chat.has_origins:
                 return chat.tokens(tokenizer.eos_token_ids, {new for new, old in enumerate(kept) if old in chosen})
 
     def tokens(part: list[Message], prompt: bool) -> list[int]:

@@ -100,6 +100,13 @@ class Conversation:
         """
         return self._complete(self.template.render(self.messages, self.tools))
 
+    @property
+    def has_origins(self) -> bool:
+        """Whether it is known where the words of the assistant's turns are, which a template that escapes them hides."""
+        answers = [i for i, message in enumerate(self.messages) if message["role"] == "assistant" and message.get("content")]
+        hidden = self.whole.lost and all(content_end(self.whole, i) is None for i in answers)
+        return bool(self.whole.spans) and not (answers and hidden)
+
     def prompt(self, continue_final: bool) -> str:
         """What the model is to continue: the header of an assistant's turn, or the last message.
 

@@ -32,8 +32,8 @@ def located_turns(
         end = common_prefix(tokens(messages[: turn + 1], False), whole)
         if start < len(prompt) - 1 or end <= start:  # the last token may have merged with the answer
             raise InputError(
-                f"{location}: cannot tell which tokens message {turn + 1} wrote, because the model's template, in Python, "
-                "rewrites earlier turns; split the conversation into rows of one answer, or drop --mask-prompt"
+                f"{location}: cannot tell which tokens message {turn + 1} wrote, because the model's template rewrites "
+                "earlier turns and hides where; split the conversation into rows of one answer, or drop --mask-prompt"
             )
         mask[start:end] = [True] * (end - start)
     return whole, mask

@@ -21,7 +21,6 @@ from markupsafe import Markup
 
 from .traced_text import Origin, Traced, blended, joined, marked, message_of, traceable, traced_value, writing, written
 
-
 _ESCAPING = ("e", "escape", "forceescape", "safe")
 
 

@@ -264,7 +264,9 @@ def test_escaped_text_belongs_to_the_turn_that_is_written() -> None:
 class Slow(PreTrainedTokenizerFast):
     """A tokenizer without offsets, as those in Python are."""
 
-    is_fast = False  # pyright: ignore[reportIncompatibleMethodOverride]
+    @property
+    def is_fast(self) -> bool:
+        return False
 
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "marked"])
@@ -288,7 +290,7 @@ def test_a_template_in_python() -> None:
 
     tok = TokenizerWrapper(inner, chat_template=simple)
     assert trained_texts(*assistant_turns(tok, CHAT, "a.jsonl:7"), tok) == ["2<eos>", "2<eos>"]
-    with pytest.raises(InputError, match=r"a\.jsonl:7: cannot tell which tokens message 2 wrote, .*in Python"):
+    with pytest.raises(InputError, match=r"a\.jsonl:7: cannot tell which tokens message 2 wrote, .*rewrites earlier turns"):
         assistant_turns(TokenizerWrapper(inner, chat_template=rewriting), CHAT, "a.jsonl:7")
 
 
