@@ -1,5 +1,8 @@
 """Law of micro-batches: an update does not depend on how its batch is divided, or the batch is not divided."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
@@ -19,6 +22,7 @@ from mlxlora.objectives.objective import Objective
 from mlxlora.training.micro_batch import BatchDivider, fixed_size
 from mlxlora.training.step import columns_of, make_step
 from tests.laws.test_objectives import OBJECTIVES, OF_THE_WHOLE_BATCH
+from tests.support.paths import Outcome
 from tests.support.tiny import dense, example, shaken
 
 PAIRS = 3
@@ -78,3 +82,9 @@ def test_micro_batches_of_one_give_the_update_of_the_batch_or_are_refused(name: 
     (whole, moved), (found, other) = update(objective, [micro.batch]), update(objective, [part.batch for part in parts])
     assert found == pytest.approx(whole, rel=1e-4, abs=1e-5)
     assert np.linalg.norm(other - moved) < 1e-4 * np.linalg.norm(moved) and moved.any()
+
+
+def test_the_command_line_refuses_in_one_line(mlxlora: Callable[..., Outcome], tmp_path: Path) -> None:
+    outcome = mlxlora("dpo", "--loss-type", "aot", "--micro-batch", 1, "--iters", 1, "--adapter-path", tmp_path / "run")
+    assert outcome.code == 2 and outcome.err.count("\n") == 1
+    assert "--micro-batch 1: aot compares the 16 rows of a batch; use auto" in outcome.err
