@@ -421,7 +421,6 @@ def test_the_reference_is_the_model_as_training_starts(tmp_path: Path, mlxlora: 
 
 
 @case("grpo_none_rewards")
-@pytest.mark.xfail(reason="means over a window count batches to which a reward does not apply as 0")
 def test_rewards_that_do_not_apply(tmp_path: Path, mlxlora: Callable[..., Outcome]) -> None:
     """A reward's mean is that of the completions that it applies to: 1 where it is 1 or None, and none where it is always None."""
     folder = FIELD / "grpo_none_rewards"
