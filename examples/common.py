@@ -16,7 +16,7 @@ OUTPUTS = Path("outputs")
 def arguments(file: str, iters: int) -> tuple[int, Path]:
     """--iters and --output, a folder that is emptied first."""
     parser = argparse.ArgumentParser(description=f"Runs {Path(file).name}.")
-    parser.add_argument("--iters", type=int, default=iters, help=f"optimiser steps of each run; default: {iters}")
+    parser.add_argument("--iters", type=int, default=iters, help=f"optimizer steps of each run; default: {iters}")
     parser.add_argument("--output", type=Path, default=OUTPUTS / Path(file).stem, help="folder to write")
     args = parser.parse_args()
     shutil.rmtree(args.output, ignore_errors=True)

@@ -18,7 +18,7 @@ def unlikely(logps, batch):
 objective = (
     ml.nll(of=ml.chosen)
     + 0.5 * ml.term("unlikelihood", unlikely, ml.token_mean(ml.rejected))
-    + ml.terms.rewards(ml.mean_logps, beta=1.0)  # watched, not optimised: how far chosen and rejected are apart
+    + ml.terms.rewards(ml.mean_logps, beta=1.0)  # watched, not optimized: how far chosen and rejected are apart
 )
 
 

@@ -1,4 +1,4 @@
-"""Direct preference optimisation: of two answers to each question, the bare right number is preferred.
+"""Direct preference optimization: of two answers to each question, the bare right number is preferred.
 
 python examples/dpo.py
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Odds-ratio preference optimisation, which needs no reference: bash examples/orpo.sh [ITERS] [OUTPUT]
+# Odds-ratio preference optimization, which needs no reference: bash examples/orpo.sh [ITERS] [OUTPUT]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 iters=${1:-100} output=${2:-outputs/orpo}

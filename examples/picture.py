@@ -45,7 +45,7 @@ def terminal(command: list[str], folder: str) -> str:
 
 
 def screen(output: str) -> list[str]:
-    """The lines that stay, with their colours: what a progress bar drew and erased is gone."""
+    """The lines that stay, with their colors: what a progress bar drew and erased is gone."""
     lines, row = [""], 0
     for part in _CONTROL.split(output):
         if part == "\n":
