@@ -99,9 +99,9 @@ def test_a_rank_that_is_killed_leaves_the_last_checkpoint(tmp_path):
 
 LOST = """
 import os, signal, sys
-from mlxlora.training import run as runs
+from mlxlora.training import prepared
 if os.environ["MLX_RANK"] == "1":
-    runs.scorer = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    prepared.scorer = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 from mlxlora_cli import main
 main()
 """
