@@ -9,7 +9,7 @@ import orjson
 
 from ..errors import InputError, listed, reason
 from ..utils.time_limit import TooLong, at_most
-from .conversation import Conversation, encoded
+from .conversation import Conversation
 from .conversation import common_prefix as common_prefix
 from .messages import Message
 from .python_template import located_turns
@@ -54,8 +54,8 @@ def render(
             )
         chat = Conversation(template, _accepted(template, messages, location), tools, location)
         if generation_prompt or continue_final:
-            return encoded(template.inner, chat.prompt(continue_final)).ids
-        return chat.tokens(tokenizer.eos_token_ids, ())[0]
+            return list(template.inner.encode(chat.prompt(continue_final), add_special_tokens=False))
+        return chat.ids(tokenizer.eos_token_ids)
 
 
 def assistant_turns(

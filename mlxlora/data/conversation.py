@@ -1,6 +1,6 @@
 """A conversation under a Jinja template: its text with origins, its tokens, and those that the model has to write."""
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -31,21 +31,18 @@ class Encoded:
 
     Attributes:
         ids: [L] token ids.
-        starts: [L] where the characters of a token start in the text.
-        stops: [L] where they stop.
+        offsets: [L] (start, stop) of each token's characters; white space between two tokens is the second one's.
     """
 
     ids: list[int]
-    starts: list[int]
-    stops: list[int]
+    offsets: list[tuple[int, int]]
 
     def within(self, start: int, stop: int) -> range:
         """The tokens that have a character of text[start:stop]."""
-        first = bisect_right(self.stops, start)
-        last = first
-        while last < len(self.ids) and self.starts[last] < stop:
-            last += 1
-        return range(first, last)
+        first = bisect_right(self.offsets, start, key=lambda offset: offset[1])
+        last = bisect_left(self.offsets, stop, lo=first, key=lambda offset: offset[0])
+        reached = self.offsets[last - 1][1] if last else 0
+        return range(first, last + (last < len(self.ids) and reached < stop))
 
 
 def encoded(inner: Any, text: str, edges: Collection[int] = ()) -> Encoded:
@@ -58,20 +55,16 @@ def encoded(inner: Any, text: str, edges: Collection[int] = ()) -> Encoded:
     """
     if not getattr(inner, "is_fast", False):
         return _without_offsets(inner, text, sorted({0, *edges, len(text)}))
-    offsets = (encoding := inner(text, add_special_tokens=False).encodings[0]).offsets
-    stops = list(accumulate((stop for _, stop in offsets), max))
-    starts = [min(start, before) for (start, _), before in zip(offsets, [0, *stops], strict=False)]
-    return Encoded(list(encoding.ids), starts, stops)
+    encoding = inner(text, add_special_tokens=False).encodings[0]
+    return Encoded(list(encoding.ids), encoding.offsets)
 
 
 def _without_offsets(inner: Any, text: str, edges: list[int]) -> Encoded:
     ids = list(inner.encode(text, add_special_tokens=False))
     places = [common_prefix(inner.encode(text[:edge], add_special_tokens=False), ids) for edge in edges[:-1]]
     places = list(accumulate([*places, len(ids)], max))
-    starts, stops = [0] * len(ids), [0] * len(ids)
-    for (first, last), (start, stop) in zip(pairwise(places), pairwise(edges), strict=True):
-        starts[first:last], stops[first:last] = [start] * (last - first), [stop] * (last - first)
-    return Encoded(ids, starts, stops)
+    parts = zip(pairwise(places), pairwise(edges), strict=True)
+    return Encoded(ids, [edge for (first, last), edge in parts for _ in range(first, last)])
 
 
 @define(slots=False)
@@ -116,7 +109,26 @@ class Conversation:
         end = content_end(self.whole, len(self.messages) - 1, "content") if continue_final else None
         if end is not None:
             return self.whole.text[:end]
-        return self._complete(self.template.render(self.messages, self.tools, prompt=True)).text
+        return self._text(prompt=True)
+
+    def ids(self, stops: Collection[int]) -> list[int]:
+        """[L] token ids; after an answer, with the token at which generation stops.
+
+        Args:
+            stops: tokens at which generation stops.
+
+        Raises:
+            InputError: the template drops a message.
+        """
+        ids = list(self.template.inner.encode(self._text(), add_special_tokens=False))
+        end = _Ends(self.template, frozenset(stops), ids).missing(self.messages[-1])
+        return ids if end is None else [*ids, end]
+
+    def _text(self, prompt: bool = False) -> str:
+        text = self.template.text(self.messages, self.tools, prompt)
+        if self.template.certainly_shows(self.messages, text):
+            return text
+        return self._complete(self.template.render(self.messages, self.tools, prompt)).text
 
     def tokens(self, stops: Collection[int], trained: Collection[int]) -> tuple[list[int], list[bool]]:
         """[L] token ids, and [L] which of them the assistant turns `trained` wrote, with the token that ends each.
@@ -125,7 +137,7 @@ class Conversation:
             stops: tokens at which generation stops.
             trained: indices of messages.
         """
-        turns = assistant_parts(self.whole, self._roles, self._tails_of) if trained else []
+        turns = assistant_parts(self.whole, self._roles, self._tails_of)
         foreign = foreign_parts(self.whole, self._roles)
         edges = [edge for part in [*foreign, *(part for turn in turns for part in turn.parts)] for edge in part]
         text = encoded(self.template.inner, self.whole.text, edges)

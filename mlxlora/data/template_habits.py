@@ -44,16 +44,29 @@ class Template:
         Raises:
             Exception: whatever the template raises.
         """
-        how: dict[str, Any] = json.loads(self.variables)
-        text = self.inner.apply_chat_template(
-            messages, tools=tools, chat_template=self.source, tokenize=False, add_generation_prompt=prompt, **how
-        )
-        seen = json.loads(self.inner.apply_chat_template(messages, tools=tools, chat_template=_SEEN, tokenize=False))
-        variables = {**self.inner.special_tokens_map, "add_generation_prompt": prompt, **how}
+        text = self.text(messages, tools, prompt)
+        if all(_is_plain(message) for message in messages):
+            seen: dict[str, Any] = {"messages": messages, "tools": tools, "documents": None}
+        else:  # transformers leaves out None, and gives reasoning all of its names
+            seen = json.loads(self.inner.apply_chat_template(messages, tools=tools, chat_template=_SEEN, tokenize=False))
+        variables = {**self.inner.special_tokens_map, "add_generation_prompt": prompt, **json.loads(self.variables)}
         rendering = render_traced(self.source, seen.pop("messages"), {**variables, **seen})
         if rendering.text == text:
             return rendering
         return Rendering(text, [], lost=True, printed=False)
+
+    def text(self, messages: Sequence[Message], tools: list[Message] | None = None, prompt: bool = False) -> str:
+        """The rendered conversation as transformers has it; see `render`."""
+        how = json.loads(self.variables)
+        return self.inner.apply_chat_template(
+            messages, tools=tools, chat_template=self.source, tokenize=False, add_generation_prompt=prompt, **how
+        )
+
+    def certainly_shows(self, messages: Sequence[Message], text: str) -> bool:
+        """Whether a text surely has all messages: plain ones, in roles that the template shows."""
+        return all(
+            _is_plain(message) and shows_role(self, message["role"]) and message["content"].strip() in text for message in messages
+        )
 
     def attempt(self, messages: Sequence[Message], tools: list[Message] | None = None, prompt: bool = False) -> Rendering | None:
         """The rendering of a conversation; None if the template rejects it."""
@@ -68,6 +81,10 @@ class Template:
         """Whether the template renders a conversation, with every message in it."""
         rendering = self.attempt(messages)
         return rendering is not None and not rendering.printed and dropped(rendering, messages) is None
+
+
+def _is_plain(message: Message) -> bool:
+    return message.keys() == {"role", "content"} and isinstance(message["content"], str)
 
 
 @frozen
@@ -153,10 +170,12 @@ def with_arguments(call: Message, as_text: bool) -> Message:
 def role_for(template: Template, role: str) -> str:
     """The role under which the template shows messages of `role`: itself, or the one that stands in for it."""
     other = _STAND_IN.get(role)
-    return role if other is None or _shows_role(template, role) or not _shows_role(template, other) else other
+    return role if other is None or shows_role(template, role) or not shows_role(template, other) else other
 
 
-def _shows_role(template: Template, role: str) -> bool:
+@lru_cache(maxsize=256)
+def shows_role(template: Template, role: str) -> bool:
+    """Whether the template shows messages of a role."""
     words: Message = {"role": role, "content": "plums"}
     if _STAND_IN.get(role, role) == "tool":
         words |= {"name": "now", "tool_call_id": "call00001"}
