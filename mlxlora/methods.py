@@ -177,7 +177,7 @@ SFT = Method(
     title="supervised fine-tuning",
     example="--mask-prompt --iters 200",
     source=lambda o, _: ml.rows(o.part(DataOptions)),
-    objective=lambda o: ml.objectives.sft(**options_for(ml.objectives.sft, o.part(SFTOptions))),
+    objective=lambda o: _sft(o),
     record="supervised_record",
     starter=Starter("sft", "sft"),
     extras=lambda o: {"noise": o.neftune_noise_alpha},
@@ -335,6 +335,11 @@ def _models() -> ModuleType:
     from .training import other_models
 
     return other_models
+
+
+def _sft(o: SFTRun) -> "Objective":
+    loss = ml.objectives.sft(**options_for(ml.objectives.sft, o.part(SFTOptions)))
+    return loss + ml.objectives.supervised.token_metrics()
 
 
 def _online_dpo(o: OnlineDPORun) -> "Objective":

@@ -73,6 +73,7 @@ def _made_up(pairs: range, scale: float) -> tuple[mx.array, Batch]:
         from_reference=by_sequence(-1, 1) > 0,
         divergence=by_token(0, 1),
         entropy=by_token(0, 3),
+        correct=by_token(0, 1),
         log_sum_sq_probs=by_token(-3, 0),
     )
     return by_token(-2 * scale, 0), batch

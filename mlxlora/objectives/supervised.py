@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 
+from ..batch import column
 from ..errors import choose
-from .objective import Objective
-from .terms import dft, divergence, nll
+from .objective import Objective, token_mean, watch
+from .quantity import reads
+from .terms import dft, divergence, entropy, nll
 
 SFT_LOSSES: dict[str, Callable[[], Objective]] = {"nll": nll, "dft": dft}
 
@@ -16,6 +18,15 @@ def sft(*, loss_type: str = "nll") -> Objective:
         InputError: an unknown name.
     """
     return choose(SFT_LOSSES, loss_type, "loss-type")()
+
+
+def token_metrics() -> Objective:
+    """Metrics of supervised fine-tuning under TRL's names: `entropy` [nats] and `mean_token_accuracy`, means over trained tokens.
+
+    The accuracy is how often the target is the policy's likeliest token.
+    """
+    correct = reads("correct")(lambda logps, batch: column(batch, "correct"))
+    return 0.0 * entropy() + watch("mean_token_accuracy", correct, token_mean())
 
 
 def distill(*, nll_weight: float = 0.0) -> Objective:

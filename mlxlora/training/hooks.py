@@ -25,11 +25,13 @@ class Report:
         reporter: gets them.
         divider: knows the largest memory use of the steps before the last measurement.
         online: the policy samples during the run, so training has a speed of its own.
+        token_metrics: the objective has `token_metrics`; `num_tokens`, TRL's name of `tokens`, goes with them.
     """
 
     reporter: Reporter
     divider: BatchDivider
     online: bool
+    token_metrics: bool = False
 
     def __call__(self, progress: Progress, micros: Sequence[MicroBatch] = ()) -> None:
         seen, progress.window = progress.window.report() | {"tokens": progress.tokens}, Window()
@@ -42,6 +44,7 @@ class Report:
                 "peak_memory_gb": max(mx.get_peak_memory(), self.divider.peak) / 1e9,
                 **({"training_tokens_per_second": alone} if self.online else {}),
                 **seen,
+                **({"num_tokens": progress.tokens} if self.token_metrics else {}),
             }
         )
         self.reporter.samples(progress.step, [sample for micro in micros for sample in micro.samples])

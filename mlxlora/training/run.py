@@ -55,7 +55,8 @@ def _execute(run: Run, prepared: Prepared, reporter: Reporter) -> dict[str, Any]
     broadcast(prepared.ranks, step, prepared.optimizer, progress)
     if progress.step >= prepared.schedule.steps or progress.stop:  # nothing is left to train
         saver.repair(progress, reporter)
-    report = Report(reporter, prepared.divider, run.source.online)
+    has_token_metrics = any(term.name == "mean_token_accuracy" for _, term in run.objective.terms)
+    report = Report(reporter, prepared.divider, run.source.online, has_token_metrics)
     validation = _validation(prepared, evaluate, saver, reporter)
     began = time.perf_counter()
     _train(prepared, step, saver, progress, report, validation)

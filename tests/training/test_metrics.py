@@ -10,7 +10,7 @@ import numpy as np
 import orjson
 import pytest
 
-from mlxlora.adapters.prepare import prepare
+from mlxlora.adapters.prepare import load, prepare
 from mlxlora.batch import Batch
 from mlxlora.config.options import AdapterOptions
 from mlxlora.data.batching import MicroBatch, collate, singles
@@ -164,3 +164,26 @@ def test_rewards_that_are_none(shared: Any, tmp_path: Path, mlxlora: Any) -> Non
     (row,) = records(tmp_path / "run")
     assert row["rewards/math_only/mean"] == 1.0 and row["rewards/code_only/mean"] == 0.5
     assert row["reward"] == 0.75 and "rewards/never/mean" not in row
+
+
+def test_token_metrics_of_sft(tmp_path: Path, model_folder: Path, mlxlora: Any) -> None:
+    """Entropy and accuracy by hand, from the logits of the untrained model; tokens of the rows, added up over the run."""
+    rows = [{"prompt": f"Say {n}: ", "completion": "one two three"[: 3 + n]} for n in range(4)]
+    data = tmp_path / "rows.jsonl"
+    data.write_bytes(b"\n".join(map(orjson.dumps, rows)))
+    options = ("--model", model_folder, "--data", data, "--batch-size", 4, "--iters", 3, "--learning-rate", 1e-12, "--answers", 0)
+    done = mlxlora("sft", *options, "--steps-per-report", 1, "--mask-prompt", "--adapter-path", tmp_path / "run")
+    assert done.code == 0, done.err
+    language_model, tokenizer = load(str(model_folder))
+    entropies, hits, count = [], [], 0
+    for row in rows:
+        prompt, answer = (tokenizer.encode(row[name], add_special_tokens=False) for name in ("prompt", "completion"))
+        tokens = [*prompt, *answer, tokenizer.eos_token_id]
+        probs = np.array(mx.softmax(language_model(mx.array([tokens[:-1]])), axis=-1), np.float64)[0, len(prompt) - 1 :]
+        entropies += (-(probs * np.log(probs)).sum(axis=-1)).tolist()
+        hits += (probs.argmax(axis=-1) == np.array(tokens[len(prompt) :])).tolist()
+        count += len(tokens)
+    for step, seen in enumerate(records(tmp_path / "run"), 1):
+        assert seen["entropy"] == pytest.approx(np.mean(entropies), rel=1e-5)
+        assert seen["mean_token_accuracy"] == pytest.approx(np.mean(hits))
+        assert seen["num_tokens"] == seen["tokens"] == step * count
