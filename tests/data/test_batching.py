@@ -105,7 +105,7 @@ def test_collate_by_hand() -> None:
     assert batch.prompt is None and batch.ref_logps is None and batch.advantages is None
 
 
-def test_collate_marks_scored_prompts() -> None:
+def test_collate_marks_trained_prompts() -> None:
     batch = collate([row([1, 2, 3, 4], [0, 1, 1, 1], [0, 1, 0, 0]), row([5, 6, 7], [0, 0, 1])])
     assert batch.prompt is not None
     assert batch.prompt[:4].tolist() == [True, False, False, False] and not batch.prompt[4:].any().item()
@@ -123,7 +123,7 @@ def test_reference_is_carried_only_if_every_row_has_one() -> None:
 
 @some
 @given(seeds=st.lists(st.integers(0, 10_000), min_size=1, max_size=6), train_prompt=st.booleans())
-def test_collate_keeps_every_scored_token_and_its_context(seeds: list[int], train_prompt: bool) -> None:
+def test_collate_keeps_every_trained_token_and_its_context(seeds: list[int], train_prompt: bool) -> None:
     rows = [example(seed, train_prompt=train_prompt) for seed in seeds]
     batch = collate(rows)
     positions, targets, sequence = (np.array(a) for a in (batch.positions, batch.targets, batch.sequence))

@@ -57,7 +57,7 @@ def roll(
 
 
 def completions(micro: MicroBatch) -> list[list[int]]:
-    """The scored tokens of each sequence."""
+    """The trained tokens of each sequence."""
     batch = micro.batch
     sequence, targets = np.array(batch.sequence), np.array(batch.targets)
     return [targets[sequence == s].tolist() for s in range(batch.sequences)]

@@ -147,7 +147,7 @@ def test_the_reference_is_the_model_without_adapters_and_training_goes_on(loaded
     np.testing.assert_array_equal(np.array(micro.batch.ref_logps), expected)
 
 
-# --- advantages and what is scored ----------------------------------------------------------------------
+# --- advantages and trained tokens -----------------------------------------------------------------------
 
 
 def test_equal_rewards_have_no_gradient(roll: Any, loaded: Any) -> None:
@@ -373,7 +373,7 @@ def test_samples(roll: Any, loaded: Any) -> None:
 
 
 def tokens_of(micro: MicroBatch) -> list[list[int]]:
-    """The scored tokens of every sequence."""
+    """The trained tokens of every sequence."""
     ends = np.cumsum(np.array(micro.batch.lengths))
     return [part.tolist() for part in np.split(np.array(micro.batch.targets)[: ends[-1]], ends[:-1])]
 

@@ -24,7 +24,7 @@ from mlxlora.objectives.kto import kto
 from mlxlora.training.micro_batch import divide_batch
 from mlxlora.training.unpaired import unpaired
 
-LABELLED = [{"prompt": f"what is {n}? ", "completion": "abc" * (n % 3 + 1), "label": n % 2 == 0} for n in range(1, 8)]
+LABELED = [{"prompt": f"what is {n}? ", "completion": "abc" * (n % 3 + 1), "label": n % 2 == 0} for n in range(1, 8)]
 PAIR = {"prompt": "who? ", "chosen": "me", "rejected": "nobody"}
 QUICK = ("--iters", 4, "--num-layers", -1, "--steps-per-report", 1, "--learning-rate", 1e-2)
 
@@ -53,15 +53,15 @@ def records(folder: Path) -> list[dict]:
 # --- rows ----------------------------------------------------------------------------------------
 
 
-def test_a_completion_is_scored_and_labeled(loaded: Any) -> None:
-    _, items = prepared(loaded[1], [*LABELLED[:2], PAIR])
+def test_a_completion_is_trained_and_labeled(loaded: Any) -> None:
+    _, items = prepared(loaded[1], [*LABELED[:2], PAIR])
     assert [item.label for item in items] == [False, True, True, False]
     loss_mask = [loaded[1].decode(i.example.tokens[i.example.loss_mask].tolist()) for i in items]
     assert loss_mask == ["abcabc<|im_end|>", "abcabcabc<|im_end|>", "me<|im_end|>", "nobody<|im_end|>"]
 
 
 def test_mismatched_completions_follow_the_prompts_of_others(loaded: Any) -> None:
-    _, items = prepared(loaded[1], [*LABELLED[:2], PAIR])
+    _, items = prepared(loaded[1], [*LABELED[:2], PAIR])
     texts = [loaded[1].decode(i.mismatched.tokens.tolist()) for i in items]
     assert texts == [
         "what is 1? nobody<|im_end|>",
@@ -94,13 +94,13 @@ def test_a_partner_has_another_prompt(prompts: list[int], limit: int) -> None:
 
 
 def test_without_a_reference_point_nothing_is_joined(loaded: Any) -> None:
-    source, items = prepared(loaded[1], [LABELLED[0]], reference_point=False)
+    source, items = prepared(loaded[1], [LABELED[0]], reference_point=False)
     assert [item.mismatched for item in items] == [None]
     assert len(source.examples(items[0])) == 1 and not source.live
 
 
 def test_over_long_rows_are_cut_or_dropped(loaded: Any) -> None:
-    rows = [*LABELLED[:2], {"prompt": "y" * 40, "completion": "a", "label": True}]
+    rows = [*LABELED[:2], {"prompt": "y" * 40, "completion": "a", "label": True}]
     source, items = prepared(loaded[1], rows, max_seq_length=16)
     assert len(items) == 2 and all(len(e.tokens) <= 16 for item in items for e in source.examples(item))
 
@@ -125,7 +125,7 @@ def one(score: Any, example: Example) -> np.ndarray:
 
 @pytest.mark.parametrize("shift", [0.25, -0.25])
 def test_it_is_the_mean_log_ratio_of_mismatched_completions(loaded: Any, shift: float) -> None:
-    micro, items = micro_of(loaded[0], loaded[1], LABELLED[:4], shift)
+    micro, items = micro_of(loaded[0], loaded[1], LABELED[:4], shift)
     tokens = np.mean([item.mismatched.loss_mask.sum() for item in items])  # type: ignore[union-attr]
     np.testing.assert_allclose(np.array(micro.batch.reference_point), max(shift * tokens, 0.0), rtol=1e-4)
     assert micro.batch.label.tolist() == [False, True, False, True]
@@ -133,7 +133,7 @@ def test_it_is_the_mean_log_ratio_of_mismatched_completions(loaded: Any, shift: 
 
 def test_it_follows_the_policy(model_folder: Path) -> None:
     model, tokenizer = load(str(model_folder))[:2]
-    source, items = prepared(tokenizer, LABELLED[:4])
+    source, items = prepared(tokenizer, LABELED[:4])
     score = scorer(model)
     known = [source.rebuild(item, [evolve(e, ref_logps=one(score, e) - 1) for e in source.examples(item)]) for item in items]
     make = source.make(Context(model, tokenizer, 0))
@@ -145,7 +145,7 @@ def test_it_follows_the_policy(model_folder: Path) -> None:
 
 def test_divided_batches_keep_it(loaded: Any) -> None:
     """A mean over the whole batch, so a divided batch keeps it."""
-    micro, _ = micro_of(loaded[0], loaded[1], LABELLED[:4], 0.25)
+    micro, _ = micro_of(loaded[0], loaded[1], LABELED[:4], 0.25)
     objective, score = kto(), scorer(loaded[0])
     whole = objective(*score(micro.batch))[0].item()
     parts = divide_batch(micro, 3)
@@ -157,7 +157,7 @@ def test_divided_batches_keep_it(loaded: Any) -> None:
 # --- the command -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [LABELLED, [*LABELLED[:5], PAIR]], ids=["labelled", "pairs too"])
+@pytest.mark.parametrize("rows", [LABELED, [*LABELED[:5], PAIR]], ids=["labeled", "pairs too"])
 def test_it_trains(rows: list[dict], model_folder: Path, tmp_path: Path, mlxlora: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLXLORA_CACHE", str(tmp_path / "cache"))
     write(tmp_path / "data" / "train.jsonl", rows)
@@ -173,7 +173,7 @@ def test_it_trains(rows: list[dict], model_folder: Path, tmp_path: Path, mlxlora
 
 @pytest.mark.parametrize("flags", [("--train-type", "full"), ("--loss-type", "apo_zero_unpaired")], ids=str)
 def test_variants(flags: tuple, model_folder: Path, tmp_path: Path, mlxlora: Any) -> None:
-    data = write(tmp_path / "rows.jsonl", LABELLED)
+    data = write(tmp_path / "rows.jsonl", LABELED)
     flags = (*QUICK, *flags, "--learning-rate", 1e-3, "--no-reference-cache", "--batch-size", 7)
     assert mlxlora("kto", "--model", model_folder, "--data", data, *flags, "--adapter-path", tmp_path / "run").code == 0
     found = [r["loss"] for r in records(tmp_path / "run")]
@@ -181,7 +181,7 @@ def test_variants(flags: tuple, model_folder: Path, tmp_path: Path, mlxlora: Any
 
 
 def test_resumed(model_folder: Path, tmp_path: Path, mlxlora: Any) -> None:
-    data = write(tmp_path / "rows.jsonl", LABELLED)
+    data = write(tmp_path / "rows.jsonl", LABELED)
     command = ("kto", "--model", model_folder, "--data", data, *QUICK, "--no-reference-cache", "--dropout", 0.2, "--batch-size", 2)
     command += ("--save-every", 3, "--grad-accumulation-steps", 2)
     assert mlxlora(*command, "--iters", 8, "--adapter-path", tmp_path / "whole").code == 0
@@ -196,7 +196,7 @@ def test_resumed(model_folder: Path, tmp_path: Path, mlxlora: Any) -> None:
     [
         ([{"prompt": "a", "completion": "b"}], "rows.jsonl:1: .*'label'"),
         ([{"prompt": "a", "completion": "b", "label": "yes"}], "rows.jsonl:1: 'label' must be true or false, got str 'yes'"),
-        ([LABELLED[0] | {"completion": "z"}, LABELLED[0]], "rows.jsonl:1: all rows have one prompt"),
+        ([LABELED[0] | {"completion": "z"}, LABELED[0]], "rows.jsonl:1: all rows have one prompt"),
     ],
 )
 def test_bad_rows(rows: list[dict], message: str, model_folder: Path, tmp_path: Path, mlxlora: Any) -> None:
