@@ -131,9 +131,12 @@ class RowSource(Source):
     def encoder(self) -> Encoder:
         """See `Source`."""
         data = self.data
+        if data.train_on == "last" and not data.mask_prompt:
+            raise InputError("--train-on last chooses among assistant turns; add --mask-prompt, which trains these alone")
         return partial(
             supervised_example,
             mask_prompt=data.mask_prompt,
+            train_on=data.train_on,
             use_chat_template=data.use_chat_template,
             max_seq_length=data.max_seq_length,
             keys={

@@ -93,23 +93,31 @@ def supervised_example(
     tokenizer: Any,
     *,
     mask_prompt: bool = False,
+    train_on: Literal["all", "last"] = "all",
     use_chat_template: bool = False,
     max_seq_length: int = 2048,
     keys: Mapping[str, str] = KEYS,
 ) -> Example | None:
     """The tokens of an SFT row; None if truncation leaves no trained token.
 
-    Every token is trained; with `mask_prompt` only completions and assistant turns are. Plain text is always trained whole.
+    Every token is trained; with `mask_prompt` only completions and assistant turns are, of a conversation all turns or the last.
+    Plain text is always trained whole.
 
     Raises:
         InputError: the row is not understood, or the chat template rejects it.
     """
     how = {"mask_prompt": mask_prompt, "use_chat_template": use_chat_template, "max_seq_length": max_seq_length}
-    return record_example(supervised_record(row, keys), tokenizer, **how)
+    return record_example(supervised_record(row, keys), tokenizer, train_on=train_on, **how)
 
 
 def record_example(
-    record: SupervisedRecord, tokenizer: Any, *, mask_prompt: bool, use_chat_template: bool, max_seq_length: int
+    record: SupervisedRecord,
+    tokenizer: Any,
+    *,
+    mask_prompt: bool,
+    use_chat_template: bool,
+    max_seq_length: int,
+    train_on: Literal["all", "last"] = "all",
 ) -> Example | None:
     """The tokens of a record; see `supervised_example`."""
     match record:
@@ -117,8 +125,11 @@ def record_example(
             ids = _encode(tokenizer, _ended(tokenizer, text))
             loss_mask = [True] * len(ids)
         case ChatRecord(messages=messages) if mask_prompt:
-            how = {"trained": trained_turns(messages), **_template_input(record)}
-            ids, loss_mask = assistant_turns(tokenizer, unweighted(messages), record.location, **how)
+            turns = sorted(trained_turns(messages))
+            chosen = turns[-1:] if train_on == "last" else turns
+            ids, loss_mask = assistant_turns(
+                tokenizer, unweighted(messages), record.location, trained=chosen, **_template_input(record)
+            )
         case ChatRecord(messages=messages):
             ids, loss_mask = _chat_tokens(tokenizer, messages, record)
         case CompletionRecord(completion=completion):

@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from mlxlora.data.chat_template import assistant_turns, render
 from mlxlora.data.messages import as_messages
-from mlxlora.data.rows import read_rows
+from mlxlora.data.rows import Row, read_rows
+from mlxlora.data.sources import rows
 from mlxlora.data.stop_tokens import use_stop_tokens
 from mlxlora.data.tokenize import Example, preference_pair, prompt_example, supervised_example
 from mlxlora.errors import InputError
@@ -178,6 +179,17 @@ def test_turns_are_chosen() -> None:
     assert turns(TEMPLATES["chatml"], CHAT, trained=[3]) == ["2<|im_end|>\n"]
     assert turns(TEMPLATES["headers"], CHAT, trained=[1]) == ["\n2<|user|>"]
     assert turns(TEMPLATES["chatml"], CHAT, trained=[]) == []
+
+
+def test_train_on_the_last_turn() -> None:
+    tok = tokenizer(TEMPLATES["chatml"])
+    chat = [*CHAT, {"role": "user", "content": "?"}, {"role": "assistant", "content": "3", "weight": 0}]
+    row = Row({"messages": [{**message, "content": f"{message['content']}{i}"} for i, message in enumerate(chat)]}, "a.jsonl", 7)
+    last = supervised_example(row, tok, mask_prompt=True, train_on="last")
+    assert trained(last, tok) == ["23<|im_end|>\n"]  # of those that are to be trained
+    assert trained(supervised_example(row, tok, mask_prompt=True), tok) == ["21<|im_end|>\n", "23<|im_end|>\n"]
+    with pytest.raises(InputError, match=r"--train-on last .*add --mask-prompt"):
+        _ = rows("data", train_on="last").encoder
 
 
 def test_marks_choose_among_the_words_of_a_turn() -> None:

@@ -30,6 +30,9 @@ class DataOptions(RowOptions):
     """Rows of plain text, prompts with completions, or conversations."""
 
     mask_prompt: bool = option(False, "Train on completions and assistant turns only.")
+    train_on: Literal["all", "last"] = option(
+        "all", "Assistant turns that --mask-prompt trains in a conversation: all, or the last only."
+    )
     text_key: str = option("text", "Name of the field that holds plain text.")
     messages_key: str = option("messages", "Name of the field that holds messages.")
     completion_key: str = option("completion", "Name of the field that holds the completion.")
