@@ -131,9 +131,7 @@ def test_gsm8k_agrees_with_itself():
     finals = [answer.split("####")[1].strip().replace(",", "") for answer in answers]
     for completions in (answers, finals, [f"so it is ${final}." for final in finals], [f"\\boxed{{{final}}}" for final in finals]):
         assert rf.answer_accuracy()(completions=completions, answer=answers) == [1.0] * len(answers)
-    assert sum(rf.accuracy_strict()(completions=finals[1:], answer=answers[:-1])) < 0.05 * len(
-        answers
-    )  # not the neighbor's answer
+    assert sum(rf.accuracy_strict()(completions=finals[1:], answer=answers[:-1])) < 0.05 * len(answers)  # not the neighbor's answer
 
 
 # --- formats and penalties -------------------------------------------------------------------------------------------------
