@@ -4,6 +4,7 @@ A model has hundreds of adapters. As one vector they are cast, clipped, updated 
 of small ones; the parameters in the model are views of the vector.
 """
 
+import re
 from collections import defaultdict
 from math import prod
 from typing import Any
@@ -136,6 +137,10 @@ class Trained:
             put_state(self.master_weights, self.pack(self.model.trainable_parameters()))
 
 
+_OF_SEVERAL = re.compile(r"states\.\d+\.")
+"""Precedes the paths of the states in a MultiOptimizer."""
+
+
 def stored_state(model: nn.Module, optimizer: optim.Optimizer) -> dict[str, Any]:
     """The optimizer's arrays as a file has them; those of sliced parameters as `Sliced`, which has the whole shape."""
     flat: dict[str, mx.array] = dict(tree_flatten(optimizer.state))  # type: ignore[arg-type]
@@ -148,7 +153,8 @@ def stored_state(model: nn.Module, optimizer: optim.Optimizer) -> dict[str, Any]
     }
     found: dict[str, Any] = {}
     for path, array in flat.items():
-        shapes = tuple(whole[name] for name in how.names(path.rpartition(".")[0]) if name in whole)
+        key = _OF_SEVERAL.sub("", path.rpartition(".")[0])
+        shapes = tuple(whole[name] for name in how.names(key) if name in whole)
         found[path] = _state(model, optimizer, path, array.dtype, shapes) if shapes else array
     return found
 
