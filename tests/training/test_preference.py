@@ -383,7 +383,13 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The models that were loaded."""
     seen: list[str] = []
     real = session.load_with_config
-    monkeypatch.setattr(session, "load_with_config", lambda options, **how: (seen.append(options.model), real(options, **how))[1])
+
+    def watched(options: Any, **how: Any) -> Any:
+        seen.append(options.model)
+        return real(options, **how)
+
+    for module in ("training.session", "adapters.prepare"):  # the policy; other models
+        monkeypatch.setattr(f"mlxlora.{module}.load_with_config", watched)
     return seen
 
 
