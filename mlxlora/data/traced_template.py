@@ -19,7 +19,19 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 from markupsafe import Markup
 
-from .traced_text import Origin, Traced, blended, joined, marked, message_of, traceable, traced_value, writing, written
+from .traced_text import (
+    Origin,
+    Traced,
+    TracedMessage,
+    blended,
+    joined,
+    marked,
+    message_of,
+    traceable,
+    traced_value,
+    writing,
+    written,
+)
 
 _ESCAPING = ("e", "escape", "forceescape", "safe")
 
@@ -59,7 +71,9 @@ def render_traced(template: str, messages: Sequence[Mapping[str, Any]], variable
     Raises:
         Exception: whatever the template raises.
     """
-    traced = [{key: traced_value(value, i, key) for key, value in message.items()} for i, message in enumerate(messages)]
+    traced = [
+        TracedMessage({key: traced_value(value, i, key) for key, value in message.items()}) for i, message in enumerate(messages)
+    ]
     writing.start()
     texts, spans, at = [], [], 0
     compiled, escapes = _compiled(template)

@@ -245,11 +245,19 @@ def traced_value(value: Any, message: int, field: str) -> Any:
 
 
 class _Object(dict):
-    """A message's object."""
+    """An object in a message."""
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         writing.printed = True
-        return super().__str__()
+        return super().__repr__()
+
+
+class TracedMessage(dict):
+    """A message; printed as a whole, in Python's notation, its words have no origins."""
+
+    def __repr__(self) -> str:
+        writing.lost = True
+        return super().__repr__()
 
 
 def message_of(value: Any) -> int | None:

@@ -273,6 +273,11 @@ def test_escaped_text_belongs_to_the_turn_that_is_written() -> None:
     assert turns(template, CHAT) == ["2&lt;|im_end|&gt;", "2&lt;|im_end|&gt;"]
 
 
+def test_messages_printed_as_a_whole_are_not_dropped() -> None:
+    assert text("{{ messages }}", CHAT[:1]) == "[{'role': 'user', 'content': '1+1?'}]"
+    assert text("{{ messages[0] }}", CHAT[:1]) == "{'role': 'user', 'content': '1+1?'}"
+
+
 class Slow(PreTrainedTokenizerFast):
     """A tokenizer without offsets, as those in Python are."""
 

@@ -117,7 +117,7 @@ OPTIONS = {
     "no assistant turn": (
         ("--mask-prompt",),
         [GOOD, chat(("user", "hi"))],
-        "train.jsonl:2: --mask-prompt scores assistant turns and this conversation has none (roles: user)",
+        "train.jsonl:2: --mask-prompt trains assistant turns and this conversation has none (roles: user)",
     ),
     "large batch": (
         ("--batch-size", 3),
@@ -226,7 +226,8 @@ def test_template_that_rejects_a_conversation(place, capsys):
     template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{{ messages }}"
     (place / "train.jsonl").write_bytes(jsonl(GOOD, chat(("system", "be short"), ("user", "hi"), ("assistant", "hi"))))
     assert refused(place, capsys, model=with_template(place, template)) == (
-        "train.jsonl:2: the model's chat template rejects this conversation: System role not supported"
+        "train.jsonl:2: the model's chat template rejects this conversation: System role not supported; "
+        "put the text of the system message at the beginning of the first user message"
     )
 
 
