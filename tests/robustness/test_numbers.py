@@ -12,8 +12,8 @@ import pytest
 
 from mlxlora import objectives
 from mlxlora.data.batching import collate
-from mlxlora.models.logprobs import _scores
-from mlxlora.rollouts.sampling import Sampling, choose, uniforms
+from mlxlora.models.distribution import statistics
+from mlxlora.rollouts.sampling import Sampling, draw_tokens, uniforms
 from tests.support.tiny import example
 
 Rows = Sequence[dict[str, Any]]
@@ -233,7 +233,7 @@ def test_adapters_with_a_nan_are_of_no_use(
 
 def test_the_best_checkpoint_has_a_finite_loss(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A NaN that comes first would otherwise stay the best for good."""
-    from mlxlora.training import run as runs
+    from mlxlora.training import prepared as runs
 
     losses, make = iter([1.0, np.nan, 3.0, 2.0, np.nan]), runs.make_evaluate
 
@@ -261,7 +261,7 @@ def test_without_a_finite_validation_the_last_weights_are_kept(train: Any, tmp_p
 def test_a_metric_that_is_not_finite_stops_nothing_and_resumes(train: Any, tmp_path: Path) -> None:
     file = tmp_path / "objective.py"
     file.write_text(
-        "import mlxlora as ml\nfrom mlxlora.compose import token_mean, watch\n"
+        "import mlxlora as ml\nfrom mlxlora.objectives.objective import token_mean, watch\n"
         "objective = ml.objectives.sft() + watch('odd', lambda logps, batch: logps / 0, token_mean())\n"
     )
     options = ("--objective", f"{file}:objective", "--steps-per-report", 4, "--save-every", 1)
@@ -310,7 +310,7 @@ def test_logits_of_ten_thousand(dtype: mx.Dtype) -> None:
     low = float((logits[0, 1].astype(mx.float32) - logits[0, 0].astype(mx.float32)).item())  # type: ignore[arg-type]
 
     def scores(logits: mx.array) -> mx.array:
-        return _scores(lambda h: h, True, logits, targets)
+        return statistics(logits, targets, {"entropy": True})
 
     np.testing.assert_allclose(scores(logits)[0], [low, -np.log(4), -np.log(4)], atol=1e-3)
     np.testing.assert_allclose(scores(logits)[1], [0, np.log(4), np.log(4)], atol=1e-3)
@@ -320,10 +320,10 @@ def test_logits_of_ten_thousand(dtype: mx.Dtype) -> None:
 def test_logits_of_minus_infinity() -> None:
     """A token that cannot be is -inf, the others are as if it were not there; where none can be it is NaN: the step is skipped."""
     logits = mx.array([[0, -mx.inf, 0], [0, -mx.inf, 0], [-mx.inf] * 3])
-    logps, entropies = _scores(lambda h: h, True, logits, mx.array([0, 1, 0])).tolist()  # type: ignore[misc]
+    logps, entropies = statistics(logits, mx.array([0, 1, 0]), {"entropy": True}).tolist()  # type: ignore[misc]
     np.testing.assert_allclose(logps, [-np.log(2), -np.inf, np.nan], rtol=1e-6)
     np.testing.assert_allclose(entropies, [np.log(2), np.log(2), np.nan], rtol=1e-6)
-    gradient = mx.grad(lambda z: _scores(lambda h: h, True, z, mx.array([0])).sum())(logits[:1])
+    gradient = mx.grad(lambda z: statistics(z, mx.array([0]), {"entropy": True}).sum())(logits[:1])
     np.testing.assert_allclose(gradient, [[0.5, 0, -0.5]])
 
 
@@ -336,7 +336,7 @@ def test_sampling_at_any_temperature(temperature: float, scale: float) -> None:
         mx.array(np.random.default_rng(0).permuted(np.tile(np.arange(300.0), (16, 1)), axis=1).astype(np.float32)) / 300 * scale
     )
     noise = uniforms(mx.random.split(mx.random.key(0), 16), 1)[:, 0]
-    tokens, logps = choose(logits, Sampling(temperature=temperature), noise)
+    tokens, logps = draw_tokens(logits, Sampling(temperature=temperature), noise)
     if temperature == 0 or scale / temperature > 1e5:
         assert (tokens == logits.argmax(axis=-1)).all().item() or scale / temperature > 3e38
     assert mx.isfinite(logps).all().item() or (temperature and scale / temperature > 3e38)
