@@ -142,6 +142,8 @@ def alarm(seconds: float) -> Iterator[None]:
 def fuzz(name: str, cases: int, seed: int, folder: Path, stop: float = float("inf")) -> Tally:
     """So many cases of a target, fewer where the clock reaches `stop` (of time.monotonic)."""
     target, tally, rng = TARGETS[name](), Tally(), random.Random(f"{name} {seed}")
+    with contextlib.suppress(InputError, RunError):
+        target.call(folder, target.make(random.Random(name)))  # imports what the target needs, before a clock runs
     chunk = max(EVERY, 10 * EVERY if cases > 10**5 else EVERY)
     for start in range(0, cases, chunk):
         here = min(chunk, cases - start)

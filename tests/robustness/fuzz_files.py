@@ -158,8 +158,9 @@ def make_adapters(rng: random.Random) -> tuple[str, bytes, bytes]:
 
 
 def call_adapters(folder: Path, case: tuple[str, bytes, bytes]) -> None:
-    from mlxlora.adapters import files as adapters
     from mlxlora.adapters import merge as merging
+    from mlxlora.adapters import prepare as adapters
+    from mlxlora.adapters.files import CONFIG, WEIGHTS
     from mlxlora.adapters.peft import PEFT_WEIGHTS
     from mlxlora.config.options import AdapterOptions
 
@@ -167,8 +168,8 @@ def call_adapters(folder: Path, case: tuple[str, bytes, bytes]) -> None:
     place = folder.parent / "adapters"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
-    (place / adapters.CONFIG).write_bytes(config)
-    (place / (PEFT_WEIGHTS if use == "peft" else adapters.WEIGHTS)).write_bytes(weights)
+    (place / CONFIG).write_bytes(config)
+    (place / (PEFT_WEIGHTS if use == "peft" else WEIGHTS)).write_bytes(weights)
     if use == "attach":
         with adapters.attached(network(), place):
             pass

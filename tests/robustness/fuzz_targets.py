@@ -402,7 +402,7 @@ def call_rewards(folder: Path, case: tuple[str, Any]) -> None:
     given_ = [rewards.NamedReward(f"r{i}", lambda prompts, _i=i, **_: known[_i % len(known)]()) for i in value]
     location = [f"{folder}/rows.jsonl:{n}" for n in (1, 2)]
     columns = {"prompts": ["a", "b"], "completions": ["c", "d"], "completion_ids": [[1], [2]]}
-    found = rewards.score(given_, **columns, columns={"answer": ["1", "2"]}, locations=location, timeout=5.0)
+    found = rewards.call_rewards(given_, **columns, columns={"answer": ["1", "2"]}, locations=location, timeout=5.0)
     rewards.combine(found, [1.0] * len(given_))
 
 
