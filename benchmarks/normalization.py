@@ -94,7 +94,7 @@ def table(sizes: tuple[int, ...], rows: int) -> list[dict[str, Any]]:
             for name, way in WAYS.items():
                 measured = errors(way, logits, mx.array(targets), truth)
                 case = f"V={size} {str(dtype).rpartition('.')[2]}"
-                found.append({"case": case, "way": name, **{key: f"{value:.1e}" for key, value in measured.items()}})
+                found.append({"case": case, "way": name, **{key: float(f"{value:.1e}") for key, value in measured.items()}})
     return found
 
 
