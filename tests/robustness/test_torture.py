@@ -181,7 +181,7 @@ def test_another_configuration_beside_the_adapters_is_named(model, tmp_path, cap
         attach(dense(), tmp_path)
         err = capsys.readouterr().err
         assert bool(err) == told and err.count("\n") == told
-    assert err.startswith(f"warning: {tmp_path}/adapters.safetensors: adapter_config.json is not the one")
+    assert err.startswith(f"warning: {tmp_path}/adapters.safetensors: adapter_config.json has changed since it was written")
     load_weights(model, tmp_path)
     assert capsys.readouterr().err == err
 
