@@ -63,9 +63,7 @@ def test_what_rewards_get_of_a_begun_answer() -> None:
     assert sampled_turns("1+1?", "2") == ("1+1?", "2")
 
 
-def test_generate_refuses_tokens_without_embedding(
-    model_folder: Path, tmp_path: Path, mlxlora: Callable[..., Outcome]
-) -> None:
+def test_generate_refuses_tokens_without_embedding(model_folder: Path, tmp_path: Path, mlxlora: Callable[..., Outcome]) -> None:
     """MLX would read past the end of the embedding."""
     folder = copy_with_token(model_folder, tmp_path / "model", "<|tool|>", CHATML)
     done = mlxlora("generate", "--model", folder, "--prompt", "a <|tool|> b", "--max-tokens", 1)
