@@ -46,8 +46,8 @@ def row_sums(values: mx.array, *, blocks: bool | None = None) -> mx.array:
         values: float32.
         blocks: whether to sum in blocks; None: on a CPU.
 
-    >>> row_sums(mx.full((1, 300_000), 0.1), blocks=True).item()
-    30000.0
+    >>> abs(row_sums(mx.full((1, 300_000), 0.1), blocks=True).item() - 30_000) < 0.05
+    True
     """
     blocks = in_sequence() if blocks is None else blocks
     if not blocks or values.shape[-1] <= BLOCK:
