@@ -8,9 +8,11 @@ import orjson
 import pytest
 
 from mlxlora.utils.blas import load_fast_blas
+from tests.support.compiler import precompile_mlx_header
 from tests.support.paths import SHARED, Outcome
 
 load_fast_blas()  # before MLX is imported, which then resolves its matrix products
+precompile_mlx_header()
 
 
 @pytest.fixture
