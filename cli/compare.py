@@ -64,7 +64,7 @@ def _print(rows: Sequence[Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from mlxlora.reporting.text import printable
+    from mlxlora.utils.terminal_text import printable
 
     expected = any(row.expected for row in rows)
     table = Table(show_lines=True)

@@ -17,7 +17,8 @@ from ..data.rows import Row
 from ..data.sources import Source, Split
 from ..data.tokenize import Counts, Example
 from ..utils.integers import ceil_div
-from .text import printable, runs_of_text, shorten
+from ..utils.terminal_text import printable
+from .text import runs_of_text, shorten
 
 Parse = Callable[[Row, Mapping[str, str]], Any]
 BINS, BAR, SHOWN = 10, 40, 600

@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
+from ..utils.terminal_text import printable
 from .history import curves
 from .reporter import Reporter, Values
-from .text import duration, leading_metric, metric_text, printable, runs_of_text, shorten, sparkline, trend
+from .text import duration, leading_metric, metric_text, runs_of_text, shorten, sparkline, trend
 
 
 class Terminal(Reporter):

@@ -1,6 +1,5 @@
-"""Formats numbers and text: short and printable."""
+"""Formats numbers and text: short."""
 
-import re
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any, TypeVar
@@ -9,7 +8,6 @@ from .reporter import Values
 
 _Kind = TypeVar("_Kind")
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 _FORMATS = {
@@ -76,15 +74,6 @@ def trend(values: Sequence[float]) -> str:
     if len(values) < 2 or values[-1] == values[-2]:
         return "="
     return "-" if values[-1] < values[-2] else "+"
-
-
-def printable(text: str) -> str:
-    """Escapes control characters, which a terminal would obey; keeps tabs and line ends.
-
-    >>> printable("a" + chr(27) + "[31m")
-    'a\\\\x1b[31m'
-    """
-    return _CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def runs_of_text(tokens: Sequence[int], kinds: Sequence[_Kind], decode: Callable[[Sequence[int]], str]) -> list[tuple[str, _Kind]]:
