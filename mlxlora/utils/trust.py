@@ -5,9 +5,11 @@ they cannot name places outside their own folder.
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 from ..errors import InputError
@@ -16,14 +18,19 @@ from .launch import launched_rank
 CODE = {"objective", "reward_file", "trust_remote_code"}
 """Options that run Python code."""
 
-SENDS = {"push_to_hub"}
-"""Options that upload something."""
+SENDS = {"push_to_hub", "report_to"}
+"""Options that send something to a service."""
+
+REPLACES = {"overwrite", "resume"}
+"""Options that change an earlier result, which may lie in the default folder of a command."""
 
 PLACES = {"adapter_path", "save_path", "peft", "gguf"}
 """Options that name an output path."""
 
-_MARKERS = ("adapter_config.json", "*.safetensors", "config.json")
-_NEAR = 3  # folders above a file that are searched for a model
+_MARKERS = ("adapter_config.json", "*.safetensors")
+_MODEL_CONFIG = "config.json"
+_HUB_CACHE = ("models--*", "datasets--*", "spaces--*")  # folders of the hub's cache, one a repository
+_MOST_LINKS = 40  # as Linux follows
 
 
 def announce(text: str) -> None:
@@ -33,16 +40,54 @@ def announce(text: str) -> None:
 
 
 def came_with_model(file: str | Path) -> bool:
-    """Whether a file lies in or just below a folder of a model or of adapters; a config.json counts in its own folder only."""
-    folders = Path(file).resolve().parents[:_NEAR]
-    markers = [_MARKERS, *[_MARKERS[:2]] * (len(folders) - 1)]
-    return any(next(folder.glob(marker), None) for folder, some in zip(folders, markers, strict=True) for marker in some)
+    """Whether a file lies in or below a folder of a model or of adapters, or in the hub's cache.
+
+    Every folder above the file counts: as the path names them, and those of each link that the path follows, since the files of
+    the hub's cache are links. A config.json that names no architecture counts in the file's own folder only. The folders that hold
+    everything of a user (home, temporary files, root) are no models, unless the file lies there itself.
+    """
+    return any(_holds_model(folder, own) for folder, own in _parents_of(file).items())
+
+
+def _parents_of(file: str | Path) -> dict[Path, bool]:
+    """The folders above a file, by its name and by every link on the way to it; whether each is the file's own folder."""
+    found: dict[Path, bool] = {}
+    for path in _ways(Path(file)):
+        for level, folder in enumerate(path.parents):
+            found[folder] = found.get(folder, False) or not level
+    return found
+
+
+def _ways(file: Path) -> list[Path]:
+    """The absolute paths of a file: as given, and with one link after the other replaced by its target."""
+    ways = [file.absolute()]
+    while len(ways) <= _MOST_LINKS:
+        link = next((path for path in (*reversed(ways[-1].parents), ways[-1]) if path.is_symlink()), None)
+        if link is None:
+            break
+        ways.append(link.parent / link.readlink() / ways[-1].relative_to(link))
+    return [*ways, Path(os.path.realpath(file))]  # raises nothing where links make a circle
+
+
+def _holds_model(folder: Path, own: bool) -> bool:
+    if any(folder.match(name) for name in _HUB_CACHE):
+        return True
+    if not own and folder.resolve() in _shared_folders():
+        return False
+    found = any(next(folder.glob(marker), None) for marker in _MARKERS) if folder.is_dir() else False
+    config = folder / _MODEL_CONFIG
+    return found or (config.is_file() and (own or "model_type" in _object(config)))
+
+
+def _shared_folders() -> set[Path]:
+    """Folders that hold everything of a user."""
+    return {path.resolve() for path in (Path.home(), Path(gettempdir()), Path(Path.cwd().anchor))}
 
 
 def check_config(
     file: str | Path, values: Mapping[str, Any], named: Iterable[str], lines: Mapping[str, int], *, stored: bool = False
 ) -> None:
-    """Refuses a foreign configuration file that asks for code, uploads or paths outside its folder.
+    """Refuses a foreign configuration file that asks for code, uploads, replaced files or paths outside its folder.
 
     Args:
         file: the configuration.
@@ -54,22 +99,39 @@ def check_config(
     Raises:
         InputError: the file is foreign and asks for one of them.
     """
-    asked = {name: value for name, value in values.items() if name in CODE | SENDS | PLACES and value and name not in set(named)}
+    watched = CODE | SENDS | REPLACES | PLACES
+    asked = {name: value for name, value in values.items() if name in watched and value and name not in set(named)}
     if not asked or not (stored or came_with_model(file)):
         return
-    folder = Path(file).resolve().parent
+    homes = [path.parent for path in _ways(Path(file))]
     for name, value in asked.items():
-        flag = "--" + name.replace("_", "-")
-        flag = flag if value is True else f"{flag} {value}"
         location = f"{file}:{lines[name]}: {name}" if name in lines else f"{file}: {name}"
-        if name in CODE | SENDS:
-            told = "runs code" if name in CODE else "uploads"
+        if deed := _deed(name, stored=stored):
             kept = "that a run stored" if stored else "beside a model or adapters"
-            raise InputError(f"{location} {told}, which a configuration {kept} may not; add {flag} to the command line to allow it")
-        if not inside(str(value), folder, Path()):
             raise InputError(
-                f"{location} {value} points outside {folder}, where this configuration came from; add {flag} to allow it"
+                f"{location} {deed}, which a configuration {kept} may not; add {_flag(name, value)} to the command line to allow it"
             )
+        if name in PLACES and not all(inside(str(value), home, Path()) for home in homes):
+            raise InputError(
+                f"{location} {value} points outside {homes[0]}, where this configuration came from; add {_flag(name, value)} to "
+                "allow it"
+            )
+
+
+def _deed(name: str, *, stored: bool) -> str:
+    """What an option does that a foreign configuration may not; a run's own file says how the run was started."""
+    if name in CODE:
+        return "runs code"
+    if name in SENDS:
+        return "uploads" if name == "push_to_hub" else "sends metrics to a service"
+    return "changes earlier results" if name in REPLACES and not stored else ""
+
+
+def _flag(name: str, value: Any) -> str:
+    flag = "--" + name.replace("_", "-")
+    if value is True:
+        return flag
+    return f"{flag} {','.join(map(str, value)) if isinstance(value, list | tuple) else value}"
 
 
 def inside(path: str | Path, folder: Path, start: Path | None = None) -> bool:
