@@ -1,6 +1,7 @@
 """Decides which messages of a conversation are its prompt, and which of its turns are trained."""
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from ..errors import InputError, described, listed
 from .messages import Message
@@ -36,13 +37,14 @@ def unweighted(messages: Sequence[Message]) -> list[Message]:
     return [{key: value for key, value in message.items() if key != "weight"} for message in messages]
 
 
-def trained_turns(messages: Sequence[Message], start: int = 0) -> frozenset[int]:
-    """The numbers of the assistant's messages from `start` on, without those of weight 0.
+def trained_turns(messages: Sequence[Message], start: int = 0, train_on: Literal["all", "last"] = "all") -> frozenset[int]:
+    """The numbers of the assistant's messages from `start` on, without those of weight 0; of these all, or the last only.
 
     >>> sorted(trained_turns([{"role": "assistant", "weight": 0}, {"role": "user"}, {"role": "assistant"}]))
     [2]
     """
-    return frozenset(i for i, m in enumerate(messages) if i >= start and m["role"] == "assistant" and m.get("weight") != 0)
+    turns = [i for i, m in enumerate(messages) if i >= start and m["role"] == "assistant" and m.get("weight") != 0]
+    return frozenset(turns[-1:] if train_on == "last" else turns)
 
 
 def check_answers(messages: Sequence[Message], location: str, field: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from attrs import evolve, frozen
 
+from ..config.options import RowOptions
 from ..errors import InputError, described, listed
 from .dialogue import check_answers, dialogue_prompt, divided, unweighted, weighted
 from .messages import Message, as_messages, as_tools, with_system
@@ -16,6 +17,16 @@ from .rows import Row
 
 KEYS: Mapping[str, str] = {"text": "text", "messages": "messages", "prompt": "prompt", "completion": "completion"}
 """The names of the fields that --text-key, --messages-key, --prompt-key and --completion-key rename."""
+
+
+def field_names(data: RowOptions) -> dict[str, str]:
+    """The names of `KEYS` in rows with these options.
+
+    >>> field_names(RowOptions(prompt_key="question"))["prompt"]
+    'question'
+    """
+    return {name: getattr(data, f"{name}_key", default) for name, default in KEYS.items()}
+
 
 _TEMPLATE_FIELDS = ("tools", "functions", "chat_template_kwargs")  # what a row gives its chat template besides messages
 

@@ -11,7 +11,7 @@ from attrs import evolve, frozen
 
 from ..config.options import RowOptions
 from ..errors import InputError
-from .formats import KEYS, labeled_record
+from .formats import field_names, labeled_record
 from .rows import Row
 from .sources import Tokenizer
 from .tokenize import Example, preference_pair, record_example
@@ -37,7 +37,7 @@ def judged_row(row: Row, tokenizer: Tokenizer, *, data: RowOptions) -> tuple[Jud
     Raises:
         InputError: the row is not understood, or the chat template rejects it.
     """
-    keys = {**KEYS, "prompt": data.prompt_key}
+    keys = field_names(data)
     how = {"use_chat_template": data.use_chat_template, "max_seq_length": data.max_seq_length}
     if {"chosen", "rejected"} <= row.fields.keys():
         pair = preference_pair(row, tokenizer, keys=keys, **how)

@@ -13,8 +13,9 @@ from ..config.options import DataOptions, PairData, RowOptions
 from ..distributed.ranks import ALONE, Ranks
 from ..errors import InputError
 from .batching import Make, example_batch, pair_batch
-from .formats import KEYS
-from .rows import Row, read_splits, split_off
+from .formats import field_names
+from .memory import splits_of
+from .rows import Row, split_off
 from .token_cache import remembered
 from .tokenize import Counts, Example, Pair, check_ids, preference_pair, supervised_example, tokenize_all
 
@@ -131,20 +132,13 @@ class RowSource(Source):
     def encoder(self) -> Encoder:
         """See `Source`."""
         data = self.data
-        if data.train_on == "last" and not data.mask_prompt:
-            raise InputError("--train-on last chooses among assistant turns; add --mask-prompt, which trains these alone")
         return partial(
             supervised_example,
             mask_prompt=data.mask_prompt,
             train_on=data.train_on,
             use_chat_template=data.use_chat_template,
             max_seq_length=data.max_seq_length,
-            keys={
-                "text": data.text_key,
-                "messages": data.messages_key,
-                "prompt": data.prompt_key,
-                "completion": data.completion_key,
-            },
+            keys=field_names(data),
         )
 
     def make(self, context: Context) -> Make:
@@ -181,7 +175,7 @@ class PairSource(Source):
             max_seq_length=data.max_seq_length,
             prompt_truncation=data.prompt_truncation,
             train_prompt=self.train_prompt,
-            keys={**KEYS, "prompt": data.prompt_key},
+            keys=field_names(data),
         )
 
     def make(self, context: Context) -> Make:

@@ -4,7 +4,7 @@ Plain text is encoded whole, with the end-of-sequence token behind it. The chat 
 completion starts at the first token where the prompt alone and the whole text differ, so no merged token is cut in two.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -125,15 +125,14 @@ def record_example(
             ids = _encode(tokenizer, _ended(tokenizer, text))
             loss_mask = [True] * len(ids)
         case ChatRecord(messages=messages) if mask_prompt:
-            turns = sorted(trained_turns(messages))
-            chosen = turns[-1:] if train_on == "last" else turns
+            turns = trained_turns(messages, train_on=train_on)
             ids, loss_mask = assistant_turns(
-                tokenizer, unweighted(messages), record.location, trained=chosen, **_template_input(record)
+                tokenizer, unweighted(messages), record.location, trained=turns, **_template_input(record)
             )
         case ChatRecord(messages=messages):
             ids, loss_mask = _chat_tokens(tokenizer, messages, record)
         case CompletionRecord(completion=completion):
-            (whole,) = _wholes(tokenizer, record, [completion], use_chat_template)
+            (whole,) = _wholes(tokenizer, record, [completion], use_chat_template, train_on)
             ids, loss_mask = whole.ids, whole.completion(whole.start) if mask_prompt else whole.every
     return _example(ids, loss_mask, record.location, max_seq_length)
 
@@ -249,7 +248,11 @@ class _Whole(NamedTuple):
 
 
 def _wholes(
-    tokenizer: Any, record: CompletionRecord | PairRecord, completions: list[str | list[Message]], use_chat_template: bool
+    tokenizer: Any,
+    record: CompletionRecord | PairRecord,
+    completions: list[str | list[Message]],
+    use_chat_template: bool,
+    train_on: Literal["all", "last"] = "all",
 ) -> list[_Whole]:
     """The prompt with each completion."""
     prompt = _prompt(tokenizer, record, use_chat_template, None)
@@ -257,7 +260,8 @@ def _wholes(
         text = _with_system_text(record.prompt, record.system)
         return [_joined(prompt, _encode(tokenizer, _ended(tokenizer, text + str(completion)))) for completion in completions]
     messages = _as_conversation(record, None)
-    return [_answered(tokenizer, record, messages, _as_answer(completion), prompt) for completion in completions]
+    wholes = [whole_conversation(messages, _as_answer(completion)) for completion in completions]
+    return [_answered(tokenizer, record, whole, trained_turns(whole[0], whole[1], train_on), prompt) for whole in wholes]
 
 
 def _joined(prompt: list[int], ids: list[int]) -> _Whole:
@@ -265,13 +269,16 @@ def _joined(prompt: list[int], ids: list[int]) -> _Whole:
 
 
 def _answered(
-    tokenizer: Any, record: CompletionRecord | PairRecord, prompt: list[Message], answer: list[Message], prompt_ids: list[int]
+    tokenizer: Any,
+    record: CompletionRecord | PairRecord,
+    whole: tuple[list[Message], int],
+    trained: Collection[int],
+    prompt: list[int],
 ) -> _Whole:
-    """The conversation of a prompt and an answer, which may hold several turns."""
-    messages, first = whole_conversation(prompt, answer)
-    trained = trained_turns(messages, first)
+    """A conversation, with the message in which the answer starts; `trained` are the turns of the answer that are trained."""
+    messages, first = whole
     ids, every = _chat_tokens(tokenizer, messages, record)
-    start = common_prefix(prompt_ids, ids)
+    start = common_prefix(prompt, ids)
     if trained == {first} and len(messages) == first + 1:
         return _Whole(ids, start, every)
     _, turns = assistant_turns(tokenizer, unweighted(messages), record.location, trained=trained, **_template_input(record))

@@ -8,7 +8,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
-from attrs import asdict, evolve, frozen
+from attrs import evolve, frozen
 from rich.console import Console
 from rich.text import Text
 
@@ -69,9 +69,8 @@ def read_preview(source: Source, parse: Parse, tokenizer: Any) -> Preview:
         return source.prepare(row, tokenizer) if item is not None and lengths[-1] > data.max_seq_length else item
 
     rows = sources.load_rows(data, 0)
-    keys = {name.removesuffix("_key"): value for name, value in asdict(data).items() if name.endswith("_key")}
     splits = sources.tokenize(source, rows, tokenizer, encoder=encode)
-    return Preview(source, rows, splits, tokenizer, lambda row: parse(row, {**formats.KEYS, **keys}), lengths)
+    return Preview(source, rows, splits, tokenizer, lambda row: parse(row, formats.field_names(data)), lengths)
 
 
 def show_preview(preview: Preview, count: int = 3, console: Console | None = None) -> None:

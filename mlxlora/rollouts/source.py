@@ -13,7 +13,7 @@ from ..batch import Batch
 from ..config.options import PromptData, RewardOptions
 from ..data.batching import Make, MicroBatch, as_padding, collate, singles
 from ..data.dialogue import sampled_turns
-from ..data.formats import KEYS
+from ..data.formats import field_names
 from ..data.pooled import Pooled
 from ..data.sources import Context, Encoder, Source
 from ..data.tokenize import Example, Prompt, prompt_example
@@ -110,7 +110,7 @@ class PromptSource(Source):
             use_chat_template=data.use_chat_template,
             max_prompt_length=data.max_seq_length,
             system=data.system,
-            keys={**KEYS, "prompt": data.prompt_key},
+            keys=field_names(data),
         )
 
     def make(self, context: Context) -> Make:

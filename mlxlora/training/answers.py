@@ -7,7 +7,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm import generate
 
-from ..data.formats import KEYS
+from ..data.formats import field_names
 from ..data.prompts import Question, question
 from ..data.rows import Row
 from ..errors import InputError
@@ -63,7 +63,7 @@ def first_questions(run: Run, rows: Mapping[str, Sequence[Row]]) -> list[Questio
         "use_chat_template": data.use_chat_template,
         "system": getattr(data, "system", None),
         "vocabulary": vocabulary(run.model),
-        "keys": {name: getattr(data, f"{name}_key", default) for name, default in KEYS.items()},
+        "keys": field_names(data),
     }
     found = []
     for row in (rows.get("valid") or rows["train"])[: options.output.answers]:

@@ -1,11 +1,15 @@
 """Rendered conversations: cases from the field, what templates accept, and which tokens turns wrote."""
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import PreTrainedTokenizerFast
 
+from mlxlora import starter
 from mlxlora.data.chat_template import assistant_turns, render
 from mlxlora.data.messages import as_messages
 from mlxlora.data.rows import Row, read_rows
@@ -15,7 +19,7 @@ from mlxlora.data.tokenize import Example, preference_pair, prompt_example, supe
 from mlxlora.errors import InputError
 
 from ..support.chat import chat_tokenizer, trained_texts
-from ..support.paths import SHARED
+from ..support.paths import SHARED, Outcome
 from ..support.templates import TEMPLATES
 
 FIELD = SHARED / "field"
@@ -189,7 +193,30 @@ def test_train_on_the_last_turn() -> None:
     assert trained(last, tok) == ["23<|im_end|>\n"]  # of those that are to be trained
     assert trained(supervised_example(row, tok, mask_prompt=True), tok) == ["21<|im_end|>\n", "23<|im_end|>\n"]
     with pytest.raises(InputError, match=r"--train-on last .*add --mask-prompt"):
-        _ = rows("data", train_on="last").encoder
+        rows("data", train_on="last")
+
+
+def test_train_on_the_last_turn_of_a_completion() -> None:
+    tok = tokenizer(TEMPLATES["chatml"])
+    answer = [*CHAT[1:], {"role": "user", "content": "?"}, {"role": "assistant", "content": "3", "weight": 0}]
+    row = Row({"prompt": CHAT[:1], "completion": answer}, "a.jsonl", 7)
+    assert trained(supervised_example(row, tok, mask_prompt=True), tok) == ["2<|im_end|>\n", "2<|im_end|>\n"]
+    assert trained(supervised_example(row, tok, mask_prompt=True, train_on="last"), tok) == ["2<|im_end|>\n"]
+    single = Row({"prompt": CHAT[:1], "completion": CHAT[1:2]}, "a.jsonl", 7)
+    assert trained(supervised_example(single, tok, mask_prompt=True, train_on="last"), tok) == ["2<|im_end|>\n"]
+
+
+def test_train_on_is_an_option_of_masked_runs(tmp_path: Path, mlxlora: Callable[..., Outcome]) -> None:
+    """Refused before the model or the data are looked for."""
+    done = mlxlora("sft", "--model", tmp_path / "none", "--data", tmp_path, "--train-on", "last")
+    assert done.code == 2 and done.err.count("\n") == 1 and "add --mask-prompt" in done.err
+    (tmp_path / "run.yaml").write_text("train_on: last\nmask_prompt: true\n")
+    (tmp_path / "rows.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    )
+    model = ("--model", starter.model_path(), "--data", tmp_path / "rows.jsonl")
+    done = mlxlora("preview", *model, "--config", tmp_path / "run.yaml", "--json")
+    assert done.code == 0 and json.loads(done.out)["trained"], done.err
 
 
 def test_marks_choose_among_the_words_of_a_turn() -> None:

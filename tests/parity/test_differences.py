@@ -230,6 +230,24 @@ def cut_off() -> None:
     assert PairData(data="rows").max_seq_length == 2048
 
 
+@difference("users and tools inside a completion of several turns")
+def turns_of_others() -> None:
+    """The completion "b", "c" of the user, "d" has 6 trained tokens: d, <|im_end|> and the line's end, and those of b.
+
+    TRL trains all that follows the prompt, with "<|im_start|>user\\nc<|im_end|>\\n<|im_start|>assistant\\n" between them.
+    """
+    tokenizer = chat_tokenizer(TEMPLATE, eos="<|im_end|>")
+    turns = [{"role": role, "content": text} for role, text in (("assistant", "b"), ("user", "c"), ("assistant", "d"))]
+    asked = [{"role": "user", "content": "a"}]
+    trl = tokenizer.apply_chat_template([*asked, *turns])[len(tokenizer.apply_chat_template(asked, add_generation_prompt=True)) :]
+    sft = supervised_example(Row({"prompt": asked, "completion": turns}, "rows", 1), tokenizer, mask_prompt=True)
+    pair = preference_pair(Row({"prompt": asked, "chosen": turns, "rejected": turns[2:]}, "rows", 1), tokenizer)
+    assert sft is not None and pair is not None
+    for example in (sft, pair.chosen):
+        assert tokenizer.decode(example.tokens[example.loss_mask]) == "b<|im_end|>\nd<|im_end|>\n"
+        assert example.loss_mask.sum() == 6 and len(trl) == 6 + len("user\nc\nassistant\n") + 3  # two headers and an end
+
+
 @difference("prompts of `prompt`, `completion` rows in SFT")
 def sft_prompts() -> None:
     """A prompt of 3 tokens, a completion of 2 and the end; the first token has nothing that predicts it."""

@@ -4,6 +4,7 @@ from typing import Literal
 
 from attrs import validators as v
 
+from ...errors import InputError
 from ..fields import group, option
 
 
@@ -40,6 +41,10 @@ class DataOptions(RowOptions):
         False, "Fill each training row with several examples that do not see each other; --batch-size counts packed rows."
     )
 
+
+    def __attrs_post_init__(self) -> None:
+        if self.train_on == "last" and not self.mask_prompt:
+            raise InputError("--train-on last chooses among assistant turns; add --mask-prompt, which trains these alone")
 
 @group("Data")
 class GroupOptions(RowOptions):
