@@ -1,7 +1,7 @@
 """Sources of batches: rows to items, items to micro-batches."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, final
@@ -14,8 +14,7 @@ from ..distributed.ranks import ALONE, Ranks
 from ..errors import InputError
 from .batching import Make, example_batch, pair_batch
 from .formats import field_names
-from .memory import splits_of
-from .rows import Row, split_off
+from .rows import Row, read_splits, split_off
 from .token_cache import remembered
 from .tokenize import Counts, Example, Pair, check_ids, preference_pair, supervised_example, tokenize_all
 
@@ -40,6 +39,7 @@ class Context:
             policy samples; None: it needs none.
         warn: prints a warning for the user.
     """
+        vocabularies: how many tokens each model has that reads what the policy samples; see `check_examples`.
 
     model: nn.Module
     tokenizer: Tokenizer
@@ -51,6 +51,7 @@ class Context:
     reference: Callable[[], AbstractContextManager[nn.Module]] | None = None
     warn: Callable[[str], object] = lambda _: None
 
+    vocabularies: Mapping[str, int] = field(factory=dict)
 
 @frozen
 class Source(ABC):
@@ -269,11 +270,23 @@ def tokenize(
     return {name: evolve(split, items=source.arrange(split.items)) for name, split in found.items()}
 
 
-def check_tokens(source: Source, splits: Mapping[str, Split], vocabulary: int, tokenizer: Tokenizer) -> None:
-    """Checks that every token has an embedding; MLX would read past the end of the matrix.
+def check_tokens(source: Source, splits: Mapping[str, Split], vocabularies: Mapping[str, int], tokenizer: Tokenizer) -> None:
+    """`check_examples` of all rows."""
+    examples = (e for split in splits.values() for item in split.items for e in source.examples(item))
+    check_examples(examples, vocabularies, tokenizer)
+
+
+def check_examples(examples: Iterable[Example], vocabularies: Mapping[str, int], tokenizer: Tokenizer) -> None:
+    """Checks that every token has an embedding in each model; MLX would read past the end of the matrix.
+
+    Args:
+        examples: what the models read.
+        vocabularies: how many tokens each of them has, by what messages call it, such as "the teacher".
+        tokenizer: of all of them.
 
     Raises:
-        InputError: a token is not in the vocabulary of the model; the message names the row.
+        InputError: a token is not in the vocabulary of a model; the message names the row.
     """
-    for example in (e for split in splits.values() for item in split.items for e in source.examples(item)):
-        check_ids(example.tokens, example.location, vocabulary, tokenizer)
+    for example in examples if vocabularies else ():
+        for whose, size in vocabularies.items():
+            check_ids(example.tokens, example.location, size, tokenizer, whose)

@@ -214,15 +214,15 @@ def tokenize_all(
     return items, Counts(rows=len(made), truncated=truncated, dropped=len(made) - len(items))
 
 
-def check_ids(tokens: np.ndarray, location: str, vocabulary: int, tokenizer: Any) -> None:
+def check_ids(tokens: np.ndarray, location: str, vocabulary: int, tokenizer: Any, whose: str = "the model") -> None:
     """Checks that every token has an embedding; MLX would read past the end of the matrix.
 
     Raises:
-        InputError: a token is not in the vocabulary of the model; the message begins with `location`.
+        InputError: a token is not in the vocabulary of the model; the message begins with `location` and names the model `whose`.
     """
     if len(tokens) and (largest := int(tokens.max())) >= vocabulary:
         raise InputError(
-            f"{location}: token {largest} ({tokenizer.decode([largest])!r}) is not among the model's {vocabulary}: "
+            f"{location}: token {largest} ({tokenizer.decode([largest])!r}) is not among {whose}'s {vocabulary}: "
             "the tokenizer has more tokens than the weights; use the tokenizer of this model"
         )
 

@@ -41,6 +41,7 @@ class Scorer:
         columns: columns of the batch to compute, of `distribution.COLUMNS`; True: with a gradient, False: as a constant.
         chunk: trained tokens that pass through the head at once.
         gathers: parameters of the head that are slices: gathered once for all chunks, whose number differs between ranks.
+        vocabulary: V.
     """
 
     model: nn.Module
@@ -50,6 +51,7 @@ class Scorer:
     columns: Mapping[str, bool] = field(factory=dict)
     chunk: int = 0
     gathers: Unit | None = None
+    vocabulary: int = 0
 
     def __call__(self, batch: Batch, *, gradient: bool = True) -> tuple[mx.array, Batch]:
         inner = partial(_scores, self.logits, self.columns)
@@ -59,6 +61,11 @@ class Scorer:
         """Log-probabilities, and the batch with the other scores: `more`, then the columns."""
         logps, *values = mx.where(batch.sequence < batch.sequences, scores, 0.0)
         return logps, batch._replace(**dict(zip((*more, *gradients_first(self.columns)), values, strict=True)))
+
+    @property
+    def others(self) -> dict[str, int]:
+        """How many tokens other models have that read the batches, by what messages call them."""
+        return {}
 
     @property
     def kinds(self) -> int:
@@ -118,8 +125,8 @@ def scorer(
         trainable = _head_parameters(split, gathers) if split else ()
         size = vocabulary(model)
     if split is None:
-        return Scorer(model, None, temperature=temperature, columns=columns)
-    return Scorer(model, split, trainable, temperature, columns, chunk or affordable_chunk(size), gathers)
+        return Scorer(model, None, temperature=temperature, columns=columns, vocabulary=size)
+    return Scorer(model, split, trainable, temperature, columns, chunk or affordable_chunk(size), gathers, size)
 
 
 def affordable_chunk(vocabulary: int) -> int:

@@ -45,6 +45,11 @@ class TeacherScorer(Scorer):
         return self._filled(batch, scores, ("divergence",))
 
     @property
+    def others(self) -> dict[str, int]:
+        """See `Scorer`."""
+        return {"the teacher": self.teacher.vocabulary}
+
+    @property
     def kinds(self) -> int:
         """How many scores have a gradient, the divergence among them."""
         return 2 + sum(self.columns.values())

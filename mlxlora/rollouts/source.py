@@ -15,7 +15,7 @@ from ..data.batching import Make, MicroBatch, as_padding, collate, singles
 from ..data.dialogue import sampled_turns
 from ..data.formats import field_names
 from ..data.pooled import Pooled
-from ..data.sources import Context, Encoder, Source
+from ..data.sources import Context, Encoder, Source, check_examples
 from ..data.tokenize import Example, Prompt, prompt_example
 from ..objectives.advantages import Advantage, group_relative
 from .engine import Completion, Decoding, sample
@@ -206,6 +206,7 @@ class Roller:
         known = groups or [stand_in(items[0], how.group_size, len(how.rewards))]
         batch, examples, together = self.source.batch(context, how, known)
         rows = tuple(group.prompt.location for group in groups)
+        check_examples(examples, context.vocabularies, context.tokenizer)
         tokens = sum(len(e.tokens) for e in examples)
         micro = MicroBatch(batch, tokens, rows, metrics, samples(groups, how.rewards), together)
         return micro if groups else as_padding(micro)

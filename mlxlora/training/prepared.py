@@ -15,14 +15,14 @@ from ..adapters.prepare import load_weights, prepare
 from ..data.batching import Make, read_positions, spread
 from ..data.packing import packed
 from ..data.shape_buckets import capped
-from ..data.sources import Context, Source, Split
+from ..data.sources import Context, Source, Split, check_tokens
 from ..data.tokenize import Example
 from ..distributed.ranks import Ranks
 from ..distributed.sharding import shard
 from ..errors import InputError
 from ..models.grad_checkpoint import checkpointed
 from ..models.logprobs import Scorer, scorer
-from ..models.modes import evaluating, freeze
+from ..models.modes import evaluating, freeze, vocabulary
 from ..models.neftune import noisy
 from ..models.row_layouts import layout_obstacle, packed_layout, pays, use_windows
 from ..objectives.cross_row import compares_rows
@@ -82,7 +82,7 @@ def prepare_run(run: Run, reporter: Reporter, only: Mapping[str, Sequence[int]] 
         ranks = shard(run.model, ranks)
     limit, saved = limit_memory(training.memory_limit), _saved_by_sharing(schedule, ranks)
     _make_trainable(run, ranks)
-    policy = _reference_policy(run)
+    policy, reference_size = _reference_policy(run)
     if policy and not run.source.online:
         together = _sequences_of_item(schedule) if saved is not None else 1
         schedule = _with_reference(run, schedule, _RowScoring(policy, ranks, reporter, together), only or {})
@@ -91,6 +91,7 @@ def prepare_run(run: Run, reporter: Reporter, only: Mapping[str, Sequence[int]] 
         share = _shares(run, score, saved, reporter)
         if run.source.packing:
             schedule = _packed(schedule, run.model, score, reporter)
+        check_tokens(run.source, run.splits, score.others, run.tokenizer)
         cost = cost_of_position(run.model, recomputed=_recomputes(training.grad_checkpoint, ranks))
     if score.split is None:
         reporter.note("this model cannot be split into backbone and head: the logits of all tokens are computed", warning=True)
@@ -104,6 +105,7 @@ def prepare_run(run: Run, reporter: Reporter, only: Mapping[str, Sequence[int]] 
         ranks=ranks,
         reference=live,
         warn=partial(reporter.note, warning=True),
+        vocabularies=score.others | reference_size,
     )
     train, valid = plain_maker(schedule.source, context), plain_maker(schedule.source, evolve(context, validation=True))
     if live:  # validation measures rewards, which need no reference
@@ -204,13 +206,20 @@ def _check_splits(schedule: Schedule, options: RunOptions) -> None:
 # --- reference --------------------------------------------------------------------------------
 
 
-def _reference_policy(run: Run) -> Policy | None:
-    """The reference: another model, or the policy as training starts; None if the objective needs none."""
+def _reference_policy(run: Run) -> tuple[Policy | None, dict[str, int]]:
+    """The reference, and how many tokens it has if it is another model; None if the objective needs none.
+
+    Raises:
+        InputError: the rows have a token that another model does not have.
+    """
     if "ref_logps" not in run.objective.needs:
-        return None
+        return None, {}
     if run.reference.load is None:
-        return policy_at_start(run.model, run.options.adapter)
-    return partial(nullcontext, freeze(run.reference.load(run.tokenizer)).eval())  # frozen: no gradient is looked for
+        return policy_at_start(run.model, run.options.adapter), {}
+    model = freeze(run.reference.load(run.tokenizer)).eval()  # frozen: no gradient is looked for
+    size = {"the reference": vocabulary(model)}
+    check_tokens(run.source, run.splits, size, run.tokenizer)
+    return partial(nullcontext, model), size
 
 
 def _sequences_of_item(schedule: Schedule) -> int:

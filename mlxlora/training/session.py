@@ -132,7 +132,7 @@ def evaluate_split(
         raise InputError(f"{data_options.data}: no {split} split; found {', '.join(k for k in rows if rows[k])}")
     model, tokenizer = load(base, adapter_path)
     splits = sources.tokenize(source, {split: rows[split]}, tokenizer)
-    sources.check_tokens(source, splits, vocabulary(model), tokenizer)
+    sources.check_tokens(source, splits, {"the model": vocabulary(model)}, tokenizer)
     objective = objectives.sft()
     ranks, schedule = current_ranks(), Schedule(source, splits, Training(batch_size=batch_size))
     make = plain_maker(source, Context(model, tokenizer, seed, validation=True, ranks=ranks))
@@ -163,7 +163,7 @@ def _run(recipe: Recipe, model: nn.Module, tokenizer: Any, rows: dict[str, list[
     with ranks.together():
         check_options(training, adapter, online=source.online, with_teacher="extend" in recipe.extras)
         splits = sources.tokenize(source, rows, tokenizer, reporter.note)
-        sources.check_tokens(source, splits, vocabulary(model), tokenizer)
+        sources.check_tokens(source, splits, {"the model": vocabulary(model)}, tokenizer)
     if ranks.leads and not output.dry_run:
         rows_of = {name: split.counts.rows for name, split in splits.items()}
         reporter = ReporterGroup(*reporter.members, Card(Path(output.adapter_path), rows_of, method))

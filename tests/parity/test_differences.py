@@ -243,9 +243,9 @@ def turns_of_others() -> None:
     sft = supervised_example(Row({"prompt": asked, "completion": turns}, "rows", 1), tokenizer, mask_prompt=True)
     pair = preference_pair(Row({"prompt": asked, "chosen": turns, "rejected": turns[2:]}, "rows", 1), tokenizer)
     assert sft is not None and pair is not None
-    for example in (sft, pair.chosen):
-        assert tokenizer.decode(example.tokens[example.loss_mask]) == "b<|im_end|>\nd<|im_end|>\n"
-        assert example.loss_mask.sum() == 6 and len(trl) == 6 + len("user\nc\nassistant\n") + 3  # two headers and an end
+    for ours in (sft, pair.chosen):
+        assert tokenizer.decode(ours.tokens[ours.loss_mask]) == "b<|im_end|>\nd<|im_end|>\n"
+        assert ours.loss_mask.sum() == 6 and len(trl) == 6 + len("user\nc\nassistant\n") + 3  # two headers and an end
 
 
 @difference("prompts of `prompt`, `completion` rows in SFT")

@@ -32,7 +32,7 @@ class DataOptions(RowOptions):
 
     mask_prompt: bool = option(False, "Train on completions and assistant turns only.")
     train_on: Literal["all", "last"] = option(
-        "all", "Assistant turns that --mask-prompt trains in a conversation: all, or the last only."
+        "all", "Assistant turns that --mask-prompt trains in a conversation or completion: all, or the last only."
     )
     text_key: str = option("text", "Name of the field that holds plain text.")
     messages_key: str = option("messages", "Name of the field that holds messages.")
@@ -41,12 +41,12 @@ class DataOptions(RowOptions):
         False, "Fill each training row with several examples that do not see each other; --batch-size counts packed rows."
     )
 
-
     def __attrs_post_init__(self) -> None:
         if self.train_on == "last" and not self.mask_prompt:
             raise InputError("--train-on last chooses among assistant turns; add --mask-prompt, which trains these alone")
 
 @group("Data")
+
 class GroupOptions(RowOptions):
     """Rows in which several completions have one prompt."""
 
