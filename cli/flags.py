@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import import_module
-from typing import Annotated, Any, get_origin
+from typing import Annotated, Any
 
 import attrs
 import typer
@@ -14,7 +14,7 @@ import yaml
 
 from mlxlora.config import mlx_lm_compat as compat
 from mlxlora.config.config_file import ALIASES, TRAIN
-from mlxlora.config.fields import dashed, panel_of, plain_type
+from mlxlora.config.fields import dashed, flag_type, is_list, panel_of, plain_type
 from mlxlora.config.method_options import build, fields_of
 from mlxlora.config.mlx_lm_keys import Key
 from mlxlora.config.options import Training
@@ -120,8 +120,8 @@ def _flags(field: attrs.Attribute, cls: type, helps: Mapping[str, str | None]) -
     text = helps.get(field.name, field.metadata["help"])
     if text is None:
         return []
-    kind, default = field.type, field.default
-    if is_list(field):
+    kind, default = flag_type(field.type), field.default
+    if is_list(field.type):
         kind, default = list[str] | None, None if default is None else list(default)
     shown = typer.Option(
         _spelling(field),
@@ -145,7 +145,7 @@ def _metavar(field: attrs.Attribute) -> str | None:
     """What the help shows for the value: nothing for a switch, commas for a list; None: the name of the type."""
     if plain_type(field.type) is bool:
         return ""
-    return "<a,b,...>" if is_list(field) else None
+    return "<a,b,...>" if is_list(field.type) else None
 
 
 def _spelling(field: attrs.Attribute) -> str:
@@ -153,11 +153,6 @@ def _spelling(field: attrs.Attribute) -> str:
     flag = dashed(field.name)
     both = plain_type(field.type) is bool and field.default is not False
     return f"{flag}/{dashed(OFF + field.name)}" if both else flag
-
-
-def is_list(field: attrs.Attribute) -> bool:
-    """Whether an option takes several values."""
-    return get_origin(plain_type(field.type)) is tuple
 
 
 # --- what was typed -----------------------------------------------------------------------------
@@ -198,7 +193,7 @@ def _value(key: Key, text: str) -> Any:
 def _typed(ctx: typer.Context, fields: Mapping[str, attrs.Attribute], values: Mapping[str, Any]) -> Typed:
     """The flags that were given, as Typer read them, and those of peers."""
     given = {name: value for name, value in values.items() if _is_given(ctx, name)}
-    lists = {name for name, field in fields.items() if is_list(field)}
+    lists = {name for name, field in fields.items() if is_list(field.type)}
     return Typed(given, lists, ctx.meta.get(_PEERS, {}))
 
 

@@ -16,6 +16,7 @@ from ..errors import InputError, listed, plain, quoted
 from ..utils import trust
 from . import mlx_lm_compat as compat
 from .fields import dashed
+from .given import check_storable
 from .method_options import build as build
 from .method_options import dump as dump
 from .method_options import fields_of as fields_of
@@ -180,6 +181,10 @@ def _read(path: str | Path, reading: Reading, given: Mapping[str, Any], *, store
     values = _options(found, reading, given)
     values = _settled(values, reading, keys, {**values, **given})
     trust.check_config(path, values, given, lines, stored=stored)
+    check_storable(
+        {name: value for name, value in values.items() if name not in given},
+        lambda name: f"{path}:{lines[name]}: {name}" if name in lines else f"{path}: {name}",
+    )
     if peer and reading.strict and reading.command:
         for note in compat.notes(peer, str(path), {**values, **given}, reading.fields):
             reading.note(note)

@@ -6,7 +6,8 @@ This module imports neither mlx nor transformers, so that `mlxlora --help` stays
 import math
 import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from os import PathLike
 from typing import Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin
 
 import attrs
@@ -58,7 +59,17 @@ def option(default: Any, help: str, *checks: Any, order: int = 0) -> Any:
         order: fields of a lower order come first in the help.
     """
     validators = [_finite, _offered, *map(_reported, checks)]
-    return attrs.field(default=default, validator=validators, metadata={"help": help, "order": order})
+    convert: Any = attrs.Converter(_settled, takes_field=True)  # type: ignore[call-arg]
+    return attrs.field(default=default, converter=convert, validator=validators, metadata={"help": help, "order": order})
+
+
+def python_option(default: Any, help: str) -> Any:
+    """A field of a group that is neither a flag nor a key of a file, because its values are objects."""
+    return attrs.field(default=default, metadata={"help": help, "order": _AT_THE_END, ONLY_PYTHON: True})
+
+
+ONLY_PYTHON = "python"
+_AT_THE_END = 2
 
 
 def dashed(name: str) -> str:
@@ -71,14 +82,34 @@ def dashed(name: str) -> str:
 
 
 def plain_type(kind: Any) -> Any:
-    """`T` for `T | None`.
+    """`T` for `T | None`; of several types the first, which flags and files have, while Python may pass any.
 
-    >>> plain_type(float | None)
-    <class 'float'>
+    >>> plain_type(float | None), plain_type(str | list | None)
+    (<class 'float'>, <class 'str'>)
     """
     if get_origin(kind) not in (Union, types.UnionType):
         return kind
     return next(part for part in get_args(kind) if part is not type(None))
+
+
+def flag_type(kind: Any) -> Any:
+    """The type of a flag of an option.
+
+    >>> flag_type(str | list | None), flag_type(int | list)
+    (str | None, <class 'int'>)
+    """
+    plain = plain_type(kind)
+    return plain | None if type(None) in get_args(kind) else plain
+
+
+def is_given(value: Any, kind: Any) -> bool:
+    """Whether a value is an object that only Python can pass, in place of one that a flag or a file has.
+
+    >>> is_given(len, str | Callable[..., Any]), is_given("len", str | Callable[..., Any]), is_given(len, str)
+    (True, False, False)
+    """
+    others = [part for part in get_args(kind) if part is not type(None)][1:] if plain_type(kind) is not kind else []
+    return bool(others) and not isinstance(value, str | int | float | list | tuple)
 
 
 def choices(kind: Any) -> tuple[Any, ...]:
@@ -100,6 +131,24 @@ def names_in(values: tuple[Any, ...]) -> str:
     return f"one of {', '.join(map(str, values))}"
 
 
+def _settled(value: Any, field: Any) -> Any:
+    """What Python passes: text for a path; a tuple for a list, so that a group stays what it is; one text is a list of one."""
+    if isinstance(value, PathLike):
+        return str(value)
+    if not is_list(field.type) or value is None:
+        return value
+    return (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
+
+
+def is_list(kind: Any) -> bool:
+    """Whether an option takes several values.
+
+    >>> is_list(Sequence[str] | None), is_list(str)
+    (True, False)
+    """
+    return get_origin(plain_type(kind)) in (tuple, Sequence)
+
+
 def _ordered(_: type, fields: list[attrs.Attribute]) -> list[attrs.Attribute]:
     return sorted(fields, key=lambda field: field.metadata.get("order", 0))
 
@@ -111,7 +160,7 @@ def _finite(_: Any, field: Any, value: Any) -> None:
 
 def _offered(_: Any, field: Any, value: Any) -> None:
     offered = choices(field.type)
-    if offered and value is not None and value not in offered:
+    if offered and value is not None and not is_given(value, field.type) and value not in offered:
         raise InputError(f"{dashed(field.name)} must be {names_in(offered)}, got {quoted(value)}")
 
 
@@ -119,7 +168,7 @@ def _reported(check: Any) -> Any:
     """The check, with an error of one line for the user."""
 
     def run(options: Any, field: Any, value: Any) -> None:
-        if value is None:
+        if value is None or is_given(value, field.type):
             return
         try:
             check(options, field, value)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar, dataclass_transform
 import attrs
 
 from ..errors import InputError
+from .given import storable
 
 Part = TypeVar("Part")
 
@@ -93,14 +94,14 @@ def build(group: type, values: Mapping[str, Any]) -> Any:
 
 
 def dump(*groups: Any) -> dict[str, Any]:
-    """The options of groups as one flat mapping that a configuration file can hold, lists for tuples.
+    """The options of groups as one flat mapping that a configuration file can hold, see `storable`.
 
     >>> from mlxlora.config.options import SFTOptions
     >>> dump(SFTOptions(loss_type="dft"))
     {'loss_type': 'dft', 'neftune_noise_alpha': 0.0, 'objective': None}
     """
     flat = {name: value for group in groups for name, value in attrs.asdict(group, recurse=False).items()}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
+    return {name: storable(value) for name, value in flat.items()}
 
 
 def options_for(function: Callable[..., Any], *groups: Any) -> dict[str, Any]:

@@ -1,15 +1,15 @@
 """Converts values of YAML files and flags to the types of options."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, get_args, get_origin
+from typing import Any, get_args
 
-from .fields import choices, names_in, plain_type
+from .fields import choices, is_list, names_in, plain_type
 
 
 def coerce(value: Any, kind: Any) -> Any:
     """Converts a value to the type of an option; reads text as a flag does, so that YAML's `1e-5` is a number.
 
-    >>> coerce("1e-5", float), coerce("q_proj, v_proj", tuple[str, ...]), coerce([1, 2], tuple[float, ...] | None)
+    >>> coerce("1e-5", float), coerce("q_proj, v_proj", Sequence[str]), coerce([1, 2], Sequence[float] | None)
     (1e-05, ('q_proj', 'v_proj'), (1.0, 2.0))
 
     Raises:
@@ -18,7 +18,7 @@ def coerce(value: Any, kind: Any) -> Any:
     kind = plain_type(kind)
     if offered := choices(kind):
         return _choice(value, offered)
-    if get_origin(kind) is tuple:
+    if is_list(kind):
         return _tuple(value, get_args(kind)[0])
     return _PARSERS[kind](value)
 

@@ -15,7 +15,8 @@ from ..config.mlx_lm_keys import HUB
 from ..errors import InputError, described, reason
 
 _SUFFIXES = (".jsonl", ".json", ".jsonl.gz")
-_SPLITS = {"train": ("train",), "valid": ("valid", "validation", "dev"), "test": ("test",)}
+SPLIT_NAMES = {"train": ("train",), "valid": ("valid", "validation", "dev"), "test": ("test",)}
+"""The splits, and the names that each may have."""
 _SAVED = ("dataset_dict.json", "state.json")  # what Dataset.save_to_disk writes
 _OBJECTS = ("tools", "functions", "chat_template_kwargs")  # columns of objects that a chat template reads
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
@@ -117,7 +118,7 @@ def _refuse_slices(asked: Mapping[str, str] | None, path: Path) -> None:
 
 
 def _read_folder(folder: Path, asked: Mapping[str, str] | None) -> dict[str, list[Row]]:
-    files = {split: _split_file(folder, names) for split, names in _SPLITS.items()}
+    files = {split: _split_file(folder, names) for split, names in SPLIT_NAMES.items()}
     if files["train"] is not None:
         _refuse_slices(asked, folder)
         return {split: read_rows(file) for split, file in files.items() if file is not None}
@@ -141,11 +142,11 @@ def _read_with_datasets(name: str, asked: Mapping[str, str] | None = None) -> di
         splits = _load_splits(datasets, name, asked or {})
     except Exception as error:  # the hub, the network or any loader; the user can act on the message
         raise InputError(f"{name}: cannot be loaded: {reason(error, 1000)}") from error
-    found = {split: next((splits[given] for given in names if given in splits), None) for split, names in _SPLITS.items()}
+    found = {split: next((splits[given] for given in names if given in splits), None) for split, names in SPLIT_NAMES.items()}
     if found["train"] is None:
         raise InputError(f"{name}: no train split; found {', '.join(sorted(splits))}")
     return {
-        split: [Row(_without_filler(fields), f"{name}[{split}]", number) for number, fields in enumerate(rows, 1)]
+        split: [Row(without_filler(fields), f"{name}[{split}]", number) for number, fields in enumerate(rows, 1)]
         for split, rows in found.items()
         if rows is not None
     }
@@ -166,10 +167,10 @@ def _sliced(datasets: Any, splits: Mapping[str, Any], rows: str) -> Any:
     return datasets.concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
 
 
-def _without_filler(fields: Mapping[str, Any]) -> dict[str, Any]:
+def without_filler(fields: Mapping[str, Any]) -> dict[str, Any]:
     """A row without the nulls that Arrow adds: it gives all objects of a column the same keys.
 
-    >>> _without_filler({"tools": [{"a": {"x": 1, "y": None}}], "messages": [{"role": "user", "name": None}], "info": {"z": None}})
+    >>> without_filler({"tools": [{"a": {"x": 1, "y": None}}], "messages": [{"role": "user", "name": None}], "info": {"z": None}})
     {'tools': [{'a': {'x': 1}}], 'messages': [{'role': 'user'}], 'info': {'z': None}}
     """
     return {name: _pruned(value) if name in _OBJECTS or _has_messages(value) else value for name, value in fields.items()}

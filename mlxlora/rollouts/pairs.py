@@ -8,6 +8,7 @@ import numpy as np
 from attrs import evolve, frozen
 
 from ..adapters.prepare import disabled
+from ..config.given import Data
 from ..config.options import PromptData
 from ..data.batching import collate
 from ..data.sources import Context, Source
@@ -17,13 +18,13 @@ from .groups import CompletionGroup
 from .source import Laid, PromptSource, Rollouts, by_policy, prompt_fields, sequence, with_advantages
 
 
-def on_policy_pairs(data: str | PromptData, rollouts: Rollouts, *, explore: bool = False, **options: Any) -> Source:
+def on_policy_pairs(data: Data | PromptData, rollouts: Rollouts, *, explore: bool = False, **options: Any) -> Source:
     """Prompts that the policy answers several times; the completions with the highest and the lowest reward make a pair.
 
     If the rewards of a prompt are all equal or all None, its pair has no trained token and so no gradient.
 
     Args:
-        data: folder, file or hub data set; or all options at once.
+        data: folder, file, hub data set or rows in memory; or all options at once.
         rollouts: how completions are sampled and rewarded.
         explore: two completions, the second by the reference, which is the policy as training starts (XPO).
         options: fields of `PromptData`.

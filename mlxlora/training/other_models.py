@@ -55,7 +55,7 @@ def loader(model: ModelOptions, path: str, flag: str = REFERENCE) -> Callable[[A
 def cached_reference(model: ModelOptions, method: DPOOptions | KTOOptions) -> ReferenceOptions:
     """The reference of rows that are scored once, before training."""
     path = method.reference_model_path
-    names = (path or model.model or "", "" if path else model.quantize or "")
+    names = (str(path or model.model or ""), "" if path else model.quantize or "")
     cache = reference_cache_file(*names) if method.reference_cache else None
     return ReferenceOptions(loader(model, path) if path else None, cache)
 

@@ -10,6 +10,7 @@ import numpy as np
 from attrs import evolve, frozen
 
 from ..batch import Batch
+from ..config.given import Data
 from ..config.options import RowOptions
 from ..data.batching import Make, MicroBatch, collate, completion_tokens, singles, spread, token_count
 from ..data.labeled import Judged, flattened, judged_row, with_mismatched
@@ -21,15 +22,15 @@ from ..models.logprobs import scorer
 from ..models.modes import evaluating
 
 
-def unpaired(data: str | RowOptions, *, reference_point: bool = True, **options: Any) -> Source:
+def unpaired(data: Data | RowOptions, *, reference_point: bool = True, **options: Any) -> Source:
     """Labeled rows: prompt, completion and whether it is desirable; a preference pair counts as one row of each label.
 
     Args:
-        data: folder, file or hub data set; or all options at once.
+        data: folder, file, hub data set or rows in memory; or all options at once.
         reference_point: measure `batch.reference_point` for objectives that need it, with one more forward pass for each batch.
         options: fields of `RowOptions`, such as `max_seq_length=1024`.
     """
-    data = RowOptions(data=data, **options) if isinstance(data, str) else evolve(data, **options)
+    data = evolve(data, **options) if isinstance(data, RowOptions) else RowOptions(data=data, **options)
 
     return UnpairedSource(data, live=reference_point)
 

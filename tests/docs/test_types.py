@@ -15,11 +15,14 @@ from mlxlora.config.method_options import fields_of
 INIT = Path(ml.__file__)
 
 RIGHT = """
+from pathlib import Path
+
 import mlxlora as ml
 from mlxlora import InputError, Training, nll
 
-results = ml.sft(model="m", data="rows.jsonl", iters=3, learning_rate=1e-4, lora_keys=("q_proj",))
+results = ml.sft(model="m", data=[{"text": "a"}], iters=3, learning_rate=1e-4, lora_keys=("q_proj",))
 steps: int = results["steps"]
+ml.sft(model=Path("m"), data={"train": [{"text": "a"}], "valid": []}, lora_keys=["q_proj"], adapter_path=Path("a"))
 ml.dpo(Training(iters=3), model="m", loss_type="ipo", beta=0.2)
 ml.grpo(Training(iters=3), ml.Output(quiet=True), ml.RewardOptions(rewards=("accuracy",)))
 objective: ml.Objective = ml.preference(ml.log_ratio, ml.hinge(beta=0.1)) + 0.2 * nll(of=ml.chosen) + 0.01 * ml.kl()
@@ -36,6 +39,7 @@ WRONG = {
     'ml.sft(iters="many")': "reportArgumentType",
     "ml.orpo(nll_on_promt=True)": "reportCallIssue",
     'ml.dpo("folder")': "reportArgumentType",
+    "ml.sft(data=3)": "reportArgumentType",
     'ml.sft(optimizer="adamm")': "reportArgumentType",
     "ml.not_there": "reportAttributeAccessIssue",
     "ml.nll() + 1": "reportOperatorIssue",

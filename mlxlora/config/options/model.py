@@ -1,19 +1,21 @@
 """Options of the model and of what is trained in it."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from attrs import validators as v
 
 from ..fields import AllOrCount, Pattern, Start, group, option
+from ..given import PathOrName
 
 
 @group("Model")
 class BaseOptions:
     """Which model."""
 
-    model: str | None = option(None, "Model folder or hub name.")
+    model: PathOrName | None = option(None, "Model folder or hub name.")
     trust_remote_code: bool = option(False, "Run Python code that comes with the model or its tokenizer.")
-    eos_token: tuple[str, ...] | None = option(
+    eos_token: Sequence[str] | None = option(
         None, "Tokens, or their ids, at which generation stops too, such as <|im_end|>; the model's own always count."
     )
 
@@ -43,10 +45,10 @@ class AdapterOptions:
         False,
         "Rank-stabilized LoRA: multiply the update by alpha / sqrt(rank) with alpha = scale x rank, so by scale x sqrt(rank).",
     )
-    rank_pattern: tuple[str, ...] | None = option(
+    rank_pattern: Sequence[str] | None = option(
         None, "Other ranks for some modules, such as q_proj=16,v_proj=4; alpha stays scale x rank, as in PEFT.", Pattern(int)
     )
-    alpha_pattern: tuple[str, ...] | None = option(None, "Other alphas for some modules, such as q_proj=32.", Pattern(float))
+    alpha_pattern: Sequence[str] | None = option(None, "Other alphas for some modules, such as q_proj=32.", Pattern(float))
     init_lora_weights: str = option(
         "default",
         "How adapters start: default (no update), pissa (principal components of the weights) or pissa_niter_N (an approximation "
@@ -54,7 +56,7 @@ class AdapterOptions:
         Start(),
     )
     dropout: float = option(0.0, "Dropout on the input of an update.", v.ge(0), v.lt(1))
-    lora_keys: tuple[str, ...] | None = option(
+    lora_keys: Sequence[str] | None = option(
         None,
         "Modules to adapt: paths in a block (self_attn.q_proj), last names (q_proj, embed_tokens, lm_head) or all-linear; "
         "default: all-linear.",
@@ -66,6 +68,6 @@ class AdapterOptions:
         "float32",
         "Type of stored adapters and optimizer state; adapters compute in the model's type, sums and losses in float32.",
     )
-    resume_adapter_file: str | None = option(
+    resume_adapter_file: PathOrName | None = option(
         None, "Start from these weights (adapters.safetensors) with a new optimizer and from the first row."
     )

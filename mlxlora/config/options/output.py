@@ -1,15 +1,18 @@
 """Options of files and reports."""
 
+from collections.abc import Sequence
+
 from attrs import validators as v
 
 from ..fields import EachOf, group, option
+from ..given import PathOrName
 
 
 @group("Output")
 class Output:
     """What a run writes and prints, and how often it validates."""
 
-    adapter_path: str = option("adapters", "Folder for adapters, metrics, configuration and checkpoints.")
+    adapter_path: PathOrName = option("adapters", "Folder for adapters, metrics, configuration and checkpoints.")
     overwrite: bool = option(False, "Replace the files of an earlier run in --adapter-path.")
     resume: bool = option(False, "Continue the run in --adapter-path exactly from its last checkpoint.")
     steps_per_report: int = option(10, "Steps between two reports.", v.ge(1))
@@ -27,7 +30,7 @@ class Output:
     show_config: bool = option(False, "Print every option of the run before it starts.")
     answers: int = option(1, "Number of validation prompts to answer before, during and after training; 0 = none.", v.ge(0))
     plot: bool = option(False, "Draw the metrics as metrics.png (pip install 'mlxlora[plot]').")
-    report_to: tuple[str, ...] | None = option(
+    report_to: Sequence[str] | None = option(
         None,
         "Send metrics to wandb, swanlab, trackio or tensorboard (pip install 'mlxlora[wandb]', ...).",
         EachOf("wandb", "swanlab", "trackio", "tensorboard"),

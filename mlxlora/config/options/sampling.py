@@ -1,5 +1,7 @@
 """Options of completions that the policy samples, and of their rewards."""
 
+from collections.abc import Sequence
+
 from attrs import validators as v
 
 from ..fields import group, option
@@ -43,9 +45,9 @@ class OwnSampling(SamplingOptions):
 class RewardOptions:
     """What completions are rewarded for."""
 
-    rewards: tuple[str, ...] = option(("accuracy",), "Reward functions: built in, or of --reward-file.")
+    rewards: Sequence[str] = option(("accuracy",), "Reward functions: built in, or of --reward-file.")
     reward_file: str | None = option(None, "Your own reward functions: a Python file.")
-    reward_weights: tuple[float, ...] | None = option(None, "Weight of each reward; default: 1.")
+    reward_weights: Sequence[float] | None = option(None, "Weight of each reward; default: 1.")
     reward_model: str | None = option(None, "Reward by this model, a folder of a sequence classifier, in place of --rewards.")
     reward_timeout: float | None = option(None, "Longest time, s, that a reward function may take for a batch.", v.gt(0))
     mask_truncated: bool = option(False, "Give completions that were cut at the length limit no weight.")

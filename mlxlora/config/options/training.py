@@ -1,5 +1,6 @@
 """Options of the optimization."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from attrs import validators as v
@@ -24,9 +25,7 @@ class Training:
     loraplus_lr_ratio: float | None = option(
         None, "LoRA+: the learning rate of B (and of DoRA's magnitudes) is this many times that of A.", v.gt(0)
     )
-    betas: tuple[float, ...] | None = option(
-        None, "Decay rates of the moments: adam, adamw (0.9, 0.999), lion (0.9, 0.99).", Betas()
-    )
+    betas: Sequence[float] | None = option(None, "Decay rates of the moments: adam, adamw (0.9, 0.999), lion (0.9, 0.99).", Betas())
     eps: float | None = option(None, "Number added to the denominator: adam, adamw (1e-8).", v.gt(0))
     momentum: float | None = option(None, "Momentum: sgd (0), muon (0.95).", v.ge(0), v.lt(1))
     lr_schedule: Literal["constant", "linear", "cosine", "exponential", "step"] = option(
