@@ -9,12 +9,14 @@ from typing import Any, final
 import mlx.nn as nn
 from attrs import evolve, field, frozen
 
+from ..config.given import Data
 from ..config.options import DataOptions, PairData, RowOptions
 from ..distributed.ranks import ALONE, Ranks
 from ..errors import InputError
 from .batching import Make, example_batch, pair_batch
 from .formats import field_names
-from .rows import Row, read_splits, split_off
+from .memory import splits_of
+from .rows import Row, split_off
 from .token_cache import remembered
 from .tokenize import Counts, Example, Pair, check_ids, preference_pair, supervised_example, tokenize_all
 
@@ -200,26 +202,26 @@ class Split:
     counts: Counts = field(factory=lambda: Counts(0, 0, 0))
 
 
-def rows(data: str | DataOptions, **options: Any) -> Source:
+def rows(data: Data | DataOptions, **options: Any) -> Source:
     """Supervised rows: messages, prompt and completion, or text.
 
     Args:
-        data: folder, file or hub data set; or all options at once.
+        data: folder, file, hub data set or rows in memory; or all options at once.
         options: fields of `DataOptions`, such as `mask_prompt=True`.
     """
-    data = DataOptions(data=data, **options) if isinstance(data, str) else evolve(data, **options)
+    data = evolve(data, **options) if isinstance(data, DataOptions) else DataOptions(data=data, **options)
     return RowSource(data, packing=data.packing)
 
 
-def pairs(data: str | PairData, *, train_prompt: bool = False, **options: Any) -> Source:
+def pairs(data: Data | PairData, *, train_prompt: bool = False, **options: Any) -> Source:
     """Preference rows: two completions of one prompt, the first preferred.
 
     Args:
-        data: folder, file or hub data set; or all options at once.
+        data: folder, file, hub data set or rows in memory; or all options at once.
         train_prompt: train on the prompt too (ORPO's NLL over prompt and completion).
         options: fields of `PairData`, such as `max_seq_length=1024`.
     """
-    data = PairData(data=data, **options) if isinstance(data, str) else evolve(data, **options)
+    data = evolve(data, **options) if isinstance(data, PairData) else PairData(data=data, **options)
     return PairSource(data, train_prompt, share=data.share_prompts)
 
 
@@ -232,7 +234,7 @@ def load_rows(data: RowOptions, seed: int) -> dict[str, list[Row]]:
     if data.data is None:
         raise InputError("--data is missing: a folder with train.jsonl, a JSONL file or a hub data set name")
     asked = {"train": data.train_split, "valid": data.valid_split, "test": data.test_split}
-    splits = read_splits(data.data, {split: rows for split, rows in asked.items() if rows})
+    splits = splits_of(data.data, {split: rows for split, rows in asked.items() if rows})
     if data.valid_fraction and not splits.get("valid"):
         train, valid = split_off(splits["train"], data.valid_fraction, seed)
         splits = {**splits, "train": train, "valid": valid}

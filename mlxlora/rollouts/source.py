@@ -10,6 +10,7 @@ import numpy as np
 from attrs import evolve, field, frozen
 
 from ..batch import Batch
+from ..config.given import Data
 from ..config.options import PromptData, RewardOptions
 from ..data.batching import Make, MicroBatch, as_padding, collate, singles
 from ..data.dialogue import sampled_turns
@@ -59,11 +60,11 @@ Laid = tuple[Batch, Sequence[Example], tuple[tuple[int, ...], ...]]
 """A batch, its sequences, and the numbers of those that belong together."""
 
 
-def prompts(data: str | PromptData, rollouts: Rollouts, *, repeats: int = 1, **options: Any) -> Source:
+def prompts(data: Data | PromptData, rollouts: Rollouts, *, repeats: int = 1, **options: Any) -> Source:
     """Prompts that the policy answers and reward functions score (GRPO).
 
     Args:
-        data: folder, file or hub data set; or all options at once.
+        data: folder, file, hub data set or rows in memory; or all options at once.
         rollouts: how completions are sampled and rewarded.
         repeats: optimizer steps on each batch of completions.
         options: fields of `PromptData`.
@@ -71,22 +72,22 @@ def prompts(data: str | PromptData, rollouts: Rollouts, *, repeats: int = 1, **o
     return PromptSource(**prompt_fields(data, rollouts, **options), online=True, repeats=repeats)
 
 
-def own_answers(data: str | PromptData, rollouts: Rollouts, **options: Any) -> Source:
+def own_answers(data: Data | PromptData, rollouts: Rollouts, **options: Any) -> Source:
     """Prompts that the policy answers, without rewards: supervised rows with its own completions (GKD).
 
     Validation computes the objective on the likeliest completions.
 
     Args:
-        data: folder, file or hub data set; or all options at once.
+        data: folder, file, hub data set or rows in memory; or all options at once.
         rollouts: how completions are sampled.
         options: fields of `PromptData`.
     """
     return PromptSource(**prompt_fields(data, evolve(rollouts, rewards=()), **options, token_cache=False), live=True)
 
 
-def prompt_fields(data: str | PromptData, rollouts: Rollouts, **options: Any) -> dict[str, Any]:
+def prompt_fields(data: Data | PromptData, rollouts: Rollouts, **options: Any) -> dict[str, Any]:
     """The fields of a `PromptSource` that follow from its data and rollouts; see `prompts` for the arguments."""
-    data = PromptData(data=data, **options) if isinstance(data, str) else evolve(data, **options)
+    data = evolve(data, **options) if isinstance(data, PromptData) else PromptData(data=data, **options)
     return {"data": data, "rollouts": rollouts, "temperature": rollouts.sampling.temperature, "share": data.share_prompts}
 
 

@@ -136,7 +136,7 @@ def _make_trainable(run: Run, ranks: Ranks) -> None:
     mx.random.seed(options.training.seed)
     prepare(run.model, options.adapter)
     if options.adapter.resume_adapter_file:
-        load_weights(run.model, options.adapter.resume_adapter_file)
+        load_weights(run.model, str(options.adapter.resume_adapter_file))
     if _recomputes(options.training.grad_checkpoint, ranks):
         checkpointed(run.model)
     if run.noise:

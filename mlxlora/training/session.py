@@ -11,9 +11,11 @@ from attrs import frozen
 from .. import objectives
 from ..adapters.inject import layers_to_train
 from ..adapters.prepare import base_of, load
+from ..config.given import is_path, storable
 from ..config.method_options import dump
 from ..config.options import AdapterOptions, DataOptions, ModelOptions, Output, Training
 from ..data import sources
+from ..data.memory import stored_rows
 from ..data.rows import Row
 from ..data.sources import Context, Source
 from ..distributed.ranks import current_ranks
@@ -129,7 +131,7 @@ def evaluate_split(
     base = base_of(model_options, adapter_path) if adapter_path else model_options
     source, rows = sources.rows(data_options), sources.load_rows(data_options, seed)
     if not rows.get(split):
-        raise InputError(f"{data_options.data}: no {split} split; found {', '.join(k for k in rows if rows[k])}")
+        raise InputError(f"{storable(data_options.data)}: no {split} split; found {', '.join(k for k in rows if rows[k])}")
     model, tokenizer = load(base, adapter_path)
     splits = sources.tokenize(source, {split: rows[split]}, tokenizer)
     sources.check_tokens(source, splits, {"the model": vocabulary(model)}, tokenizer)
@@ -168,6 +170,8 @@ def _run(recipe: Recipe, model: nn.Module, tokenizer: Any, rows: dict[str, list[
         rows_of = {name: split.counts.rows for name, split in splits.items()}
         reporter = ReporterGroup(*reporter.members, Card(Path(output.adapter_path), rows_of, method))
     stored = dump(recipe.method, *groups.values())
+    if not is_path(source.data.data):
+        stored["data"] = stored_rows(rows)
     config = {name: value for name, value in stored.items() if name not in ("resume", "overwrite")}
     options = RunOptions(training, adapter, output, config, method)
     whole = Run(model, tokenizer, recipe.objective, source, splits, options, ranks=ranks, **recipe.extras)

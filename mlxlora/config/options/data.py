@@ -6,13 +6,14 @@ from attrs import validators as v
 
 from ...errors import InputError
 from ..fields import group, option
+from ..given import Data
 
 
 @group("Data")
 class RowOptions:
     """Rows of any kind."""
 
-    data: str | None = option(None, "Folder with train/valid/test.jsonl, one JSONL or JSON file, or a hub data set name.")
+    data: Data | None = option(None, "Folder with train/valid/test.jsonl, one JSONL or JSON file, or a hub data set name.")
     max_seq_length: int = option(2048, "Rows are cut to this many tokens, on the right.", v.ge(2))
     use_chat_template: bool = option(False, "Wrap plain-text rows in the model's chat template.")
     train_split: str | None = option(None, "Training rows of a hub data set, such as train[:1000].")
