@@ -60,8 +60,8 @@ class Objective:
 
     @property
     def optimizes(self) -> frozenset[str]:
-        """Columns that an optimized term reads."""
-        return frozenset().union(*(t.values.needs for c, t in self.terms if c))
+        """Columns that an optimized term may have a gradient through."""
+        return frozenset().union(*(t.values.differentiates for c, t in self.terms if c))
 
     def counts(self, batch: Batch) -> Metrics:
         """Denominator of every term: a function of the data, so that batches and ranks can pool theirs."""

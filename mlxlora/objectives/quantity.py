@@ -19,16 +19,23 @@ class Quantity:
     Attributes:
         function: (logps [N], batch) -> [N] per token, [S] per sequence or [P] per pair.
         needs: columns that have to be in the batch; whoever builds batches adds them.
+        constants: those of `needs` that it reads without a gradient.
     """
 
     function: Function
     needs: frozenset[str] = field(default=frozenset(), converter=frozenset)
+    constants: frozenset[str] = field(default=frozenset(), converter=frozenset)
 
     def __attrs_post_init__(self) -> None:
         object.__setattr__(self, "__doc__", self.function.__doc__)
 
     def __call__(self, logps: mx.array, batch: Batch) -> mx.array:
         return self.function(logps, batch)
+
+    @property
+    def differentiates(self) -> frozenset[str]:
+        """The columns that it may have a gradient through."""
+        return self.needs - self.constants
 
 
 def reads(*columns: str) -> Callable[[Function], Quantity]:

@@ -164,11 +164,11 @@ def gated(objective: Objective, *gates: Quantity | None) -> Objective:
 
 
 def _through(gate: Quantity, t: Term) -> Term:
-    @reads(*gate.needs, *t.values.needs)
     def values(logps: mx.array, batch: Batch) -> mx.array:
         return mx.stop_gradient(gate(logps, batch)) * t.values(logps, batch)
 
-    return attrs.evolve(t, values=values)
+    constants = (gate.needs | t.values.needs) - t.values.differentiates
+    return attrs.evolve(t, values=Quantity(values, gate.needs | t.values.needs, constants))
 
 
 @reads("log_sum_sq_probs")

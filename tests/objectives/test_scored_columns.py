@@ -9,10 +9,13 @@ from mlxlora.adapters.prepare import prepare
 from mlxlora.batch import Batch
 from mlxlora.config.options import AdapterOptions
 from mlxlora.data.batching import collate
+from mlxlora.models.logprobs import scorer
 from mlxlora.objectives.grpo import grpo
 from mlxlora.objectives.objective import Objective
 from mlxlora.objectives.preference import dpo
-from mlxlora.training.step import make_step
+from mlxlora.objectives.quantity import reads
+from mlxlora.objectives.terms import entropy, gated, nll
+from mlxlora.training.step import columns_of, make_step
 from tests.support.tiny import dense, example
 
 PAIRS, BETA = 2, 0.1
@@ -51,6 +54,34 @@ def test_wpo() -> None:
     metrics = stepped(dpo(beta=BETA, wpo=True), batch)
     assert metrics["loss"] == metrics["sigmoid"] == pytest.approx(expected, rel=1e-5)
     assert stepped(dpo(beta=BETA), batch)["loss"] == pytest.approx(plain, rel=1e-5) and abs(plain - expected) > 0.1 * plain
+
+
+GATED = {
+    "wpo": (dpo(beta=BETA, wpo=True), "log_sum_sq_probs"),
+    "top_entropy": (grpo(beta=0.0, top_entropy=0.5), "entropy"),
+}
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_a_gate_is_computed_without_a_gradient(name: str) -> None:
+    """The same loss and weights as with one, which nothing uses."""
+    objective, column = GATED[name]
+    assert columns_of(objective) == {column: False}
+    found = []
+    for graded in (False, True):
+        mx.random.seed(0)
+        model = prepare(dense(), AdapterOptions(num_layers=-1, rank=2))
+        score = scorer(model, columns={column: graded})
+        assert score.kinds == 1 + graded
+        step = make_step(model, optim.SGD(1.0), objective, score=score)
+        found.append([step.measured(batch_of())[key] for key in ("loss", "grad_norm") * 2])  # of two steps
+    assert found[0] == pytest.approx(found[1], rel=1e-6) and found[0][2] != found[0][0]
+
+
+def test_a_column_has_a_gradient_if_any_term_has_one_through_it() -> None:
+    assert columns_of(grpo(beta=0.0, top_entropy=0.5, entropy_coef=0.1)) == {"entropy": True}
+    gate = reads("entropy")(lambda logps, batch: batch.entropy)
+    assert columns_of(gated(entropy(), gate)) == {"entropy": True} and columns_of(gated(nll(), gate)) == {"entropy": False}
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
