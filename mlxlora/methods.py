@@ -100,6 +100,7 @@ class Method(Generic[P, O]):
         extras: options -> further fields of `Run`, such as the reference.
         check: raises InputError if options do not fit together.
         modes: mlx-lm-lora's names of the method.
+        columns: of the table while it trains, the most important first; names of `reporting.columns.TABLE_COLUMNS`.
     """
 
     options: Callable[P, O]
@@ -114,6 +115,7 @@ class Method(Generic[P, O]):
     extras: Callable[[O], Mapping[str, Any]] = field(default=lambda _: {}, kw_only=True)
     check: Callable[[O], None] = field(default=lambda _: None, kw_only=True)
     modes: tuple[str, ...] = field(default=(), kw_only=True)
+    columns: tuple[str, ...] = field(kw_only=True)
 
     __signature__ = _Signature()
 
@@ -143,13 +145,14 @@ class Method(Generic[P, O]):
             RunError: losses or gradients that are not finite, of five batches in a row; the last good state was saved.
         """
         from .reporting.history import StoredMethod
-        from .training.session import Recipe, train_recipe, user_objective
+        from .training.session import Recipe, train_recipe
+        from .training.user_objective import user_objective
 
         chosen: Any = self.kinds(*groups, **options)
         self.check(chosen)
         objective = user_objective(chosen.objective) or self.objective(chosen)
         extras = self.extras(chosen)
-        recipe = Recipe(StoredMethod(self.name), self.source(chosen, objective), objective, extras, self.title)
+        recipe = Recipe(StoredMethod(self.name), self.source(chosen, objective), objective, extras, self.title, self.columns)
         return train_recipe(recipe, chosen.parts())
 
     def preview(self, tokenizer: Any, **options: Any) -> "Preview":
@@ -179,6 +182,7 @@ SFT = Method(
     source=lambda o, _: ml.rows(o.part(DataOptions)),
     objective=lambda o: _sft(o),
     record="supervised_record",
+    columns=("loss", "valid", "lr", "tok/s", "left"),
     starter=Starter("sft", "sft"),
     extras=lambda o: {"noise": o.neftune_noise_alpha},
     modes=("sft",),
@@ -194,6 +198,7 @@ DPO = Method(
     source=lambda o, _: ml.pairs(o.part(PairData)),
     objective=lambda o: ml.objectives.dpo(**options_for(ml.objectives.dpo, o.part(DPOOptions))),
     record="preference_record",
+    columns=("loss", "valid pairs", "accuracy", "margin", "lr", "tok/s"),
     starter=Starter("pairs", "dpo"),
     extras=lambda o: {"reference": _models().cached_reference(o.part(ModelOptions), o.part(DPOOptions))},
     modes=("dpo",),
@@ -209,6 +214,7 @@ ORPO = Method(
     source=lambda o, _: ml.pairs(o.part(PairData), train_prompt=o.nll_on_prompt),
     objective=lambda o: ml.objectives.orpo(**options_for(ml.objectives.orpo, o.part(ORPOOptions))),
     record="preference_record",
+    columns=("loss", "valid pairs", "accuracy", "margin", "lr", "tok/s"),
     starter=Starter("pairs", "orpo"),
     modes=("orpo",),
 )
@@ -223,6 +229,7 @@ CPO = Method(
     source=lambda o, _: ml.pairs(o.part(PairData)),
     objective=lambda o: ml.objectives.cpo(**options_for(ml.objectives.cpo, o.part(CPOOptions))),
     record="preference_record",
+    columns=("loss", "valid pairs", "accuracy", "margin", "lr", "tok/s"),
     starter=Starter("pairs", "cpo"),
     modes=("cpo",),
 )
@@ -237,6 +244,7 @@ KTO = Method(
     source=lambda o, objective: ml.unpaired(o.part(RowOptions), reference_point="reference_point" in objective.needs),
     objective=lambda o: ml.objectives.kto(**options_for(ml.objectives.kto, o.part(KTOOptions))),
     record="unpaired_record",
+    columns=("loss", "valid", "chosen", "rejected", "KL", "lr", "tok/s"),
     starter=Starter("pairs", "kto"),
     extras=lambda o: {"reference": _models().cached_reference(o.part(ModelOptions), o.part(KTOOptions))},
 )
@@ -253,6 +261,7 @@ GRPO = Method(
         **options_for(ml.objectives.grpo, o.part(GRPOOptions), o.part(SamplingOptions)), top_entropy=o.top_entropy_quantile
     ),
     record="prompt_record",
+    columns=("reward", "valid reward", "length", "no signal", "KL", "tok/s"),
     starter=Starter("grpo", "grpo"),
     extras=lambda o: {"reference": _models().live_reference(o.part(ModelOptions), o.reference_model_path)},
     check=lambda o: _check_policy(o),
@@ -269,6 +278,7 @@ ONLINE_DPO = Method(
     source=lambda o, _: _rollouts().ranked_pairs(o),
     objective=lambda o: _online_dpo(o),
     record="prompt_record",
+    columns=("reward", "valid reward", "loss", "length", "no signal", "tok/s"),
     starter=Starter("grpo", "online-dpo"),
     extras=lambda o: {"reference": _models().live_reference(o.part(ModelOptions), o.reference_model_path)},
     check=lambda o: _check_pairs(o),
@@ -285,6 +295,7 @@ DISTILL = Method(
     source=lambda o, _: ml.rows(o.part(DataOptions)),
     objective=lambda o: ml.objectives.distill(**options_for(ml.objectives.distill, o.part(DistillOptions))),
     record="supervised_record",
+    columns=("loss", "valid", "lr", "tok/s", "left"),
     starter=Starter("sft", "sft", runs=False),
     extras=lambda o: {"extend": _models().teacher(o.part(ModelOptions), o.part(DistillOptions))},
     check=lambda o: _check_teacher(o.part(DistillOptions), packing=o.packing),
@@ -300,6 +311,7 @@ GKD = Method(
     source=lambda o, _: _rollouts().answers_of_student(o),
     objective=lambda o: ml.objectives.distill(**options_for(ml.objectives.distill, o.part(DistillOptions))),
     record="prompt_record",
+    columns=("loss", "valid", "length", "lr", "tok/s", "left"),
     starter=Starter("grpo", "grpo", runs=False),
     extras=lambda o: {"extend": _models().teacher(o.part(ModelOptions), o.part(DistillOptions))},
     check=lambda o: _check_teacher(o.part(DistillOptions), packing=False),
@@ -319,7 +331,7 @@ def method_info(config: Mapping[str, Any]) -> "MethodInfo":
     from .reporting.history import method_of
 
     method = METHODS.get(method_of(config))
-    return MethodInfo(method.title, method.kinds.kinds()) if method else CUSTOM
+    return MethodInfo(method.title, method.kinds.kinds(), method.columns) if method else CUSTOM
 
 
 # --- imported when used -------------------------------------------------------------------------

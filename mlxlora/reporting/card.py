@@ -12,6 +12,7 @@ from attrs import frozen
 from .. import __version__
 from ..config.options import AdapterOptions, DataOptions, ModelOptions, Output, PairData, PromptData, Training
 from ..utils.files import atomic_file
+from .columns import GENERAL
 from .history import Record, method_of, read_record
 from .reporter import Reporter, Values, numbers
 
@@ -29,10 +30,12 @@ class MethodInfo:
     Attributes:
         title: follows "trained by".
         groups: its groups of options, which have the defaults.
+        columns: of the table while it trains, names of `columns.TABLE_COLUMNS`.
     """
 
     title: str = "a custom objective"
     groups: Sequence[type] = (ModelOptions, Training, AdapterOptions, DataOptions, PairData, PromptData)
+    columns: Sequence[str] = GENERAL
 
 
 CUSTOM = MethodInfo()

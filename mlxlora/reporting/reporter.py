@@ -19,6 +19,9 @@ class Reporter(Protocol):
     def start(self, config: Values) -> None:
         """Before the first step, with every option of the run by name."""
 
+    def overview(self, facts: Values) -> None:
+        """Before the first step: what the run is, a text for each name, such as model, trained, data."""
+
     def record(self, row: Values) -> None:
         """At every report, validation and test."""
 
@@ -50,6 +53,10 @@ class ReporterGroup(Reporter):
     def start(self, config: Values) -> None:
         for member in self.members:
             member.start(config)
+
+    def overview(self, facts: Values) -> None:
+        for member in self.members:
+            member.overview(facts)
 
     def record(self, row: Values) -> None:
         for member in self.members:

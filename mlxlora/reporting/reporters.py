@@ -1,6 +1,9 @@
 """Chooses the reporters of a run."""
 
+from collections.abc import Sequence
 from pathlib import Path
+
+from rich.console import Console
 
 from ..config.options import Output
 from .card import CUSTOM, MethodInfo
@@ -8,16 +11,23 @@ from .history import METRICS, SAMPLES
 from .html import Page
 from .plot import Plot
 from .reporter import MetricsFile, Reporter, SamplesFile
+from .screen import Screen
 from .terminal import Terminal
 from .trackers import Tracker
 
 
 def reporters(output: Output, method: MethodInfo = CUSTOM) -> tuple[Reporter, ...]:
     """The terminal and, unless it is a dry run, the files of the run and the trackers of --report-to."""
-    directory, terminal = Path(output.adapter_path), Terminal(quiet=output.quiet)
+    directory, terminal = Path(output.adapter_path), terminal_for(method.columns, quiet=output.quiet)
     if output.dry_run:
         return (terminal,)
     trackers = [Tracker(name, directory, lambda text: terminal.note(text, warning=True)) for name in output.report_to or ()]
     files = (MetricsFile(directory / METRICS), SamplesFile(directory / SAMPLES))
     pictures = (Page(directory, method), *([Plot(directory)] if output.plot else []))
     return (terminal, *files, *trackers, *pictures)
+
+
+def terminal_for(columns: Sequence[str], *, quiet: bool = False) -> Terminal:
+    """A table for a person at a terminal; lines for a pipe or a file."""
+    console = Console(highlight=False)
+    return Screen(columns, quiet, console) if console.is_terminal else Terminal(quiet)

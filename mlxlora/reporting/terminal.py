@@ -1,23 +1,19 @@
-"""Shows a run in the terminal."""
+"""Prints a run as lines."""
 
-import atexit
 import re
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from ..utils.terminal_text import printable
-from .history import curves
 from .reporter import Reporter, Values
-from .text import duration, leading_metric, metric_text, runs_of_text, shorten, sparkline, trend
+from .text import duration, metric_text, runs_of_text, shorten
 
 
 class Terminal(Reporter):
-    """Shows live progress below the scrolling records; prints plain aligned lines if stdout is not a terminal.
+    """Prints one aligned line of names and values for each record: for pipes and logs. `Screen` draws a table for people.
 
     Args:
         quiet: print results and warnings only.
@@ -27,107 +23,86 @@ class Terminal(Reporter):
 
     def __init__(self, quiet: bool = False, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
-        self._quiet = quiet
+        self.quiet = quiet
         self._clock = clock
-        self._recent: deque[Values] = deque(maxlen=24)  # of training: what the sparkline shows
-        self._latest: dict[str, str] = {}
         self._began: tuple[int, float] | None = None
-        self._step, self._total = 0, 0
-        self._bar: tuple[Progress, TaskID] | None = None
+        self.step, self.total = 0, 0
+
+    def overview(self, facts: Values) -> None:
+        if not self.quiet:
+            self._table(facts)
 
     def record(self, row: Values) -> None:
         """Prints one line: step, split, loss [nats], tokens_per_second, peak_memory_gb and every other metric."""
-        if row["split"] == "train":
-            self._recent.append(row)
-        self._latest |= _headline(row)
-        if not self._quiet:
-            left = self._left() if row["split"] == "train" else ""
-            self._print(record_line(row, self._total, left), style="" if row["split"] == "train" else "bold")
-            self._refresh()
+        if not self.quiet:
+            seconds = self.seconds_left() if row["split"] == "train" else None
+            self._print(record_line(row, self.total, "" if seconds is None else duration(seconds)))
 
     def samples(self, step: int, rows: Sequence[Values]) -> None:
         """Prints the best and the worst completion of the last batch, or all if they have no rewards."""
-        if self._quiet or not rows:
+        if self.quiet:
             return
-        rewarded = "reward" in rows[0]
-        if rewarded:
-            ranked = sorted(rows, key=lambda row: row["reward"] if row["reward"] is not None else float("-inf"))
-            rows = (ranked[-1], ranked[0])
-        for row in rows:
-            answer = shorten(printable(str(row["completion"])), 160)
-            reward = f"reward {metric_text('reward', row['reward'])}  " if rewarded else ""
-            self._print(f"    {reward}{shorten(str(row['prompt']), 80)!r} -> {answer!r}", style="dim")
+        for row in telling(rows):
+            reward = f"reward {metric_text('reward', row['reward'])}  " if row.get("reward") is not None else ""
+            self._print(f"    {reward}{shorten(str(row['prompt']), 80)!r} -> {shorten(str(row['completion']), 160)!r}")
 
     def progress(self, step: int, total: int) -> None:
-        self._step, self._total = step, total
+        self.step, self.total = step, total
         if self._began is None:
             self._began = (step, self._clock())
-        if not self._quiet and self.console.is_terminal:
-            self._refresh()
 
     def note(self, text: str, warning: bool = False) -> None:
         if warning:
-            self._print(f"warning: {text}", style="yellow")
-        elif not self._quiet:
+            self._print(f"warning: {text}")
+        elif not self.quiet:
             self._print(text)
 
     def answers(self, rows: Sequence[Values]) -> None:
         """Prints each prompt with the expected answer, if there is one, and the model's answers before and after training."""
-        self._stop()
         for row in rows:
-            names = [name for name in ("prompt", "expected", "before", "after") if name != "expected" or row.get(name)]
             self._print("")
-            self._table({name: shorten(printable(" ".join(str(row[name]).split())), 320) for name in names})
+            self._table({name: shorten(" ".join(str(row[name]).split()), 320) for name in answer_names(row)})
 
     def finish(self, summary: Values) -> None:
-        self._stop()
         self._table(summary)
 
     def example(self, tokens: Sequence[int], loss_mask: Sequence[bool], decode: Callable[[Sequence[int]], str]) -> None:
         """Prints an example, see `show_example`."""
-        if not self._quiet:
+        if not self.quiet:
             show_example(tokens, loss_mask, decode, self.console)
+
+    def seconds_left(self) -> float | None:
+        """Time left at the average speed so far; None before the first step."""
+        if self._began is None or self.step == self._began[0]:
+            return None
+        first, since = self._began
+        return (self._clock() - since) / (self.step - first) * (self.total - self.step)
 
     def _table(self, summary: Values) -> None:
         width = max(map(len, summary), default=0)
         for name, value in summary.items():
             self._print(f"{name:<{width}}  {metric_text(name, value)}")
 
-    def _print(self, text: str, style: str = "") -> None:
-        self.console.print(Text(text, style=style), soft_wrap=True)
+    def _print(self, text: str) -> None:
+        self.console.print(Text(printable(text)), soft_wrap=True)
 
-    def _left(self) -> str:
-        """Time left at the average speed so far."""
-        if self._began is None or self._step == self._began[0]:
-            return ""
-        first, since = self._began
-        return duration((self._clock() - since) / (self._step - first) * (self._total - self._step))
 
-    def _refresh(self) -> None:
-        if not self.console.is_terminal or self._began is None:
-            return
-        if self._bar is None:
-            columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[status]}", markup=False))
-            bar = Progress(*columns, console=self.console, transient=True)
-            self._bar = (bar, bar.add_task("", total=self._total, status=""))
-            bar.start()
-            atexit.register(self._stop)  # so that an error does not leave the cursor hidden
-        bar, task = self._bar
-        bar.update(task, completed=self._step, total=self._total, status=self._status())
+def telling(rows: Sequence[Values]) -> list[Values]:
+    """The samples to show: of rewarded ones the best and the worst, or one if they are alike; else all.
 
-    def _status(self) -> str:
-        name = "reward" if "reward" in self._latest else "loss"
-        values = [value for _, value in curves(self._recent).get(name, {}).get("train", ())]
-        spark = sparkline(values) if self.console.encoding.startswith("utf") else trend(values)
-        shown = {name: f"{self._latest[name]} {spark}"} if name in self._latest else {}
-        left = {"left": self._left()} if self._left() else {}
-        return "  ".join(f"{name} {value}" for name, value in (self._latest | shown | left).items())
+    >>> telling([{"completion": "a", "reward": 1.0}, {"completion": "a", "reward": 1.0}])
+    [{'completion': 'a', 'reward': 1.0}]
+    """
+    rewarded = sorted((row for row in rows if row.get("reward") is not None), key=lambda row: row["reward"])
+    if not rewarded:
+        return list(rows)
+    best, worst = rewarded[-1], rewarded[0]
+    return [best] if best == worst else [best, worst]
 
-    def _stop(self) -> None:
-        if self._bar is not None:
-            self._bar[0].stop()
-            self._bar = None
-            atexit.unregister(self._stop)
+
+def answer_names(row: Values) -> list[str]:
+    """What is shown of an answer, in this order."""
+    return [name for name in ("prompt", "expected", "before", "after") if name != "expected" or row.get(name)]
 
 
 _SHORT = {
@@ -159,15 +134,6 @@ def record_line(row: Values, total: int = 0, left: str = "") -> str:
     others = [f"{_SHORT.get(name, name)} {metric_text(name, row[name])}" for name in names]
     parts = [place, f"{row['split']:<5}", f"loss {metric_text('loss', row['loss'])}", *others, *([f"left {left}"] if left else [])]
     return "  ".join(parts)
-
-
-def _headline(row: Values) -> dict[str, str]:
-    """What the bar shows of a record: its loss or reward and, of training records, accuracy, speed and memory."""
-    name = leading_metric(row)
-    if row["split"] != "train":
-        return {str(row["split"]): metric_text(name, row[name])}
-    names = (name, "rewards/accuracies", "tokens_per_second", "peak_memory_gb")
-    return {_SHORT.get(name, name): metric_text(name, row[name]) for name in names if name in row}
 
 
 def show_example(

@@ -15,6 +15,7 @@ from .evaluate import Evaluate
 from .hooks import Report, Validation
 from .inputs import Run
 from .loop import Every, LoopOptions, train
+from .overview import overview
 from .prepared import Prepared, compiled, prepare_run
 from .progress import Progress
 from .rank_sync import broadcast, restore_saved
@@ -51,6 +52,8 @@ def _execute(run: Run, prepared: Prepared, reporter: Reporter) -> dict[str, Any]
     saver = Saver(run.model, prepared.optimizer, run.options, prepared.ranks)
     progress = saver.start(reporter, fixed=REFERENCE_OPTIONS if "ref_logps" in run.objective.needs else ())
     reporter.start(run.options.config)
+    if run.ranks.leads:
+        reporter.overview(overview(run, prepared))
     step, evaluate = compiled(run, prepared)
     broadcast(prepared.ranks, step, prepared.optimizer, progress)
     if progress.step >= prepared.schedule.steps or progress.stop:  # nothing is left to train

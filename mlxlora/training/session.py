@@ -1,6 +1,6 @@
 """From options to a finished run, the same for every method: claim the folder, load, tokenize, train."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from ..models.logprobs import scorer
 from ..models.modes import vocabulary
 from ..objectives.objective import Objective
 from ..reporting.card import Card, MethodInfo
+from ..reporting.columns import GENERAL
 from ..reporting.history import StoredMethod
 from ..reporting.reporter import ReporterGroup
 from ..reporting.reporters import reporters
@@ -52,6 +53,7 @@ class Recipe:
         objective: what is minimized.
         extras: further fields of `Run`, such as the reference.
         title: of the method in the model card.
+        columns: of the table while it trains.
     """
 
     method: StoredMethod
@@ -59,6 +61,7 @@ class Recipe:
     objective: Objective
     extras: Mapping[str, Any] = {}
     title: str = "a custom objective"
+    columns: Sequence[str] = GENERAL
 
 
 def train_recipe(recipe: Recipe, groups: Groups) -> dict[str, Any]:
@@ -160,7 +163,7 @@ def _run(recipe: Recipe, model: nn.Module, tokenizer: Any, rows: dict[str, list[
     training, adapter, output, ranks = groups[Training], groups[AdapterOptions], groups[Output], current_ranks()
     if training.loraplus_lr_ratio is not None and adapter.train_type == "full":
         raise InputError(f"--loraplus-lr-ratio {training.loraplus_lr_ratio} is for adapters; use --train-type lora or dora")
-    source, method = recipe.source, MethodInfo(recipe.title, tuple(groups))
+    source, method = recipe.source, MethodInfo(recipe.title, tuple(groups), recipe.columns)
     reporter = ReporterGroup(*(reporters(output, method) if ranks.leads else ()))
     with ranks.together():
         check_options(training, adapter, online=source.online, with_teacher="extend" in recipe.extras)

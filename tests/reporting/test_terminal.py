@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from mlxlora.methods import METHODS
 from mlxlora.reporting.reporter import MetricsFile, truncate_after
+from mlxlora.reporting.screen import Screen
 from mlxlora.reporting.terminal import Terminal, record_line, show_example
 from mlxlora.reporting.text import shorten, sparkline, trend
 
@@ -40,7 +42,8 @@ def written(screen):
 
 def tell(screen, quiet=False, clock=lambda: 0.0):
     """A run of one report."""
-    seen = Terminal(quiet=quiet, console=screen, clock=clock)
+    kind = Screen if screen.is_terminal else Terminal
+    seen = kind(quiet=quiet, console=screen, clock=clock)
     seen.progress(0, 600)
     seen.progress(10, 600)
     seen.record(ROW)
@@ -70,7 +73,7 @@ def test_quiet_prints_results_and_warnings():
 
 def test_bar_in_a_terminal():
     text = tell(console(terminal=True))
-    assert "10/600" in text and "loss 2.3457" in text and "valid 2.0000" in text
+    assert "10/600" in text and "2.3457" in text and "2.0000" in text
     assert text.endswith("\n") and text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l"), "the cursor is back"
 
 
@@ -165,7 +168,7 @@ def test_long_example_loses_its_middle():
 
 
 def test_imports_no_mlx():
-    code = "import sys, mlxlora.reporting.terminal; sys.exit('mlx' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, mlxlora.reporting.screen; sys.exit('mlx' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -173,12 +176,14 @@ def test_a_sampled_run_leads_with_its_reward():
     row = {"step": 1, "split": "train", "loss": -1e-9, "grad_norm": 1.0, "reward": 0.25, "tokens_per_second": 5.0}
     assert record_line(row) == "step 1  train  loss 0.0000  reward 0.2500  grad_norm 1.000  tok/s 5"
     screen = console(terminal=True)
-    seen = Terminal(console=screen)
+    seen = Screen(METHODS["grpo"].columns, console=screen)
     seen.progress(0, 4)
     seen.record(row)
-    seen.record(row | {"split": "valid", "reward": 0.75})
+    seen.record(row | {"step": 2, "reward": 0.5})
+    seen.record(row | {"step": 2, "split": "valid", "reward": 0.75})
     seen.finish({})
-    assert "reward 0.2500 ▁" in written(screen) and "valid 0.7500" in written(screen)
+    text = written(screen)
+    assert "0.250" in text and "reward ▁█" in text and "0.7500" in text and "0.0000" not in text
 
 
 def test_answers_before_and_after():

@@ -1,0 +1,236 @@
+"""Shows a run to a person at a terminal: a header, a table, and a bar below it, none wider than the window."""
+
+import atexit
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from attrs import define, field
+from rich.cells import cell_len
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from ..utils.terminal_text import printable
+from .columns import GENERAL, Layout, short_number
+from .history import curves
+from .reporter import Values
+from .terminal import Terminal, answer_names, telling
+from .text import duration, leading_metric, shorten, sparkline
+from .wrapped import flat, print_pairs
+
+_BAR = 24  # characters of a bar, at most
+_SHOWN = 300  # characters of an answer
+
+
+@define
+class _Row:
+    """A row of the table that may still get its validation.
+
+    Attributes:
+        records: of its step by split.
+        samples: to print below it.
+    """
+
+    records: dict[str, Values] = field(factory=dict)
+    samples: list[Values] = field(factory=list)
+
+    @property
+    def step(self) -> int:
+        return next((row["step"] for row in self.records.values()), -1)
+
+
+class Screen(Terminal):
+    """Draws a table with a heading, and the newest row and a bar below it.
+
+    The newest row stays open until the next step, so that a validation after this step goes into the same row.
+
+    Args:
+        columns: names of `columns.TABLE_COLUMNS`, the most important first.
+        quiet: print results and warnings only.
+        console: where to print; default: stdout.
+        clock: current time in seconds, for the time left.
+    """
+
+    def __init__(
+        self,
+        columns: Sequence[str] = GENERAL,
+        quiet: bool = False,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(quiet, console or Console(highlight=False), clock)
+        self._columns, self._config = columns, {}
+        self._layout: Layout | None = None
+        self._row, self._above = _Row(), dict[str, float]()
+        self._lines = 0  # since the heading
+        self._recent: deque[Values] = deque(maxlen=24)  # of training: what the sparkline shows
+        self._gigabytes: float | None = None
+        self._live: Live | None = None
+        self._unicode = self.console.encoding.startswith("utf")
+
+    def start(self, config: Values) -> None:
+        self._config = config
+
+    def overview(self, facts: Values) -> None:
+        if not self.quiet:
+            self._say("")
+            print_pairs(self.console, facts)
+            self._say("")
+
+    def record(self, row: Values) -> None:
+        if row["split"] == "train":
+            self._recent.append(row)
+            self._gigabytes = row.get("peak_memory_gb", self._gigabytes)
+        if self.quiet:
+            return
+        if row["split"] == "test":
+            self._close()
+            shown = {name: short_number(value) for name, value in row.items() if name in ("loss", "perplexity", "reward")}
+            self._say(f"test  {'  '.join(f'{name} {value}' for name, value in shown.items())}", "bold")
+            return
+        if self._row.step != row["step"] or row["split"] in self._row.records:
+            self._close()
+        left = self.seconds_left() if row["split"] == "train" else None
+        self._row.records = {**self._row.records, row["split"]: row if left is None else {**row, "seconds left": left}}
+        self._refresh()
+
+    def samples(self, step: int, rows: Sequence[Values]) -> None:
+        self._row.samples += telling(rows)
+
+    def progress(self, step: int, total: int) -> None:
+        super().progress(step, total)
+        if not self.quiet:
+            if step > self._row.step >= 0:
+                self._close()
+            self._refresh()
+
+    def note(self, text: str, warning: bool = False) -> None:
+        if warning or not self.quiet:
+            self._close()
+            self._say(f"warning: {text}" if warning else text, "yellow" if warning else "")
+
+    def answers(self, rows: Sequence[Values]) -> None:
+        self._stop()
+        for row in rows:
+            self._say("")
+            print_pairs(self.console, {name: self._shown(row[name]) for name in answer_names(row)}, styles={"after": "bold"})
+
+    def finish(self, summary: Values) -> None:
+        self._stop()
+        self._say("")
+        print_pairs(self.console, summary)
+
+    # --- the table ----------------------------------------------------------------------------
+
+    def _close(self) -> None:
+        """Prints the open row and its samples."""
+        row, self._row = self._row, _Row()
+        if row.records:
+            layout = self._fitting()
+            if not self._lines:
+                self._print_text(layout.heading())
+            line = layout.line(row.records, self._above, self._unicode)
+            self._above |= layout.values(row.records)
+            self._print_text(line)
+            self._lines += 1
+        for sample in () if self.quiet else row.samples:
+            self._print_sample(sample)
+        if self._lines > max(self.console.height - 6, 8):
+            self._lines = 0  # the heading left the window
+
+    def _fitting(self) -> Layout:
+        """The columns for the width of the window as it is now; a new width gets a new heading."""
+        layout = Layout.of(self._columns, self._config, self.console.width)
+        if layout != self._layout:
+            self._layout, self._lines = layout, 0
+        return layout
+
+    def _print_sample(self, sample: Values) -> None:
+        """Prompt, answer, reward: on one line if they fit, else below each other."""
+        prompt, answer, expected = (self._shown(sample.get(name)) for name in ("prompt", "completion", "expected"))
+        reward = "" if sample.get("reward") is None else f"reward {short_number(float(sample['reward']))}"
+        line = f"    {prompt} {'→' if self._unicode else '->'} {answer}"
+        more = "; ".join(part for part in (reward, f"expected {expected}" if expected else "") if part)
+        line += f"  ({more})" if more else ""
+        if cell_len(line) <= self.console.width:
+            self._print_text(Text(line, style="dim"))
+            self._lines += 1
+            return
+        shown = {name: text for name, text in (("prompt", prompt), ("answer", answer), ("expected", expected)) if text}
+        shown |= {"reward": reward.removeprefix("reward ")} if reward else {}
+        print_pairs(self.console, shown, indent=4, styles=dict.fromkeys(shown, "dim"))
+        self._lines += len(shown)
+
+    def _shown(self, text: Any) -> str:
+        return "" if text is None else shorten(flat(str(text), self._newline), _SHOWN)
+
+    @property
+    def _newline(self) -> str:
+        return "⏎" if self._unicode else "\\n"
+
+    def _say(self, text: str, style: str = "") -> None:
+        """Prints a text that wraps between words."""
+        self.console.print(Text(printable(text), style=style, overflow="fold"), soft_wrap=False)
+        self._lines += bool(self._lines)
+
+    def _print_text(self, line: Text) -> None:
+        self.console.print(line, no_wrap=True, overflow="crop", crop=True, soft_wrap=False)
+
+    # --- below the table ----------------------------------------------------------------------
+
+    def _refresh(self) -> None:
+        if not self.console.is_terminal or self.console.is_dumb_terminal or self._began is None:
+            return
+        if self._live is None:
+            self._live = Live(console=self.console, transient=True, refresh_per_second=4, get_renderable=self._below)
+            self._live.start()
+            atexit.register(self._stop)  # so that an error does not leave the cursor hidden
+        self._live.refresh()
+
+    def _below(self) -> Any:
+        """The open row and the bar."""
+        width = self.console.width
+        lines, records = [self._bar()], self._row.records  # once: another thread draws
+        if records:
+            layout = Layout.of(self._columns, self._config, width)
+            heading = [] if self._lines else [layout.heading()]
+            lines = [*heading, layout.line(records, self._above, self._unicode), *lines]
+        return Group(*(_cropped(line, width) for line in lines))
+
+    def _bar(self) -> Text:
+        """`━━━━ 40/600  1:05 left  0.05 GB  loss 2.07 ▁▂▃`, as much of it as fits; the first three always."""
+        left = self.seconds_left()
+        parts = [f"{self.step}/{self.total}", *([f"{duration(left)} left"] if left is not None else [])]
+        if self._gigabytes is not None:
+            parts.append(f"{self._gigabytes:.2f} GB")
+        text, width = "  ".join(parts), self.console.width
+        if (trend := self._trend()) and len(text) + len(trend) + _BAR + 4 <= width:
+            text += f"  {trend}"
+        size = min(_BAR, width - len(text) - 2)
+        if size < 4:
+            return Text(text)
+        done = round(size * self.step / max(self.total, 1))
+        full, rest = ("━", "━") if self._unicode else ("#", "-")
+        return Text.assemble((full * done, "green"), (rest * (size - done), "dim"), f"  {text}")
+
+    def _trend(self) -> str:
+        """The last values of the leading metric as bars."""
+        if not self._recent or not self._unicode:
+            return ""
+        name = leading_metric(self._recent[-1])
+        values = [value for _, value in curves(self._recent).get(name, {}).get("train", ())]
+        return f"{name} {sparkline(values)}" if len(values) > 1 else ""
+
+    def _stop(self) -> None:
+        self._close()
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+            atexit.unregister(self._stop)
+
+
+def _cropped(line: Text, width: int) -> Text:
+    line.truncate(width, overflow="crop")
+    return line

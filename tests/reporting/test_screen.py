@@ -1,0 +1,144 @@
+"""What a person sees while a run trains: a table of each method's columns that fits the window, whatever the numbers are."""
+
+import io
+import itertools
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
+
+from mlxlora.methods import METHODS
+from mlxlora.reporting.columns import GENERAL, TABLE_COLUMNS, Layout, short_number
+from mlxlora.reporting.reporters import terminal_for
+from mlxlora.reporting.screen import Screen
+
+WIDTHS = (20, 40, 60, 80, 100, 120, 160)
+METRICS = (
+    *("loss", "reward", "reward_std", "learning_rate", "tokens_per_second", "peak_memory_gb", "rewards/accuracies"),
+    *("rewards/margins", "rewards/chosen", "rewards/rejected", "completions/mean_length", "frac_reward_zero_std", "kl"),
+)
+ESCAPE = "\x1b[2J"
+
+
+def screen(width, columns=GENERAL, height=24, terminal=True, **changes):
+    made = Console(file=io.StringIO(), force_terminal=terminal, width=width, height=height, highlight=False, color_system=None)
+    return Screen(columns, console=made, clock=itertools.count(0, 7).__next__, **changes)
+
+
+def written(seen: Any) -> str:
+    return seen.console.file.getvalue()
+
+
+def lines(seen):
+    """Every line that was ever drawn, without the movements of the cursor."""
+    return Text.from_ansi(written(seen).replace("\x1b[1A", "\n").replace("\x1b[2K", "\n").replace("\r", "\n")).plain.splitlines()
+
+
+def run(seen, steps=30, value=2.345678, valid_every=10):
+    """A run with reports, validations, samples, notes and answers."""
+    seen.start({"beta": 0.1, "model": "m" * 50})
+    seen.overview({"model": "m" * 150, "data": "many words " * 20})
+    seen.progress(0, steps)
+    for step in range(steps + 1):
+        seen.progress(step, steps)
+        row = dict.fromkeys(METRICS, value * (1 + step)) | {"step": step}
+        if step:
+            seen.record(row | {"split": "train"})
+            seen.samples(
+                step, [{"prompt": f"{ESCAPE}what? " * 9, "completion": "word " * 40, "reward": value, "expected": "w" * 300}]
+            )
+        if step % valid_every == 0:
+            seen.record(
+                {name: row[name] for name in ("step", "loss", "rewards/accuracies", "rewards/margins")} | {"split": "valid"}
+            )
+    seen.note("a warning of many words " * 12, warning=True)
+    seen.answers([{"prompt": f"p{ESCAPE}" * 20, "expected": "", "before": "b\n" * 20, "after": "a" * 500}])
+    seen.finish({"valid loss": 1.5, "adapters": "/a/long/folder/" * 12})
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("method", METHODS)
+def test_no_line_is_longer_than_the_window(method, width):
+    seen = screen(width, METHODS[method].columns)
+    run(seen)
+    too_long = [line for line in lines(seen) if cell_len(line) > width]
+    assert not too_long and ESCAPE not in written(seen).replace("\x1b[2K", "")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_five_to_seven_columns_at_60(method):
+    names = METHODS[method].columns
+    at_60 = Layout.of(names, {"beta": 0.1}, 60)
+    assert 5 <= 1 + len(at_60.columns) <= 8 and len(at_60.columns) >= len(names) - 1
+    assert Layout.of(names, {"beta": 0.1}, 80).columns == [TABLE_COLUMNS[name] for name in names]
+    assert len(at_60.heading().plain) <= 60
+
+
+@given(st.floats(allow_nan=True, allow_infinity=True), st.integers(0, 10**9))
+@settings(deadline=None, max_examples=200)
+def test_cells_keep_their_width(value, step):
+    row = dict.fromkeys(METRICS, value) | {"step": step}
+    for width in (60, 80, 120):
+        layout = Layout.of(tuple(TABLE_COLUMNS)[:7], {}, width)
+        line = layout.line({"train": row | {"split": "train"}, "valid": row | {"split": "valid"}}, {"loss": 1.0})
+        assert len(line.plain) == len(layout.heading().plain) <= width
+    assert len(short_number(value)) <= 7
+
+
+def test_a_validation_goes_into_the_row_of_its_step():
+    seen = screen(80)
+    run(seen, steps=3, valid_every=2)
+    rows = [line.split() for line in lines(seen) if line.strip()[:1].isdigit()]
+    assert ["2", "↑7.0370", "↑7.0370"] in [row[:3] for row in rows]
+
+
+def test_falls_and_rises_are_marked():
+    layout = Layout.of(("loss", "accuracy"), {}, 80)
+    rows = {"train": {"step": 5, "split": "train", "loss": 1.0, "rewards/accuracies": 0.5}}
+    line = layout.line(rows, {"loss": 2.0, "accuracy": 0.75})
+    assert "↓1.0000" in line.plain and "↓50%" in line.plain
+    assert [span.style for span in line.spans if span.style] == ["green", "red"]
+    assert "v1.0000" in layout.line(rows, {"loss": 2.0}, unicode=False).plain
+
+
+def test_a_constant_column_is_left_out():
+    titles = [column.title for column in Layout.of(METHODS["grpo"].columns, {"beta": 0.0}, 100).columns]
+    assert "KL" not in titles and "no signal" in titles
+
+
+def test_a_tie_is_not_a_failure():
+    rows = {"valid": {"step": 0, "loss": 0.6931, "rewards/accuracies": 0.0, "rewards/margins": 1e-8}}
+    assert "0.6931  tie" in Layout.of(METHODS["dpo"].columns, {}, 80).line(rows, {}).plain
+    rows["valid"] |= {"step": 5, "rewards/margins": -0.5}
+    assert "0.6931   0%" in Layout.of(METHODS["dpo"].columns, {}, 80).line(rows, {}).plain
+
+
+def test_the_bar_always_has_steps_time_and_memory():
+    seen = screen(44)
+    seen.progress(0, 600)
+    seen.progress(20, 600)
+    seen.record({"step": 20, "split": "train", "loss": 1.0, "peak_memory_gb": 12.345})
+    bars = [line for line in lines(seen) if "20/600" in line]
+    seen.finish({})
+    assert bars and all(part in bars[-1] for part in ("left", "12.35 GB"))
+
+
+def test_colors_and_control_need_a_terminal_that_can(monkeypatch):
+    for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
+        with monkeypatch.context() as changed:
+            changed.setenv("TERM", "xterm-256color")
+            changed.setenv(name, value)
+            made = Console(file=io.StringIO(), force_terminal=True, width=80, highlight=False)
+            seen = Screen(console=made)
+            run(seen, steps=4)
+            text = written(seen)
+            assert "\x1b[3" not in text, "no color"
+            assert name == "NO_COLOR" or "\x1b" not in text, "no control at all"
+
+
+def test_a_pipe_gets_lines():
+    assert not isinstance(terminal_for(GENERAL), Screen)
