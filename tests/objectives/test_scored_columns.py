@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlxlora.adapters.prepare import prepare
-from mlxlora.batch import Batch
+from mlxlora.batch import Batch, column
 from mlxlora.config.options import AdapterOptions
 from mlxlora.data.batching import collate
 from mlxlora.models.logprobs import scorer
@@ -80,7 +80,7 @@ def test_a_gate_is_computed_without_a_gradient(name: str) -> None:
 
 def test_a_column_has_a_gradient_if_any_term_has_one_through_it() -> None:
     assert columns_of(grpo(beta=0.0, top_entropy=0.5, entropy_coef=0.1)) == {"entropy": True}
-    gate = reads("entropy")(lambda logps, batch: batch.entropy)
+    gate = reads("entropy")(lambda logps, batch: column(batch, "entropy"))
     assert columns_of(gated(entropy(), gate)) == {"entropy": True} and columns_of(gated(nll(), gate)) == {"entropy": False}
 
 
