@@ -14,6 +14,7 @@ from rich.text import Text
 
 from ..utils.terminal_text import printable
 from .columns import GENERAL, Layout, short_number
+from .ending import command_lines, outcome_facts
 from .history import curves
 from .reporter import Values
 from .terminal import Terminal, answer_names, telling
@@ -61,7 +62,7 @@ class Screen(Terminal):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(quiet, console or Console(highlight=False), clock)
-        self._columns, self._config = columns, {}
+        self._columns = columns
         self._layout: Layout | None = None
         self._row, self._above = _Row(), dict[str, float]()
         self._lines = 0  # since the heading
@@ -70,12 +71,8 @@ class Screen(Terminal):
         self._live: Live | None = None
         self._unicode = self.console.encoding.startswith("utf")
 
-    def start(self, config: Values) -> None:
-        self._config = config
-
     def overview(self, facts: Values) -> None:
         if not self.quiet:
-            self._say("")
             print_pairs(self.console, facts)
             self._say("")
 
@@ -83,6 +80,8 @@ class Screen(Terminal):
         if row["split"] == "train":
             self._recent.append(row)
             self._gigabytes = row.get("peak_memory_gb", self._gigabytes)
+        if row["split"] == "valid":
+            self._improvement.add(row)
         if self.quiet:
             return
         if row["split"] == "test":
@@ -113,14 +112,24 @@ class Screen(Terminal):
 
     def answers(self, rows: Sequence[Values]) -> None:
         self._stop()
+        self._prompt = str(rows[0]["prompt"]) if rows else ""
         for row in rows:
             self._say("")
             print_pairs(self.console, {name: self._shown(row[name]) for name in answer_names(row)}, styles={"after": "bold"})
 
     def finish(self, summary: Values) -> None:
+        """What improved and where things are, then the next commands."""
         self._stop()
         self._say("")
-        print_pairs(self.console, summary)
+        if "adapters" not in summary:
+            print_pairs(self.console, summary)
+            return
+        print_pairs(self.console, self._improvement.facts() | outcome_facts(summary))
+        commands = self._next(summary)
+        self._say("\nNext:" if commands else "", "bold")
+        for command in commands:
+            for line in command_lines(command, self.console.width - 2):
+                self.console.print(Text(f"  {printable(line)}"), soft_wrap=True)  # the terminal folds: it can be pasted
 
     # --- the table ----------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..utils.terminal_text import printable
+from .ending import Improvement, next_commands
 from .reporter import Reporter, Values
 from .text import duration, metric_text, runs_of_text, shorten
 
@@ -27,6 +28,12 @@ class Terminal(Reporter):
         self._clock = clock
         self._began: tuple[int, float] | None = None
         self.step, self.total = 0, 0
+        self._config: Values = {}
+        self._improvement = Improvement()
+        self._prompt = ""  # of an answer, for the commands at the end
+
+    def start(self, config: Values) -> None:
+        self._config = config
 
     def overview(self, facts: Values) -> None:
         if not self.quiet:
@@ -34,6 +41,8 @@ class Terminal(Reporter):
 
     def record(self, row: Values) -> None:
         """Prints one line: step, split, loss [nats], tokens_per_second, peak_memory_gb and every other metric."""
+        if row["split"] == "valid":
+            self._improvement.add(row)
         if not self.quiet:
             seconds = self.seconds_left() if row["split"] == "train" else None
             self._print(record_line(row, self.total, "" if seconds is None else duration(seconds)))
@@ -59,12 +68,22 @@ class Terminal(Reporter):
 
     def answers(self, rows: Sequence[Values]) -> None:
         """Prints each prompt with the expected answer, if there is one, and the model's answers before and after training."""
+        self._prompt = str(rows[0]["prompt"]) if rows else ""
         for row in rows:
             self._print("")
             self._table({name: shorten(" ".join(str(row[name]).split()), 320) for name in answer_names(row)})
 
     def finish(self, summary: Values) -> None:
-        self._table(summary)
+        self._table({**summary, **(self._improvement.facts() if "adapters" in summary else {})})
+        for command in self._next(summary):
+            self._print(f"next: {command}")
+
+    def _next(self, summary: Values) -> list[str]:
+        """The commands that come after a run that ended as it should."""
+        if self.quiet or "adapters" not in summary:
+            return []
+        validated = self._improvement.first is not None
+        return next_commands(self._config, str(summary["adapters"]), self._prompt, validated=validated)
 
     def example(self, tokens: Sequence[int], loss_mask: Sequence[bool], decode: Callable[[Sequence[int]], str]) -> None:
         """Prints an example, see `show_example`."""

@@ -15,8 +15,9 @@ from mlxlora.methods import METHODS
 from mlxlora.reporting.columns import GENERAL, TABLE_COLUMNS, Layout, short_number
 from mlxlora.reporting.reporters import terminal_for
 from mlxlora.reporting.screen import Screen
+from mlxlora.reporting.terminal import Terminal
 
-WIDTHS = (20, 40, 60, 80, 100, 120, 160)
+WIDTHS = (40, 60, 80, 100, 120, 160)
 METRICS = (
     *("loss", "reward", "reward_std", "learning_rate", "tokens_per_second", "peak_memory_gb", "rewards/accuracies"),
     *("rewards/margins", "rewards/chosen", "rewards/rejected", "completions/mean_length", "frac_reward_zero_std", "kl"),
@@ -40,7 +41,7 @@ def lines(seen):
 
 def run(seen, steps=30, value=2.345678, valid_every=10):
     """A run with reports, validations, samples, notes and answers."""
-    seen.start({"beta": 0.1, "model": "m" * 50})
+    seen.start({"beta": 0.1, "model": "m", "method": "sft"})
     seen.overview({"model": "m" * 150, "data": "many words " * 20})
     seen.progress(0, steps)
     for step in range(steps + 1):
@@ -57,7 +58,7 @@ def run(seen, steps=30, value=2.345678, valid_every=10):
             )
     seen.note("a warning of many words " * 12, warning=True)
     seen.answers([{"prompt": f"p{ESCAPE}" * 20, "expected": "", "before": "b\n" * 20, "after": "a" * 500}])
-    seen.finish({"valid loss": 1.5, "adapters": "/a/long/folder/" * 12})
+    seen.finish({"steps": 30, "seconds": 1e5, "adapters": "out", "report": "/a/long/folder/" * 12})
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -142,3 +143,37 @@ def test_colors_and_control_need_a_terminal_that_can(monkeypatch):
 
 def test_a_pipe_gets_lines():
     assert not isinstance(terminal_for(GENERAL), Screen)
+
+
+def test_the_end_says_what_improved_and_what_comes_next(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    told = {}
+    for terminal in (True, False):
+        made = Console(file=io.StringIO(), force_terminal=terminal, width=60, highlight=False, color_system=None)
+        seen = Screen(console=made) if terminal else Terminal(console=made)
+        seen.start({"model": "org/a model", "method": "sft", "test": True})
+        for step, loss in ((0, 2.5), (10, 1.25), (20, float("nan")), (30, 1.5)):
+            seen.record({"step": step, "split": "valid", "loss": loss})
+        seen.answers([{"prompt": "what's 2 + 2?", "before": "5", "after": "4"}])
+        seen.finish({"steps": 30, "shapes compiled": 3, "seconds": 70.2, "adapters": str(tmp_path / "out")})
+        told[terminal] = written(seen)
+    words = " ".join(told[True].split())
+    assert "2.5000 at step 0, 1.2500 at step 10 (best), 1.5000 at step 30" in words and "shapes" not in words
+    assert "1:10 (30 steps)" in told[True]
+    commands = [
+        "mlxlora generate --adapter-path out --prompt 'what'\"'\"'s 2 + 2?'",
+        "mlxlora eval --adapter-path out --split test",
+        "mlx_lm.chat --model 'org/a model' --adapter-path out",
+        "mlxlora fuse --adapter-path out --save-path out-fused",
+    ]
+    assert [line.removeprefix("next: ") for line in told[False].splitlines() if line.startswith("next: ")] == commands
+    joined = told[True].replace(" \\\n     ", "")
+    assert all(command in joined for command in commands)
+
+
+def test_no_commands_where_none_would_work():
+    for config, summary in (({}, {"adapters": "out"}), ({"model": "m"}, {"stopped": "after step 3"})):
+        seen = screen(80)
+        seen.start(config)
+        seen.finish(summary)
+        assert "Next" not in written(seen)
