@@ -1,7 +1,6 @@
 """`mlxlora report`."""
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,6 +13,7 @@ _WIDE = 1000  # columns if the output is not a terminal: one line per metric
 def report(
     directories: Annotated[list[str], typer.Argument(metavar="DIR...", help="The --adapter-path of each run.")],
     output: Annotated[str | None, typer.Option("--output", "-o", help="Also write a page with curves to this file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file in --output.")] = False,
 ) -> None:
     """Compare runs: their results, and the options in which they differ."""
     load_fast_blas()
@@ -21,13 +21,15 @@ def report(
     from mlxlora.reporting.card import portable
     from mlxlora.reporting.history import past_run
     from mlxlora.reporting.html import comparison_page, differences, reached, run_page, write
+    from mlxlora.utils.folders import check_new_file
 
+    file = None if output is None else check_new_file(output, "--output", overwrite=overwrite)
     records = [past_run(directory) for directory in directories]
     _print("metric", directories, reached(records))
     _print("option", directories, portable(differences(records)))
-    if output is not None:
+    if file is not None:
         one = records[0] if len(records) == 1 else None
-        write(Path(output), run_page(one, method_info(one.config)) if one else comparison_page(records))
+        write(file, run_page(one, method_info(one.config)) if one else comparison_page(records))
         typer.echo(f"written: {output}")
 
 

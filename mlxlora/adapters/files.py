@@ -16,6 +16,7 @@ from ..distributed.sharded_files import Sliced, stored, write_stored
 from ..errors import InputError, listed, quoted, reason
 from ..utils.files import atomic_file
 from ..utils.launch import warn
+from ..utils.paths import within
 from ..utils.safetensors import check_header, checksum
 from .inject import layers_to_train, lora_parameters, with_paths
 from .lora import adapters_of
@@ -148,7 +149,7 @@ def read_config_object(directory: str | Path) -> dict[str, Any]:
     """
     path = Path(directory) / CONFIG
     try:
-        config = orjson.loads(path.read_bytes())
+        config = orjson.loads(within(path).read_bytes())
     except (OSError, orjson.JSONDecodeError) as error:
         raise InputError(f"{directory}: no adapters there ({path.name}: {getattr(error, 'strerror', None) or error})") from None
     if not isinstance(config, dict):
@@ -227,7 +228,7 @@ def _check(file: str | Path, metadata: Mapping[str, str], arrays: Iterator[tuple
 
 
 def _file(file: str | Path) -> Path:
-    return Path(file) / WEIGHTS if Path(file).is_dir() else Path(file)
+    return within(Path(file) / WEIGHTS) if Path(file).is_dir() else Path(file)
 
 
 @contextmanager

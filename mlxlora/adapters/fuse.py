@@ -19,8 +19,9 @@ from ..errors import InputError, choose
 from ..models.loading import load_with_config, model_options
 from ..models.quantize import QUANTIZATIONS, quantization_of, quantize_as, weight_of
 from ..reporting.card import CARD, fused_card
-from ..utils.files import atomic_directory, atomic_file
-from ..utils.folders import check_vacant
+from ..utils.files import atomic_file
+from ..utils.folders import check_new_file, check_vacant, written_folder
+from ..utils.paths import check_links
 from .lora import base_of_adapter
 from .prepare import attach
 
@@ -65,7 +66,7 @@ def fuse(
         dequantize: write full-precision weights.
         quantize: quantize the result: 2, 3, 4, 5, 6, 8 (bits), mxfp4, mxfp8 or nvfp4.
         gguf: also write this GGUF file (float16; llama, mistral and mixtral, as in mlx-lm).
-        overwrite: replace a model folder.
+        overwrite: replace a folder that `fuse` wrote, and the GGUF file.
 
     Returns:
         How quantization changed the update of the adapters; None if nothing is quantized.
@@ -78,17 +79,16 @@ def fuse(
         raise InputError("--dequantize and --quantize exclude each other")
     if quantize:
         choose(QUANTIZATIONS, quantize, "quantize")
-    folder = check_vacant(
-        save_path, "--save-path", overwrite=overwrite, marker="config.json", apart_from=(model.model, adapter_path)
-    )
+    folder = check_vacant(save_path, "--save-path", "fuse", overwrite=overwrite, apart_from=(str(model.model), adapter_path))
+    file = check_new_file(gguf, "--gguf", overwrite=overwrite) if gguf else None
     base, tokenizer, config = load_with_config(model)
-    if gguf:
+    if file:
         _check_gguf(config, dequantize, quantize)
     attach(base, adapter_path)
     whole, config, rounding = merged(base, config, dequantize=dequantize, quantize=quantize)
     _write(whole, tokenizer, config, str(model.model), folder)
-    if gguf:
-        _write_gguf(whole, config, folder, Path(gguf))
+    if file:
+        _write_gguf(whole, config, folder, file)
     return rounding
 
 
@@ -170,7 +170,8 @@ def warning(rounding: QuantizedUpdate | None) -> str:
 def _write(model: nn.Module, tokenizer: Any, config: dict[str, Any], source: str, folder: Path) -> None:
     """Writes a model folder with the tokenizer and the other files of its base."""
     original = Path(source) if Path(source).exists() else hf_repo_to_path(source)
-    with atomic_directory(folder) as temporary:
+    check_links(original, f"--model {source}")
+    with written_folder(folder, "--save-path", "fuse") as temporary:
         save(temporary, str(original), model, tokenizer, dict(config), donate_model=False)
         write_stop_tokens(temporary, tokenizer)
         (temporary / CARD).write_text(fused_card(source, config), encoding="utf-8")

@@ -14,6 +14,7 @@ import yaml
 from ..errors import InputError, RunError
 from ..reporting.card import CARD, CUSTOM, MethodInfo, card, portable, write_card
 from ..reporting.history import METRICS, SETTINGS, read_record, read_settings
+from ..utils.paths import within
 from .files import CONFIG, WEIGHTS
 from .peft import PEFT_WEIGHTS
 
@@ -63,7 +64,7 @@ def push(folder: str | Path, repo: str, *, public: bool = False, method: MethodI
         The address of the repository.
 
     Raises:
-        InputError: nothing to upload, no such repository, nobody logged in, or no write access.
+        InputError: nothing to upload, a link that leaves the folder, no such repository, nobody logged in, or no write access.
         RunError: the hub does not answer.
     """
     folder = Path(folder)
@@ -87,7 +88,7 @@ def stage(folder: Path, target: Path, patterns: tuple[str, ...], method: MethodI
     """Fills `target` with the files to upload: texts without paths of this machine, links to weights."""
     for file in sorted(folder.iterdir()):
         if file.is_file() and any(fnmatch(file.name, pattern) for pattern in patterns):
-            _stage_file(file, target / file.name)
+            _stage_file(within(file), target / file.name)
     if SETTINGS in patterns and not (target / CARD).exists():
         write_card(target, card(read_record(target), method))
 

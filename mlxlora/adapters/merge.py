@@ -13,8 +13,7 @@ import orjson
 from attrs import frozen
 
 from ..errors import InputError
-from ..utils.files import atomic_directory
-from ..utils.folders import check_vacant
+from ..utils.folders import check_vacant, written_folder
 from .files import CONFIG, WEIGHTS, check_settings, config_checksum, read_adapter_config, save_arrays, sound_arrays
 from .lora import NamedArrays, concatenated, rank_of
 from .rank_scale import IN_BLOCK, resized
@@ -50,7 +49,7 @@ def merge(
         save_path: the folder to write, whole or not at all.
         weights: one per adapter; default: all 1, the plain sum.
         model: the common base, if the adapters name it differently.
-        overwrite: replace an adapter folder.
+        overwrite: replace a folder that `merge` wrote.
 
     Returns:
         The rank of the sum.
@@ -58,7 +57,7 @@ def merge(
     Raises:
         InputError: fewer than two adapters, another number of weights, or adapters that cannot be added.
     """
-    target = check_vacant(save_path, "--save-path", overwrite=overwrite, marker=CONFIG, apart_from=folders)
+    target = check_vacant(save_path, "--save-path", "merge", overwrite=overwrite, apart_from=folders)
     weights = [1.0] * len(folders) if weights is None else weights
     if len(folders) < 2 or len(weights) != len(folders):
         raise InputError(f"merge takes two or more adapters and a weight for each, got {len(folders)} and {len(weights)} weights")
@@ -72,7 +71,7 @@ def merge(
     sums = {path: _sum(path, summands, scale) for path in dict.fromkeys(path for summand in summands for path in summand.updates)}
     rank = max(map(rank_of, sums.values()))
     arrays = {f"{path}.{name}": array for path, both in sums.items() for name, array in resized(both, rank, 1.0).items()}
-    with atomic_directory(target) as temporary:
+    with written_folder(target, "--save-path", "merge") as temporary:
         config = _config(summands, list(sums), rank, model)
         save_arrays(temporary / WEIGHTS, arrays, config_checksum(config), checked=True)
         (temporary / CONFIG).write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))

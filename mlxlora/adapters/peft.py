@@ -27,8 +27,8 @@ from ..errors import InputError, listed, quoted
 from ..models.loading import load_with_config, model_options
 from ..models.quantize import weight_of
 from ..reporting.card import CARD, CardHead, front_matter, portable
-from ..utils.files import atomic_directory
-from ..utils.folders import check_vacant
+from ..utils.folders import check_vacant, written_folder
+from ..utils.paths import within
 from .files import (
     CONFIG,
     is_number,
@@ -74,7 +74,7 @@ def to_peft(
         adapter_path: folder of the adapters.
         output: the folder to write, whole or not at all.
         base_model: the name under which transformers finds the base; default: that in `model`.
-        overwrite: replace a folder of peft adapters.
+        overwrite: replace a folder that `export` wrote.
 
     Returns:
         The number of modules.
@@ -83,7 +83,7 @@ def to_peft(
         InputError: an adapter that peft does not support, or a module with another name in transformers; the message names it.
     """
     model = model_options(model)
-    folder = check_vacant(output, "--peft", overwrite=overwrite, marker=PEFT_WEIGHTS, apart_from=(adapter_path,))
+    folder = check_vacant(output, "--peft", "export", overwrite=overwrite, apart_from=(adapter_path,))
     configuration = read_adapter_config(adapter_path)
     network, *_ = load_with_config(evolve(model, quantize=None), lazy=True)
     names = _checkpoint_names(str(model.model))
@@ -91,7 +91,7 @@ def to_peft(
     adapters = {path: m for path, m in network.named_modules() if "lora_a" in m}
     _check_exportable(adapters, names, configuration)
     base = base_model or str(model.model)
-    with atomic_directory(folder) as temporary:
+    with written_folder(folder, "--peft", "export") as temporary:
         save_arrays(temporary / PEFT_WEIGHTS, peft_arrays(read_arrays(adapter_path)), {"format": "pt"})
         described = peft_config(configuration, adapters, base)
         (temporary / CONFIG).write_bytes(orjson.dumps(described, option=orjson.OPT_INDENT_2))
@@ -204,7 +204,7 @@ def from_peft(folder: str | Path, model: str | ModelOptions, output: str | Path,
         folder: with adapter_config.json and adapter_model.safetensors of LoRA, rank-stabilized LoRA or DoRA.
         model: the base; default: the one that the folder names.
         output: the folder to write, whole or not at all.
-        overwrite: replace an adapter folder.
+        overwrite: replace a folder that `import` wrote.
 
     Returns:
         The number of modules.
@@ -213,10 +213,10 @@ def from_peft(folder: str | Path, model: str | ModelOptions, output: str | Path,
         InputError: adapters that mlx-lm does not support or that do not fit the model; the message names them.
     """
     model = model_options(model)
-    target = check_vacant(output, "--adapter-path", overwrite=overwrite, marker=CONFIG, apart_from=(folder,))
+    target = check_vacant(output, "--adapter-path", "import", overwrite=overwrite, apart_from=(folder,))
     config = read_config_object(folder)
     _check_importable(config, folder)
-    file = Path(folder) / PEFT_WEIGHTS
+    file = within(Path(folder) / PEFT_WEIGHTS)
     arrays = sound_arrays(file)
     saved = {match["path"]: arrays.pop(key) for key in list(arrays) if (match := _SAVED.fullmatch(key))}
     modules = _modules(arrays, config, file)
@@ -225,7 +225,7 @@ def from_peft(folder: str | Path, model: str | ModelOptions, output: str | Path,
     _check_unchanged(network, saved, file)
     options = _options(network, modules, config)
     _fill(network, options, modules, folder)
-    with atomic_directory(target) as temporary:
+    with written_folder(target, "--adapter-path", "import") as temporary:
         save(network, temporary, options, str(model.model))
     return len(modules)
 

@@ -10,7 +10,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from ..errors import InputError, reason
-from ..utils.files import atomic_directory
+from ..utils.folders import check_vacant, written_folder
+from ..utils.paths import check_links
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -46,9 +47,7 @@ def init_model(config_file: str | Path, tokenizer: str | Path, output: str | Pat
     Raises:
         InputError: unusable configuration, a vocabulary too small for the tokenizer, or an output folder in use.
     """
-    config_file, output = Path(config_file), Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"--output {output} exists and is not empty; remove it or name another folder")
+    config_file, output = Path(config_file), check_vacant(output, "--output", "init", overwrite=None)
     config = _config(config_file, Path(tokenizer), dtype)
     mx.random.seed(seed)
     model = _model(config_file, config)
@@ -88,6 +87,7 @@ def _tokenizer(folder: Path) -> Any:
 
     if not folder.is_dir():
         raise InputError(f"--tokenizer {folder} is not a folder")
+    check_links(folder, f"--tokenizer {folder}")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -121,7 +121,7 @@ def _randomize(model: nn.Module, std: float, dtype: mx.Dtype) -> None:
 
 
 def _write(model: nn.Module, config: dict[str, Any], tokenizer: Path, output: Path) -> None:
-    with atomic_directory(output) as folder:
+    with written_folder(output, "--output", "init") as folder:
         for file in {file for pattern in TOKENIZER_FILES for file in tokenizer.glob(pattern) if file.is_file()}:
             shutil.copyfile(file, folder / file.name)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -10,6 +10,7 @@ from attrs import field, frozen
 
 from ..config.config_file import METHOD
 from ..errors import InputError, plain, quoted
+from ..utils.paths import within
 from .reporter import Values, numbers
 
 METRICS, SAMPLES, SETTINGS, PAGE, PICTURE = "metrics.jsonl", "samples.jsonl", "config.yaml", "report.html", "metrics.png"
@@ -95,6 +96,7 @@ def read_settings(file: Path) -> dict[str, Any]:
     Raises:
         InputError: the file is damaged.
     """
+    within(file)
     try:
         config = (yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None) or {}
     except Exception as error:  # PyYAML raises more than YAMLError: a KeyError for `!!bool x`
@@ -107,7 +109,7 @@ def read_settings(file: Path) -> dict[str, Any]:
 def read_lines(file: Path) -> list[Values]:
     """Reads the objects of a JSONL file; skips the half line that a killed run left. A missing file has none."""
     rows = []
-    for line in file.read_bytes().splitlines() if file.is_file() else ():
+    for line in within(file).read_bytes().splitlines() if file.is_file() else ():
         try:
             rows.append(orjson.loads(line))
         except orjson.JSONDecodeError:

@@ -1,6 +1,7 @@
 """Atomic checkpoints and exact resume: weights, optimizer, random state, position in the data."""
 
 import hashlib
+import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +30,7 @@ FOLDER, OPTIMIZER, STATE, RANDOM = "checkpoints", "optimizer.safetensors", "stat
 OWN = "trained.safetensors"  # the trained arrays, if the form of mlx-lm's file differs from theirs
 _CHECKED = (CONFIG, WEIGHTS, OWN, OPTIMIZER)
 _ANY = "[0-9]*"
+_STEP = re.compile(r"\d{7,}")
 
 
 def save_checkpoint(
@@ -39,8 +41,10 @@ def save_checkpoint(
     Keeps an existing valid checkpoint of this step.
     """
     path = directory / FOLDER / f"{progress.step:07d}"
-    if _is_good(path):
+    if _is_good(path) and not path.is_symlink():
         return path
+    if path.is_symlink():  # it would lead to another place
+        path.unlink()
     with atomic_directory(path) as temporary:
         save(model, temporary, options)
         if not is_uniform(model):
@@ -59,8 +63,9 @@ def save_checkpoint(
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints of a run, the newest first."""
-    return sorted((p for p in (directory / FOLDER).glob(_ANY) if p.is_dir()), reverse=True)
+    """The checkpoints of a run, the newest first; copies under other names, and links, are none."""
+    found = (path for path in (directory / FOLDER).glob(_ANY) if _STEP.fullmatch(path.name))
+    return sorted((path for path in found if path.is_dir() and not path.is_symlink()), reverse=True)
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: optim.Optimizer) -> Progress:
@@ -137,6 +142,8 @@ def _read_state(path: Path) -> dict[str, Any]:
         damaged = [] if own is None or own == _digest_of(state) else [STATE]
         if not {WEIGHTS, OPTIMIZER} <= digests.keys() <= set(_CHECKED):
             raise ValueError("sha256 must have the digests of the files")
+        if links := [name for name in (STATE, *digests) if (path / name).is_symlink()]:
+            raise ValueError(f"{links[0]} is a link")
         progress_of(state, mx.zeros(2, mx.uint32))
         damaged += [name for name, digest in digests.items() if _digest(path / name) != digest]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:

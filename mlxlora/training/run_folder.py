@@ -1,12 +1,11 @@
-"""Checks the folder of a run before it resumes, and cleans it before a new run."""
+"""Checks the folder of a run before it resumes."""
 
-import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, plain
-from ..reporting.history import METHOD, METRICS, PAGE, PICTURE, SAMPLES, SETTINGS, read_lines, read_settings
+from ..reporting.history import METHOD, METRICS, SETTINGS, read_lines, read_settings
 
 
 def check_run(directory: str | Path, method: str | None) -> None:
@@ -66,13 +65,6 @@ def check_no_adapters(directory: Path, weights: str, first: int) -> None:
             f"--resume: {directory} has adapters ({weights}), but no checkpoint to resume from; replace them with --overwrite, "
             f"or start from them: --resume-adapter-file {directory / weights} and another --adapter-path"
         )
-
-
-def clean(directory: Path, *others: str) -> None:
-    """Removes the files of an earlier run; its options stay until new ones replace them: they make the folder that of a run."""
-    for name in (METRICS, SAMPLES, PAGE, PICTURE, *others):
-        (directory / name).unlink(missing_ok=True)
-    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
 
 
 _MAY_DIFFER = {

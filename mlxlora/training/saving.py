@@ -10,7 +10,7 @@ import mlx.optimizers as optim
 import yaml
 from attrs import frozen
 
-from ..adapters.files import CONFIG, WEIGHTS, save
+from ..adapters.files import WEIGHTS, save
 from ..distributed.ranks import Ranks
 from ..distributed.watchdog import nothing
 from ..errors import InputError, LostError, RunError, SharedError
@@ -22,7 +22,8 @@ from .inputs import RunOptions
 from .loop import Abandoned
 from .progress import Progress
 from .rank_sync import on_rank0, repair
-from .run_folder import check_no_adapters, check_same, clean
+from .run_files import clean, mark_run
+from .run_folder import check_no_adapters, check_same
 
 
 @frozen(eq=False)
@@ -119,8 +120,9 @@ class Saver:
             reporter.note(f"{problem}; an earlier one is used", warning=True)
         if output.resume:
             check_same(self.directory, config, fixed)
-        progress = self._new_run(reporter) if path is None else self._resumed(path, reporter)
         self.directory.mkdir(parents=True, exist_ok=True)
+        mark_run(self.directory)
+        progress = self._new_run(reporter) if path is None else self._resumed(path, reporter)
         with atomic_file(self.directory / SETTINGS) as file:
             file.write_text(yaml.safe_dump(dict(config), sort_keys=False))
         return progress
@@ -130,7 +132,7 @@ class Saver:
         if output.resume:
             check_no_adapters(self.directory, WEIGHTS, output.save_every if output.keep_best else 0)
             reporter.note(f"no checkpoint in {self.directory}: starting from the beginning", warning=True)
-        clean(self.directory, WEIGHTS, CONFIG)
+        clean(self.directory)
         return Progress()
 
     def _resumed(self, path: Path, reporter: Reporter) -> Progress:

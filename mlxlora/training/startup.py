@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from ..adapters.files import CONFIG, WEIGHTS
+from ..config.given import name_of
 from ..config.options import AdapterOptions, Output, Training
 from ..data.stop_tokens import never_stops, stops_told
 from ..data.tokenize import Counts
@@ -19,7 +20,11 @@ from ..reporting.history import METRICS, PAGE, PICTURE, SAMPLES, SETTINGS
 from ..reporting.reporter import Reporter
 from ..utils.files import sweep
 from ..utils.folders import locked_folder
+from ..utils.marker import MARKER
+from ..utils.paths import checked_path
+from .checkpoint import FOLDER
 from .inputs import Run
+from .run_files import check_names
 from .run_folder import check_run
 
 EXTRAS = {"plot": "matplotlib", "wandb": "wandb", "swanlab": "swanlab", "trackio": "trackio", "tensorboard": "tensorboardX"}
@@ -58,17 +63,17 @@ def claimed(output: Output, method: str | None) -> Iterator[None]:
     if output.dry_run:
         yield
         return
-    directory = Path(output.adapter_path)
+    directory = checked_path(output.adapter_path, "--adapter-path")
     _check_writable(directory)
     with locked_folder(directory, "--adapter-path"):
         _check_unused(directory, output, method)
-        sweep(directory, WEIGHTS, CONFIG, METRICS, SAMPLES, SETTINGS, CARD, PAGE, PICTURE)
-        sweep(directory / "checkpoints", "[0-9]*")
+        sweep(directory, WEIGHTS, CONFIG, METRICS, SAMPLES, SETTINGS, CARD, PAGE, PICTURE, MARKER)
+        sweep(directory / FOLDER, "[0-9]*")
         yield
 
 
 def _check_unused(directory: Path, output: Output, method: str | None) -> None:
-    used = [name for name in (WEIGHTS, METRICS, "checkpoints") if (directory / name).exists()]
+    used = [name for name in (WEIGHTS, METRICS, FOLDER) if (directory / name).exists()]
     if used and not (output.resume or output.overwrite):
         raise InputError(
             f"--adapter-path {directory} already holds a run ({', '.join(used)}); {_how_to_test(directory, output, method)}"
@@ -78,6 +83,7 @@ def _check_unused(directory: Path, output: Output, method: str | None) -> None:
         raise InputError("--resume and --overwrite exclude each other")
     if output.resume:
         check_run(directory, method)
+    check_names(directory, resume=output.resume)
 
 
 def _how_to_test(directory: Path, output: Output, method: str | None) -> str:
@@ -173,12 +179,12 @@ def check_options(training: Training, adapter: AdapterOptions, *, online: bool, 
     """
     if not training.fully_shard:
         return
+    optimizer = training.optimizer if isinstance(training.optimizer, str) else name_of(training.optimizer)
     refused = {
         f"--train-type {adapter.train_type}: adapters are small; use --train-type full, or leave --fully-shard out": (
             adapter.train_type != "full"
         ),
-        f"--optimizer {training.optimizer} looks at whole matrices; use adam, adamw, lion or sgd": training.optimizer
-        in _WHOLE_MATRICES,
+        f"--optimizer {optimizer} looks at whole matrices; use adam, adamw, lion or sgd": optimizer.lower() in _WHOLE_MATRICES,
         "--qat rounds whole matrices; leave one of the two flags out": adapter.qat is not None,
         "--resume-adapter-file: make a model with `mlxlora fuse` and name it with --model": bool(adapter.resume_adapter_file),
         "ranks sample at their own pace, each with a whole model; use sft, dpo, cpo, orpo or kto, or leave the flag out": online,

@@ -3,10 +3,13 @@
 import errno
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from ..errors import InputError
 
 _BEFORE = ".before.tmp"  # suffix of a folder that is being replaced
 
@@ -18,8 +21,14 @@ def cache_folder(name: str) -> Path:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary file name; renamed to `path` at the end, removed after an error."""
+    """Yields a temporary file name; renamed to `path` at the end, removed after an error.
+
+    Raises:
+        InputError: at `path` is something else than a file, such as a folder or a device, which must not be replaced.
+    """
+    check_replaceable(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # several ranks may write the same result
+    remove(temporary)  # of a killed process with this id, or a link that somebody planted
     try:
         yield temporary
         _sync(temporary)
@@ -29,6 +38,28 @@ def atomic_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_replaceable(path: Path) -> None:
+    """Checks that a file may appear at a path, in place of a file or a link if there is one.
+
+    Raises:
+        InputError: there is something else.
+    """
+    place = os.path.realpath(path.parent)
+    if place == "/dev" or place.startswith(_OF_THE_SYSTEM):  # also a link there: /dev/stdout leads to a file or a terminal
+        raise InputError(f"{path} is a device, which a file cannot replace; name a file")
+    try:
+        mode = path.lstat().st_mode
+    except OSError:  # nothing there, or the writer reports it
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+        kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "device")
+        raise InputError(f"{path} is a {kind}, which a file cannot replace; name a file")
+
+
+_OF_THE_SYSTEM = ("/dev/fd", "/proc", "/sys")
+_KINDS = ((stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"))
+
+
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yields a temporary folder; renamed to `path` at the end, removed after an error.
@@ -36,23 +67,33 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     An existing folder at `path` stays until then. It has another name between two renames; after a kill at that moment, the next
     writer or `sweep` puts it back.
     """
+    path = Path(os.path.realpath(path))  # a link to a folder stays a link
     temporary, before = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}{_BEFORE}")
     put_back(path)
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove(temporary)
     temporary.mkdir(parents=True)
     try:
         yield temporary
         for file in (*filter(Path.is_file, temporary.rglob("*")), temporary):
             _sync(file)
-        shutil.rmtree(before, ignore_errors=True)
+        remove(before)
         if path.exists():
             path.replace(before)  # not deleted before: while that runs there would be no folder
         temporary.replace(path)
         _sync(path.parent)
-        shutil.rmtree(before, ignore_errors=True)
+        remove(before)
     finally:
         put_back(path)
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link (not what it leads to) or a folder, if it is there and can be removed."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def sweep(folder: Path, *names: str, older: float = 0.0) -> None:
@@ -68,14 +109,14 @@ def sweep(folder: Path, *names: str, older: float = 0.0) -> None:
             put_back(path.with_name(path.name.removeprefix(".").removesuffix(_BEFORE)))
     for path in (path for name in names for path in folder.glob(f".{name}.*tmp")):
         with suppress(OSError):
-            if not older or time.time() - path.stat().st_mtime > older:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if not older or time.time() - path.lstat().st_mtime > older:
+                remove(path)
 
 
 def put_back(path: Path) -> None:
     """Puts back a folder that a killed writer was about to replace, unless there is a new one."""
     before = path.with_name(f".{path.name}{_BEFORE}")
-    if before.exists() and not path.exists():
+    if before.is_dir() and not before.is_symlink() and not os.path.lexists(path):
         before.replace(path)
 
 

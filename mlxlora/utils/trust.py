@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import InputError
 from .launch import launched_rank
+from .paths import check_links
 
 CODE = {"objective", "reward_file", "trust_remote_code"}
 """Options that run Python code."""
@@ -28,6 +29,9 @@ PLACES = {"adapter_path", "save_path", "peft", "gguf"}
 """Options that name an output path."""
 
 _MARKERS = ("adapter_config.json", "*.safetensors")
+WEIGHTS_END = ".safetensors"
+"""Ends the names of files of weights, which are numbers and hold no secrets."""
+
 _MODEL_CONFIG = "config.json"
 _HUB_CACHE = ("models--*", "datasets--*", "spaces--*")  # folders of the hub's cache, one a repository
 _MOST_LINKS = 40  # as Linux follows
@@ -146,14 +150,17 @@ def inside(path: str | Path, folder: Path, start: Path | None = None) -> bool:
 def check_model_code(folder: Path, flag: str, trusted: bool | None) -> None:
     """Refuses a model folder with Python code that would run, unless that is allowed; then prints which code runs.
 
+    Links of its files may stay in the folder or lead into the hub's cache; those of weights may lead anywhere.
+
     Args:
         folder: of the model.
         flag: the option and value that name it, for messages.
         trusted: whether --trust-remote-code was given; None: never trust this model.
 
     Raises:
-        InputError: the code is not trusted, or is not a file of the folder.
+        InputError: the code is not trusted, or is not a file of the folder, or another link leads out of it.
     """
+    check_links(folder, flag, apart_from=WEIGHTS_END)
     file = _object(folder / "config.json").get("model_file")
     if file is not None:
         if not isinstance(file, str) or not inside_by_name(file) or not (folder / file).is_file():

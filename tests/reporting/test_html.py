@@ -19,6 +19,7 @@ from mlxlora.reporting.html import Page, PageParts, comparison_page, reached, ru
 from mlxlora.reporting.plot import Plot
 from mlxlora.reporting.reporter import MetricsFile, numbers
 from mlxlora.reporting.svg import Line, chart, thinned, ticks
+from mlxlora.utils.marker import MARKER
 
 OPTIONS = {"model": str(starter.model_path()), "data": str(starter.data_path("sft")), "mask_prompt": True}
 OPTIONS |= {"iters": 4, "num_layers": 1, "batch_size": 4, "val_batches": 1, "steps_per_report": 2}
@@ -73,7 +74,7 @@ def test_a_run_leaves_its_page(tmp_path, eager):
         assert f"<h2>{title}</h2>" in text
     assert "num_layers" in text and "<td>mlx</td>" in text
     assert str(starter.model_path()) not in text and str(tmp_path) not in text
-    assert sorted(file.name for file in folder.iterdir() if file.name.startswith(".")) == []
+    assert sorted(file.name for file in folder.iterdir() if file.name.startswith(".")) == [MARKER]
 
 
 def test_a_stopped_run_leaves_its_page(tmp_path, eager, monkeypatch):

@@ -331,7 +331,7 @@ def test_a_kill_while_a_folder_is_replaced_loses_neither(tmp_path, monkeypatch, 
     assert folder.exists() == (number == 1)
     if again == "check":
         with pytest.raises(InputError, match="exists and is not empty"):
-            check_vacant(folder, "--save-path", overwrite=False, marker="file")
+            check_vacant(folder, "--save-path", "fuse", overwrite=False)
     if again in ("check", "sweep"):
         sweep(tmp_path, "[0-9]*")
     elif again == "fails":

@@ -28,6 +28,7 @@ from mlxlora.adapters.files import read_arrays
 from mlxlora.data.shape_buckets import LIMIT
 from mlxlora.errors import InputError
 from mlxlora.reporting.history import SETTINGS
+from mlxlora.utils.marker import MARKER
 from mlxlora.utils.safetensors import read_checked, write_arrays
 from tests.support.ranks import free_ports
 from tests.training.test_resume import reached, records, same_run
@@ -214,7 +215,7 @@ def same(ours: Path, theirs: Path) -> None:
         raise Lost(f"not the uninterrupted run: {' '.join(first.split())}") from None
     samples = [folder / "samples.jsonl" for folder in (ours, theirs)]
     check(len({file.read_bytes() if file.exists() else b"" for file in samples}) == 1, f"{ours}: other samples")
-    left = [path.name for path in ours.rglob(".*")]
+    left = [path.name for path in ours.rglob(".*") if path.name != MARKER]
     check(not left, f"{ours}: left {left}")
 
 

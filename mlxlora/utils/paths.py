@@ -1,0 +1,90 @@
+"""The one place where paths that a user gives are checked, before anything is read or written."""
+
+import os
+from pathlib import Path
+
+from ..errors import InputError, plain
+
+NAME_BYTES, PATH_BYTES = 230, 4000
+"""File systems take 255 and 4,096; while a result is written, its name is up to 25 bytes longer."""
+
+
+def checked_path(path: str | os.PathLike[str], flag: str) -> Path:
+    """The path that a user gave, with `~` expanded.
+
+    >>> checked_path("a/b", "--data").as_posix()
+    'a/b'
+
+    Raises:
+        InputError: no file system takes it: it is empty, too long, has a zero byte or is not UTF-8.
+    """
+    text = os.fspath(path)
+    fault = _fault(text)
+    if fault:
+        raise InputError(f"{flag} {plain(text)}: {fault}; name another path")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise InputError(f"{flag} {plain(text)}: there is no such user; write the path in full") from None
+
+
+def _fault(text: str) -> str:
+    """What is wrong with a path; empty if nothing is."""
+    try:
+        written = text.encode()
+    except UnicodeEncodeError:
+        return "the name is not UTF-8"
+    if not text.strip():
+        return "the name is empty"
+    if b"\0" in written:
+        return "the name has a zero byte"
+    longest = max(map(len, written.split(b"/")))
+    if longest > NAME_BYTES:
+        return f"a name of {longest} bytes is too long, {NAME_BYTES} are the limit"
+    return f"a path of {len(written)} bytes is too long, {PATH_BYTES} are the limit" if len(written) > PATH_BYTES else ""
+
+
+def real(path: str | os.PathLike[str]) -> Path:
+    """The path without links; links in a circle stay."""
+    return Path(os.path.realpath(path))
+
+
+# --- links ------------------------------------------------------------------------------------
+
+
+def within(file: Path) -> Path:
+    """The path of a file that belongs to its folder, before it is opened.
+
+    Raises:
+        InputError: it is a link that leaves the folder.
+    """
+    if leaves_folder(file):
+        raise InputError(f"{file} is a link that leaves its folder, so it is not read; copy the file there")
+    return file
+
+
+def leaves_folder(file: Path) -> bool:
+    """Whether a file is a link to something outside of its folder. The files of the hub's cache are links, into `blobs`."""
+    if not file.is_symlink():
+        return False
+    target = real(file)
+    cached = target.parent.name == "blobs" and target.parents[1].name.startswith(("models--", "datasets--"))
+    return not cached and not target.is_relative_to(real(file.parent))
+
+
+def check_links(folder: Path, named: str, *, apart_from: str = "") -> None:
+    """Checks that the files of a foreign folder lie in it, because their content is copied to results.
+
+    Args:
+        folder: of a model or a tokenizer.
+        named: what a message calls it.
+        apart_from: the end of the names of files that need not; empty: none.
+
+    Raises:
+        InputError: a file is a link that leaves the folder.
+    """
+    for file in sorted(folder.iterdir()):
+        if leaves_folder(file) and not (apart_from and file.name.endswith(apart_from)):
+            raise InputError(
+                f"{named}: {plain(file.name)} is a link that leaves the folder, so it is not read; copy the file there"
+            )
