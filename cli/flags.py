@@ -21,6 +21,7 @@ from mlxlora.config.options import Training
 from mlxlora.errors import InputError
 from mlxlora.methods import METHODS, Method, commands
 from mlxlora.utils.blas import load_fast_blas
+from mlxlora.utils.output import echo
 
 from .completion import completer
 from .layers import OFF, Layers, Typed, resolved
@@ -88,7 +89,7 @@ def _import_heavy() -> None:
 def _list_rewards() -> None:
     from mlxlora.rollouts.reward_functions import BUILT_IN
 
-    typer.echo("\n".join(sorted(BUILT_IN)))
+    echo("\n".join(sorted(BUILT_IN)))
 
 
 def usage(error: Any) -> str:
@@ -108,7 +109,7 @@ def _parameters(groups: Sequence[type], helps: Mapping[str, str | None]) -> list
     own = [_parameter("ctx", inspect.Parameter.empty, typer.Context), _parameter("config", None, _CONFIG)]
     if Training in groups:
         own.append(_parameter(TRAIN, False, _TRAIN))
-    return own + [flag for cls in groups for field in attrs.fields(cls) for flag in _flags(field, cls, helps)]
+    return own + [flag for cls in groups for field in fields_of(cls).values() for flag in _flags(field, cls, helps)]
 
 
 def _parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:

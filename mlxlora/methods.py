@@ -145,7 +145,8 @@ class Method(Generic[P, O]):
             RunError: losses or gradients that are not finite, of five batches in a row; the last good state was saved.
         """
         from .reporting.history import StoredMethod
-        from .training.session import Recipe, train_recipe, user_objective
+        from .training.session import Recipe, train_recipe
+        from .training.user_objective import user_objective
 
         chosen: Any = self.kinds(*groups, **options)
         self.check(chosen)

@@ -5,6 +5,7 @@ An update ΔW = s·A B stays the same with another scale S, s·A B = S·A (s/S·
 
 import math
 import re
+from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -49,7 +50,7 @@ def unmatched(options: AdapterOptions, paths: list[str]) -> list[str]:
     return [entry for entry in entries if all(_of((entry,), path) is None for path in paths)]
 
 
-def _of(patterns: tuple[str, ...] | None, path: str) -> str | None:
+def _of(patterns: Sequence[str] | None, path: str) -> str | None:
     """The number of the first pattern that matches the module's path or an end of it."""
     split = (entry.rpartition("=") for entry in patterns or ())
     return next((number for name, _, number in split if re.fullmatch(rf"(.*\.)?({name})", path)), None)

@@ -65,10 +65,15 @@ def option(default: Any, help: str, *checks: Any, order: int = 0) -> Any:
 
 def python_option(default: Any, help: str) -> Any:
     """A field of a group that is neither a flag nor a key of a file, because its values are objects."""
-    return attrs.field(default=default, metadata={"help": help, "order": _AT_THE_END, ONLY_PYTHON: True})
+    return attrs.field(default=default, metadata={"help": help, "order": _AT_THE_END, _ONLY_PYTHON: True})
 
 
-ONLY_PYTHON = "python"
+def only_python(field: attrs.Attribute) -> bool:
+    """Whether an option is neither a flag nor a key of a file."""
+    return _ONLY_PYTHON in field.metadata
+
+
+_ONLY_PYTHON = "python"
 _AT_THE_END = 2
 
 

@@ -22,6 +22,28 @@ class RowsInMemory(Protocol[_Entry]):
 Data = PathOrName | RowsInMemory[Any] | Mapping[str, RowsInMemory[Any]]
 """RowsInMemory, where they are, or splits by name."""
 
+
+class Network(Protocol):
+    """A loaded model: an mlx-lm model, or any `mlx.nn.Module` like it."""
+
+    def parameters(self) -> Any: ...
+    def trainable_parameters(self) -> Any: ...
+    def update_modules(self, modules: dict, strict: bool = True) -> Any: ...
+
+
+Model = PathOrName | Network | tuple[Network, Any]
+"""A model folder or hub name, a loaded model, or what `mlxlora.load` returns: a model and its tokenizer."""
+
+
+class UpdateRule(Protocol):
+    """An optimizer of `mlx.optimizers`."""
+
+    state: Any
+
+    def init(self, parameters: dict) -> Any: ...
+    def apply_gradients(self, gradients: dict, parameters: dict) -> Any: ...
+
+
 GIVEN = "(given in Python"
 """Is in the text that stands in a file for what Python passed."""
 

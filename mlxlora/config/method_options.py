@@ -8,6 +8,7 @@ from typing import Any, TypeVar, dataclass_transform
 import attrs
 
 from ..errors import InputError
+from .fields import only_python
 from .given import storable
 
 Part = TypeVar("Part")
@@ -74,7 +75,7 @@ def gather(kinds: Sequence[type], groups: Sequence[Any], options: Mapping[str, A
     given = {type(group): group for group in groups}
     if unknown := [kind.__name__ for kind in given if kind not in kinds]:
         raise InputError(f"this method takes no {', '.join(unknown)}; it takes {', '.join(kind.__name__ for kind in kinds)}")
-    fields = fields_of(*kinds)
+    fields = {field.name for kind in kinds for field in attrs.fields(kind)}
     for name in options:
         if name not in fields:
             close = difflib.get_close_matches(name, fields, n=1)
@@ -84,8 +85,8 @@ def gather(kinds: Sequence[type], groups: Sequence[Any], options: Mapping[str, A
 
 
 def fields_of(*groups: type) -> dict[str, attrs.Attribute]:
-    """The options of some groups by name."""
-    return {field.name: field for group in groups for field in attrs.fields(group)}
+    """The options of some groups by name, as flags and files have them; see `python_option`."""
+    return {field.name: field for group in groups for field in attrs.fields(group) if not only_python(field)}
 
 
 def build(group: type, values: Mapping[str, Any]) -> Any:
@@ -100,7 +101,11 @@ def dump(*groups: Any) -> dict[str, Any]:
     >>> dump(SFTOptions(loss_type="dft"))
     {'loss_type': 'dft', 'neftune_noise_alpha': 0.0, 'objective': None}
     """
-    flat = {name: value for group in groups for name, value in attrs.asdict(group, recurse=False).items()}
+    flat = {
+        name: value
+        for group in groups
+        for name, value in attrs.asdict(group, recurse=False, filter=lambda field, _: not only_python(field)).items()
+    }
     return {name: storable(value) for name, value in flat.items()}
 
 

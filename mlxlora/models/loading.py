@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
+from attrs import evolve
 
+from ..config.given import is_path
 from ..config.options import BaseOptions, ModelOptions
 from ..data.stop_tokens import use_stop_tokens
-from ..errors import InputError, reason
+from ..errors import InputError, described, reason
+from ..utils.patches import Slot
 from ..utils.safetensors import check_header
 from ..utils.trust import check_model_code
 from .quantize import quantize_loaded
@@ -37,6 +40,53 @@ def model_options(model: str | ModelOptions) -> ModelOptions:
     return ModelOptions(model=model) if isinstance(model, str) else model
 
 
+ORIGIN: Slot[ModelOptions | None] = Slot("origin", None, stays=True)
+"""How a model was loaded."""
+
+
+def wrapped(tokenizer: Any) -> Any:
+    """mlx-lm's wrapper of a tokenizer of transformers; mlx-lm's own tokenizers stay as they are."""
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    if isinstance(tokenizer, TokenizerWrapper):
+        return tokenizer
+    if not hasattr(tokenizer, "encode") or not hasattr(tokenizer, "eos_token_id"):
+        raise InputError(f"tokenizer must be one of mlx-lm or transformers, a folder or a hub name, got {described(tokenizer)}")
+    made = TokenizerWrapper(tokenizer)
+    use_stop_tokens(made)
+    return made
+
+
+def model_and_tokenizer(options: ModelOptions, lazy: bool = False) -> tuple[nn.Module, Any]:
+    """The model and the tokenizer that options name, or the objects that they hold.
+
+    Args:
+        options: which model.
+        lazy: read weights only when they are used.
+
+    Raises:
+        InputError: no such model, damaged files, a model object without its tokenizer, or no model at all.
+    """
+    given = options.model
+    if given is None or is_path(given):
+        model, tokenizer, _ = load_with_config(options, lazy)
+    else:
+        model, tokenizer = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
+        if not isinstance(model, nn.Module):
+            raise InputError(f"model must be a folder, a hub name, a model or (model, tokenizer), got {described(given)}")
+        if options.quantize:
+            raise InputError(f"--quantize {options.quantize} is for models that are loaded here; quantize this one before")
+    named = options.tokenizer
+    if named is not None:
+        tokenizer = load_tokenizer(ModelOptions(model=str(named))) if is_path(named) else named
+    if tokenizer is None:
+        raise InputError("model is a model alone; pass its tokenizer too: model=(model, tokenizer), or tokenizer=...")
+    tokenizer = wrapped(tokenizer)
+    if options.eos_token:
+        use_stop_tokens(tokenizer, extra=options.eos_token)
+    return model, tokenizer
+
+
 def load_with_config(options: ModelOptions, lazy: bool = False) -> tuple[nn.Module, Any, dict[str, Any]]:
     """The model, tokenizer and configuration of a folder or hub name.
 
@@ -60,6 +110,7 @@ def load_with_config(options: ModelOptions, lazy: bool = False) -> tuple[nn.Modu
     model, tokenizer, config = _loaded(options, load)
     if form:
         model, config = quantize_loaded(model, config, form)
+    ORIGIN.put(model, evolve(options, tokenizer=None))
     return model, tokenizer, config
 
 
@@ -69,10 +120,11 @@ def _loaded(options: BaseOptions, read: Callable[[str], Any], patterns: list[str
 
     if options.model is None:
         raise InputError("--model is missing: a model folder or a hub name such as mlx-community/Qwen3-0.6B-4bit")
-    _check_folder(options.model)
-    flag = f"--model {options.model}"
+    name = str(options.model)
+    _check_folder(name)
+    flag = f"--model {name}"
     try:
-        folder = _download(options.model, allow_patterns=patterns)
+        folder = _download(name, allow_patterns=patterns)
         check_model_code(folder, flag, options.trust_remote_code)
         for file in () if patterns else folder.glob("model*.safetensors"):
             check_header(file)

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from attrs import frozen
 
-from ..errors import InputError, RunError, listed, one_line, plain, quoted
+from ..config.given import name_of
+from ..errors import InputError, RunError, described, listed, one_line, plain, quoted
 from ..utils.user_code import line_in, run_file
 from .reward_functions import BUILT_IN, Reward, text_of
 
@@ -35,11 +36,16 @@ class NamedReward:
     weight: float = 1.0
 
 
-def load_rewards(names: Sequence[str], file: str | None = None, weights: Sequence[float] | None = None) -> tuple[NamedReward, ...]:
+_Request = ast.Call | ast.Name | NamedReward
+
+
+def load_rewards(
+    names: Sequence[str | Reward | NamedReward], file: str | None = None, weights: Sequence[float] | None = None
+) -> tuple[NamedReward, ...]:
     """The rewards of --rewards, --reward-file and --reward-weights; names in the file take precedence over built-in ones.
 
     Args:
-        names: `name` or `name(option=value)`; an entry may hold several, separated by commas.
+        names: `name` or `name(option=value)`, of which an entry may hold several, separated by commas; or functions.
         file: a Python file with reward functions; this call executes it.
         weights: one for each name; None: 1.
 
@@ -49,7 +55,7 @@ def load_rewards(names: Sequence[str], file: str | None = None, weights: Sequenc
     >>> [(reward.name, reward.weight) for reward in load_rewards(["accuracy,repetition(ngram_size=4)"], weights=[1, 0.5])]
     [('accuracy', 1.0), ('repetition', 0.5)]
     """
-    requests = [request for text in names for request in _parsed(text)]
+    requests = [request for entry in names for request in (_parsed(entry) if isinstance(entry, str) else [_passed(entry)])]
     if not requests:
         raise InputError(f"--rewards names no reward function; there are {', '.join(sorted(BUILT_IN))}")
     module = _executed(file) if file else None
@@ -113,21 +119,42 @@ def _with_raw_strings(request: ast.Call | ast.Name, source: str) -> ast.Call | a
     return request
 
 
-def _base(request: ast.Call | ast.Name) -> str:
+def _passed(entry: Reward | NamedReward) -> NamedReward:
+    """A function that Python passes, with its name."""
+    if isinstance(entry, NamedReward):
+        return entry
+    if not callable(entry):
+        raise InputError(f"rewards: expected a name or a function (completions, ...) -> numbers, got {described(entry)}")
+    name = name_of(entry)
+    return NamedReward(name if name.isidentifier() else "reward", entry)
+
+
+def _base(request: _Request) -> str:
+    if isinstance(request, NamedReward):
+        return request.name
     return ast.unparse(request.func if isinstance(request, ast.Call) else request)
 
 
-def _labels(requests: list[ast.Call | ast.Name]) -> list[str]:
-    """The name, with its options where a name occurs several times; equal labels would share a metric."""
+def _labels(requests: Sequence[_Request]) -> list[str]:
+    """The name, with its options or its place where a name occurs several times; equal labels would share a metric."""
     often = Counter(map(_base, requests))
-    labels = [_base(request) if often[_base(request)] == 1 else ast.unparse(request) for request in requests]
+    labels = [
+        _base(request)
+        if often[_base(request)] == 1
+        else f"{request.name}_{place}"
+        if isinstance(request, NamedReward)
+        else ast.unparse(request)
+        for place, request in enumerate(requests, 1)
+    ]
     for label, times in Counter(labels).items():
         if times > 1:
             raise InputError(f"--rewards names {plain(label)} {times} times; name it once and weigh it with --reward-weights")
     return labels
 
 
-def _resolved(request: ast.Call | ast.Name, module: ModuleType | None) -> Reward:
+def _resolved(request: _Request, module: ModuleType | None) -> Reward:
+    if isinstance(request, NamedReward):
+        return request.function
     name = _base(request)
     if module is not None and hasattr(module, name):
         return _from_file(request, name, module)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -47,6 +48,8 @@ def make_optimizer(training: Training, steps: int, paths: Iterable[str] = ()) ->
     Raises:
         InputError: weight decay for adam, which has none, or a hyperparameter of other optimizers.
     """
+    if not isinstance(training.optimizer, str):
+        return _own_optimizer(training)
     if training.optimizer == "adam" and training.weight_decay:
         raise InputError(f"--weight-decay {training.weight_decay} has no effect on adam; use --optimizer adamw")
     given = {name: getattr(training, name) for name in _HYPERPARAMETERS if getattr(training, name) is not None}
@@ -68,6 +71,31 @@ def make_optimizer(training: Training, steps: int, paths: Iterable[str] = ()) ->
         return group == (found if found in groups else TRAINED_GROUP)
 
     return optim.MultiOptimizer(list(groups.values()), [partial(belongs, group) for group in [*groups][:-1]])
+
+
+_OF_NAMED = ("learning_rate", "lr_schedule", "warmup", "weight_decay", "loraplus_lr_ratio", "betas", "eps", "momentum")
+"""Options of optimizers that are named."""
+
+
+def _own_optimizer(training: Training) -> optim.Optimizer:
+    """A copy of the user's optimizer as it is before its first step, so that a run depends on no other.
+
+    Raises:
+        InputError: it is none of `mlx.optimizers`, it has several, or an option says what the object says.
+    """
+    optimizer, defaults = training.optimizer, Training()
+    if not isinstance(optimizer, optim.Optimizer) or isinstance(optimizer, optim.MultiOptimizer):
+        raise InputError(f"optimizer must be a name or one object of mlx.optimizers, got {type(optimizer).__name__}")
+    for name in _OF_NAMED:
+        if getattr(training, name) != getattr(defaults, name):
+            raise InputError(f"{name} has no effect on an optimizer object; give it to {type(optimizer).__name__}(...)")
+    if "learning_rate" not in optimizer.state:
+        raise InputError(f"optimizer: give {type(optimizer).__name__} a learning_rate")
+    own = copy(optimizer)
+    own.state = {"step": mx.array(0, mx.uint64), "learning_rate": optimizer.learning_rate}
+    for name, schedule in own._schedulers.items():
+        own.state[name] = schedule(own.step)
+    return own
 
 
 def group_of(path: str) -> str:
@@ -102,9 +130,17 @@ def learning_rate(training: Training, steps: int) -> Rate:
 
     end + (peak - end)·f(x), x = (t - warmup)/span; linear: f = 1 - x; cosine: f = (1 + cos πx)/2, both constant from x = 1 on;
     exponential: f = r^x; step: f = r^⌊x⌋, r = `lr_decay_rate`. span is `lr_decay_steps`, by default `steps` - `warmup`.
+    A function of t, such as those of `mlx.optimizers`, is the rate itself.
+
+    Raises:
+        InputError: such a function, and a schedule or a warm-up besides.
     """
     peak, start, end, warmup = training.learning_rate, training.warmup_init, training.lr_end, training.warmup
     span = training.lr_decay_steps or max(steps - warmup, 1)
+    if callable(peak):
+        if training.lr_schedule != "constant" or warmup:
+            raise InputError("learning_rate is a schedule of its own; leave out lr_schedule and warmup")
+        return peak
     shape = _SHAPES[training.lr_schedule]
     if training.lr_schedule == "constant" and not warmup:
         return peak

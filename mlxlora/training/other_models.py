@@ -7,6 +7,7 @@ import mlx.nn as nn
 from attrs import evolve
 
 from ..adapters.prepare import load
+from ..config.given import is_path, storable
 from ..config.options import DistillOptions, DPOOptions, KTOOptions, ModelOptions
 from ..errors import InputError
 from ..models.loading import load_tokenizer
@@ -32,7 +33,7 @@ def load_other(path: str, model: ModelOptions, flag: str, read: Callable[[ModelO
         InputError: there is no such model, or it is damaged.
     """
     try:
-        return (read or load)(evolve(model, model=path, quantize=None))
+        return (read or load)(evolve(model, model=path, quantize=None, tokenizer=None))
     except InputError as error:
         raise InputError(str(error).replace("--model", flag, 1)) from None
 
@@ -46,7 +47,7 @@ def loader(model: ModelOptions, path: str, flag: str = REFERENCE) -> Callable[[A
     def other(tokenizer: Any) -> nn.Module:
         found, its_tokenizer = load_other(path, model, flag)
         if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-            raise InputError(f"{flag} {path}: its vocabulary is not that of --model {model.model}")
+            raise InputError(f"{flag} {path}: its vocabulary is not that of --model {storable(model.model)}")
         return found
 
     return other
@@ -55,8 +56,10 @@ def loader(model: ModelOptions, path: str, flag: str = REFERENCE) -> Callable[[A
 def cached_reference(model: ModelOptions, method: DPOOptions | KTOOptions) -> ReferenceOptions:
     """The reference of rows that are scored once, before training."""
     path = method.reference_model_path
-    names = (str(path or model.model or ""), "" if path else model.quantize or "")
-    cache = reference_cache_file(*names) if method.reference_cache else None
+    named = path or model.model
+    cache = None
+    if method.reference_cache and is_path(named):  # a model that Python passes may be any
+        cache = reference_cache_file(str(named), "" if path else model.quantize or "")
     return ReferenceOptions(loader(model, path) if path else None, cache)
 
 

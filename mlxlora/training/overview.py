@@ -4,6 +4,7 @@ from typing import Any
 
 from mlx_lm.utils import get_total_parameters
 
+from ..config.given import storable
 from ..config.options import AdapterOptions, Training
 from ..distributed.sharding import count, is_sharded
 from ..reporting.card import portable
@@ -50,6 +51,10 @@ def rate_text(training: Training, steps: int) -> str:
     >>> rate_text(Training(learning_rate=1e-4, lr_schedule="cosine", warmup=10), 600)
     '0.0001, cosine to 0 in 600 steps, after 10 of warm-up; adam'
     """
+    if not isinstance(training.optimizer, str):
+        return str(storable(training.optimizer))
+    if callable(training.learning_rate):
+        return f"{storable(training.learning_rate)}; {training.optimizer}"
     text = f"{training.learning_rate:g}"
     if training.lr_schedule in ("linear", "cosine"):
         text += f", {training.lr_schedule} to {training.lr_end:g} in {training.lr_decay_steps or steps:,} steps"

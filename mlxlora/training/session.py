@@ -20,7 +20,7 @@ from ..data.rows import Row
 from ..data.sources import Context, Source
 from ..distributed.ranks import current_ranks
 from ..errors import InputError
-from ..models.loading import load_with_config
+from ..models.loading import ORIGIN, model_and_tokenizer, wrapped
 from ..models.logprobs import scorer
 from ..models.modes import vocabulary
 from ..objectives.objective import Objective
@@ -29,7 +29,6 @@ from ..reporting.columns import GENERAL
 from ..reporting.history import StoredMethod
 from ..reporting.reporter import ReporterGroup
 from ..reporting.reporters import reporters
-from ..utils.user_code import load_object
 from .answers import first_questions
 from .dry_run import dry_run
 from .evaluate import make_evaluate
@@ -80,7 +79,7 @@ def train_recipe(recipe: Recipe, groups: Groups) -> dict[str, Any]:
             if ranks.leads:
                 held.enter_context(claimed(groups[Output], recipe.method.method))
             rows = sources.load_rows(recipe.source.data, groups[Training].seed)
-            model, tokenizer, _ = load_with_config(groups[ModelOptions], lazy=groups[Training].fully_shard)
+            model, tokenizer = model_and_tokenizer(groups[ModelOptions], lazy=groups[Training].fully_shard)
             layers_to_train(model, groups[AdapterOptions])  # fails before the rows are tokenized
         return _run(recipe, model, tokenizer, rows, groups)
 
@@ -120,7 +119,7 @@ def run(
                 held.enter_context(claimed(files, None))
             rows = sources.load_rows(source.data, training.seed)
         groups = {type(group): group for group in (ModelOptions(), source.data, adapter, training, files)}
-        return _run(recipe, model, tokenizer, rows, groups)
+        return _run(recipe, model, wrapped(tokenizer), rows, groups)
 
 
 def evaluate_split(
@@ -144,19 +143,13 @@ def evaluate_split(
     return make_evaluate(model, objective, scorer(model), ranks)(batches_of_split(schedule, make, split))
 
 
-def user_objective(reference: str | None) -> Objective | None:
-    """The objective that --objective file.py:name names; a function without arguments may return it.
-
-    Raises:
-        InputError: the file has no such objective.
-    """
-    if reference is None:
-        return None
-    found = load_object(reference, "--objective")
-    found = found() if callable(found) and not isinstance(found, Objective) else found
-    if not isinstance(found, Objective):
-        raise InputError(f"--objective {reference}: expected an Objective, got {type(found).__name__}")
-    return found
+def _of_objects(model: nn.Module, rows: Mapping[str, Sequence[Row]], options: ModelOptions, source: Source) -> dict[str, Any]:
+    """What the files of a run say of rows and models that Python passed."""
+    data = {} if is_path(source.data.data) else {"data": stored_rows(rows)}
+    if is_path(options.model):
+        return data
+    origin = ORIGIN.get(model)
+    return {**data, "model": origin and origin.model, "quantize": origin and origin.quantize}
 
 
 def _run(recipe: Recipe, model: nn.Module, tokenizer: Any, rows: dict[str, list[Row]], groups: Groups) -> dict[str, Any]:
@@ -173,8 +166,7 @@ def _run(recipe: Recipe, model: nn.Module, tokenizer: Any, rows: dict[str, list[
         rows_of = {name: split.counts.rows for name, split in splits.items()}
         reporter = ReporterGroup(*reporter.members, Card(Path(output.adapter_path), rows_of, method))
     stored = dump(recipe.method, *groups.values())
-    if not is_path(source.data.data):
-        stored["data"] = stored_rows(rows)
+    stored |= _of_objects(model, rows, groups[ModelOptions], source)
     config = {name: value for name, value in stored.items() if name not in ("resume", "overwrite")}
     options = RunOptions(training, adapter, output, config, method)
     whole = Run(model, tokenizer, recipe.objective, source, splits, options, ranks=ranks, **recipe.extras)

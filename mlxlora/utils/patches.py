@@ -25,11 +25,13 @@ class _Record:
         original: the class that it came with.
         values: what slots keep.
         undo: functions of the module, the latest last; a copy of the module has them, too.
+        facts: names of the values that stay.
     """
 
     original: type
     values: dict[str, Any] = field(factory=dict)
     undo: list[Callable[[Any], None]] = field(factory=list)
+    facts: set[str] = field(factory=set)
 
 
 def _record(module: Any) -> _Record:
@@ -43,10 +45,12 @@ class Slot(Generic[Value]):
     Attributes:
         name: no other slot has it.
         default: what a module has that was given none.
+        stays: `restore` keeps the value, because it is no patch but a fact about the model.
     """
 
     name: str
     default: Value
+    stays: bool = False
 
     def get(self, module: Any) -> Value:
         """The module's value."""
@@ -55,7 +59,10 @@ class Slot(Generic[Value]):
 
     def put(self, module: Any, value: Value) -> None:
         """Gives the module a value."""
-        _record(module).values[self.name] = value
+        record = _record(module)
+        record.values[self.name] = value
+        if self.stays:
+            record.facts.add(self.name)
 
     @contextmanager
     def holding(self, module: Any, value: Value) -> Iterator[None]:
@@ -164,5 +171,9 @@ def restore(model: Any) -> Any:
     for module in modules:
         for key in _FUNCTIONS.get(module):
             _release(key)
-        module.__class__ = module.__dict__.pop(_RECORD).original
+        record: _Record = module.__dict__.pop(_RECORD)
+        module.__class__ = record.original
+        if record.facts:
+            kept = {name: record.values[name] for name in record.facts}
+            module.__dict__[_RECORD] = _Record(record.original, kept, facts=record.facts)
     return model

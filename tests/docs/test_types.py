@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import attrs
 import pytest
 
 import mlxlora as ml
@@ -17,12 +18,17 @@ INIT = Path(ml.__file__)
 RIGHT = """
 from pathlib import Path
 
+import mlx.optimizers as optim
+
 import mlxlora as ml
 from mlxlora import InputError, Training, nll
 
 results = ml.sft(model="m", data=[{"text": "a"}], iters=3, learning_rate=1e-4, lora_keys=("q_proj",))
 steps: int = results["steps"]
 ml.sft(model=Path("m"), data={"train": [{"text": "a"}], "valid": []}, lora_keys=["q_proj"], adapter_path=Path("a"))
+ml.sft(model=ml.load("m"), objective=lambda logps, batch: -logps, learning_rate=optim.cosine_decay(1e-3, 9))
+ml.sft(model=ml.load("m")[0], tokenizer=ml.load("m")[1], objective=0.5 * nll(), optimizer=optim.AdamW(1e-3))
+ml.grpo(model="m", rewards=[lambda completions, **_: [float(len(c)) for c in completions], "accuracy"])
 ml.dpo(Training(iters=3), model="m", loss_type="ipo", beta=0.2)
 ml.grpo(Training(iters=3), ml.Output(quiet=True), ml.RewardOptions(rewards=("accuracy",)))
 objective: ml.Objective = ml.preference(ml.log_ratio, ml.hinge(beta=0.1)) + 0.2 * nll(of=ml.chosen) + 0.01 * ml.kl()
@@ -40,6 +46,11 @@ WRONG = {
     "ml.orpo(nll_on_promt=True)": "reportCallIssue",
     'ml.dpo("folder")': "reportArgumentType",
     "ml.sft(data=3)": "reportArgumentType",
+    "ml.sft(model=3)": "reportArgumentType",
+    "ml.sft(objective=3)": "reportArgumentType",
+    "ml.sft(optimizer=3)": "reportArgumentType",
+    'ml.sft(learning_rate="high")': "reportArgumentType",
+    "ml.grpo(rewards=[3])": "reportArgumentType",
     'ml.sft(optimizer="adamm")': "reportArgumentType",
     "ml.not_there": "reportAttributeAccessIssue",
     "ml.nll() + 1": "reportOperatorIssue",
@@ -97,7 +108,8 @@ def test_both_lists_of_public_names_are_the_same():
 def test_signatures_show_every_option_with_its_default(name: str):
     method = getattr(ml, name)
     shown = inspect.signature(method).parameters
-    fields = fields_of(*method.kinds.kinds())
+    fields = {field.name: field for kind in method.kinds.kinds() for field in attrs.fields(kind)}
+    assert fields_of(*method.kinds.kinds()).keys() <= fields.keys()
     assert {key: (p.default, p.annotation) for key, p in shown.items()} == {f.name: (f.default, f.type) for f in fields.values()}
     assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in shown.values())
 

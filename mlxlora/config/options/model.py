@@ -1,19 +1,20 @@
 """Options of the model and of what is trained in it."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from attrs import validators as v
 
-from ..fields import AllOrCount, Pattern, Start, group, option
-from ..given import PathOrName
+from ..fields import AllOrCount, Pattern, Start, group, option, python_option
+from ..given import Model, PathOrName
 
 
 @group("Model")
 class BaseOptions:
     """Which model."""
 
-    model: PathOrName | None = option(None, "Model folder or hub name.")
+    model: Model | None = option(None, "Model folder or hub name.")
+    tokenizer: Any = python_option(None, "Tokenizer: one of mlx-lm or transformers, a folder or a hub name; default: the model's.")
     trust_remote_code: bool = option(False, "Run Python code that comes with the model or its tokenizer.")
     eos_token: Sequence[str] | None = option(
         None, "Tokens, or their ids, at which generation stops too, such as <|im_end|>; the model's own always count."

@@ -1,6 +1,7 @@
 """Options of the objectives: one group a method, with shared bases."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 from attrs import validators as v
 
@@ -13,7 +14,7 @@ _FIRST, _LAST = -1, 1
 class ObjectiveOptions:
     """What every method takes: an objective of the user."""
 
-    objective: str | None = option(None, "Your own objective: file.py:name.", order=_LAST)
+    objective: str | Callable[..., Any] | None = option(None, "Your own objective: file.py:name.", order=_LAST)
 
 
 @group("Objective")

@@ -1,6 +1,7 @@
 """Options of completions that the policy samples, and of their rewards."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from attrs import validators as v
 
@@ -45,7 +46,7 @@ class OwnSampling(SamplingOptions):
 class RewardOptions:
     """What completions are rewarded for."""
 
-    rewards: Sequence[str] = option(("accuracy",), "Reward functions: built in, or of --reward-file.")
+    rewards: Sequence[str | Callable[..., Any]] = option(("accuracy",), "Reward functions: built in, or of --reward-file.")
     reward_file: str | None = option(None, "Your own reward functions: a Python file.")
     reward_weights: Sequence[float] | None = option(None, "Weight of each reward; default: 1.")
     reward_model: str | None = option(None, "Reward by this model, a folder of a sequence classifier, in place of --rewards.")

@@ -1,11 +1,12 @@
 """Options of the optimization."""
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 from attrs import validators as v
 
 from ..fields import AutoOrCount, Betas, group, option
+from ..given import UpdateRule
 
 
 @group("Training")
@@ -16,8 +17,8 @@ class Training:
     epochs: float | None = option(None, "Passes over the data, instead of --iters (--num-epochs is the same).", v.gt(0))
     batch_size: int = option(4, "Rows in a batch.", v.ge(1))
     grad_accumulation_steps: int = option(1, "Batches in an optimizer step; the result equals one large batch.", v.ge(1))
-    learning_rate: float = option(1e-5, "Peak learning rate.", v.gt(0))
-    optimizer: Literal["adam", "adamw", "sgd", "adafactor", "lion", "muon"] = option(
+    learning_rate: float | Callable[..., Any] = option(1e-5, "Peak learning rate.", v.gt(0))
+    optimizer: Literal["adam", "adamw", "sgd", "adafactor", "lion", "muon"] | UpdateRule = option(
         "adam", "Update rule; Adam and AdamW are the published ones, with bias correction."
     )
     weight_decay: float = option(0.0, "Weight decay, decoupled in adamw and lion; adam has none.", v.ge(0))
