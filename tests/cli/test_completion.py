@@ -8,16 +8,18 @@ import sys
 import pytest
 from mlxlora_cli import app
 from mlxlora_cli.completion import NAMES, completer
+from mlxlora_cli.help_text import offered
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from mlxlora.config import options as config
+from mlxlora.methods import METHODS
 from mlxlora.objectives.grpo import grpo
 from mlxlora.objectives.preference import dpo
 from mlxlora.rollouts.reward_functions import BUILT_IN
 from tests.support.loss_types import loss_types
 
-COMMANDS = get_command(app).commands
+COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -68,10 +70,22 @@ def test_completion_can_be_shown(shell, monkeypatch):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_cuts_no_word(name, width, monkeypatch):
     monkeypatch.setenv("COLUMNS", width)
-    shown = CliRunner().invoke(app, [name, "--help"]).output
-    assert "…" not in shown
+    shown = CliRunner().invoke(app, [name, "--help-all"]).output
+    assert "…" not in shown and all(len(line.rstrip()) <= int(width) for line in shown.splitlines() if "Example: " not in line)
     for param in COMMANDS[name].params:
         assert param.hidden or not param.opts[0].startswith("--") or f"{param.opts[0]} " in shown
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_short_help_is_two_screens_of_the_most_used_options(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = CliRunner().invoke(app, [name, "--help"]).output
+    flags = re.findall(r"^ (--[\w-]+)", shown, re.MULTILINE)
+    assert len(flags) == 25 and flags[:2] == ["--model", "--data"] and "--help-all shows all" in shown
+    lines = sum(-(-len(line.rstrip()) // 80) or 1 for line in shown.splitlines())
+    assert lines <= 48, f"{lines} lines"
+    for word in {choice for param in COMMANDS[name].params if param.opts[0] in flags for choice in offered(param)}:
+        assert re.search(rf"(?<!\w){word}(?!\w)", shown), f"{word} is cut"
 
 
 @pytest.mark.parametrize("name", COMMANDS)

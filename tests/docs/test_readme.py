@@ -140,7 +140,7 @@ def test_named_flags_exist(page):
     """Those of the tables and the text belong to some command."""
     prose = FENCE.sub("", PAGES[page])
     named = {flag for span in re.findall(r"`([^`\n]+)`", prose) if "mlx_lm" not in span for flag in flags(span)}
-    assert named and named <= set().union(*FLAGS.values(), {"--help", "--install-completion"})
+    assert named and named <= set().union(*FLAGS.values(), {"--help", "--help-all", "--install-completion"})
 
 
 LINKS = [(page, link) for page, text in (PAGES | OTHERS).items() for link in re.findall(r"\]\((?!https?:)([^)]+)", text)]
