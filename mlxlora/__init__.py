@@ -83,6 +83,7 @@ if TYPE_CHECKING:
     from .objectives.terms import dft as dft
     from .objectives.terms import nll as nll
     from .objectives.terms import preference as preference
+    from .reporting.reporter import Reporter as Reporter
     from .rollouts.engine import Decoding as Decoding
     from .rollouts.engine import sample as sample
     from .rollouts.pairs import on_policy_pairs as on_policy_pairs
@@ -162,6 +163,7 @@ _NAMES = {
     "objectives.scores": ("log_odds", "log_ratio", "mean_log_ratio", "mean_logps", "sum_logps"),
     "objectives.surrogates": ("clipped_surrogate", "kl"),
     "objectives.terms": ("dft", "nll", "preference"),
+    "reporting.reporter": ("Reporter",),
     "rollouts.engine": ("Decoding", "sample"),
     "rollouts.pairs": ("on_policy_pairs",),
     "rollouts.rewards": ("load_rewards", "NamedReward"),

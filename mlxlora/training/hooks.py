@@ -1,15 +1,20 @@
-"""What a run does between steps: report, validate."""
+"""What a run does between steps: report, validate, tell the user's callbacks."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import mlx.core as mx
 from attrs import frozen
 
 from ..config.options import Output
 from ..data.batching import MicroBatch
+from ..distributed.ranks import Ranks
+from ..reporting.callbacks import Callbacks
 from ..reporting.reporter import Reporter
+from .checkpoint import FOLDER
 from .evaluate import Evaluate
+from .loop import Every, Hook
 from .micro_batch import BatchDivider
 from .progress import Progress, Window
 
@@ -92,3 +97,53 @@ class Validation:
         metrics = self.evaluate(self.batches())
         self.reporter.record({"step": progress.step, "split": "valid", **metrics})
         return metrics["loss"]
+
+
+@frozen(eq=False)
+class Told:
+    """What the user's callbacks are told between steps, and what they ask for.
+
+    Attributes:
+        callbacks: of rank 0; others have none.
+        ranks: stop together.
+        directory: the folder of the run.
+    """
+
+    callbacks: Callbacks
+    ranks: Ranks
+    directory: Path
+
+    def settle(self, progress: Progress) -> None:
+        """Stops the run if a callback asked for that.
+
+        Raises:
+            SharedError: a callback raised an error.
+        """
+        progress.stop = progress.stop or self.callbacks.settle(self.ranks.of_rank0)
+
+    def after_steps(self, multiple: int, total: int) -> Sequence[Every]:
+        """Hooks before that of the checkpoint, so that a run that stops has one."""
+
+        def told(progress: Progress, _: Sequence[MicroBatch]) -> None:
+            self.callbacks.step(progress.step, progress.latest)
+            if progress.step % multiple == 0:
+                self.settle(progress)
+
+        return self._where_asked(told, total, beside=not self.callbacks.sees_steps)
+
+    def saving(self, checkpoint: Callable[[Progress], None]) -> Hook:
+        """The hook that writes a checkpoint, and tells of it."""
+
+        def save(progress: Progress, _: Sequence[MicroBatch]) -> None:
+            checkpoint(progress)
+            self.callbacks.checkpoint(progress.step, self.directory / FOLDER / f"{progress.step:07d}")
+
+        return save
+
+    def at_the_end(self, total: int) -> Sequence[Every]:
+        """Hooks after that of the checkpoint."""
+        return self._where_asked(lambda progress, _: self.settle(progress), total, beside=True)
+
+    def _where_asked(self, hook: Hook, total: int, *, beside: bool) -> Sequence[Every]:
+        any_rank = bool(self.ranks.of_rank0(bool(self.callbacks)))
+        return [Every(1, hook, total, beside=beside)] if any_rank else []

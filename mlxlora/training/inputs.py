@@ -12,6 +12,7 @@ from ..data.sources import Source, Split
 from ..distributed.ranks import Ranks, current_ranks
 from ..models.logprobs import Scorer
 from ..objectives.objective import Objective
+from ..reporting.callbacks import Callbacks
 from ..reporting.card import CUSTOM, MethodInfo
 
 
@@ -72,6 +73,7 @@ class Run:
         noise: NEFTune's α, the scale of the noise on the embeddings of training tokens; 0 = off.
         extend: (scorer, tokenizer) -> a scorer that adds columns to a batch, such as the divergence from a teacher.
         ranks: the processes that train together.
+        callbacks: the user's.
     """
 
     model: nn.Module
@@ -84,3 +86,4 @@ class Run:
     noise: float = 0.0
     extend: Callable[[Scorer, Any], Scorer] | None = None
     ranks: Ranks = field(factory=current_ranks)
+    callbacks: Callbacks = field(factory=Callbacks)

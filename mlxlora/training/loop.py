@@ -9,7 +9,7 @@ import mlx.core as mx
 from attrs import define, field, frozen
 
 from ..data.batching import MicroBatch
-from ..data.pooled import pooled
+from ..data.pooled import pooled, results
 from ..distributed.ranks import ALONE, Ranks
 from ..errors import RunError, SharedError, listed, reason
 from ..utils.device import out_of_memory, smaller
@@ -230,11 +230,12 @@ def _warn_of_skipped(result: StepResult, progress: Progress, rows: Sequence[str]
 
 def _advance(progress: Progress, result: StepResult, seconds: tuple[float, float], done: _Begun) -> None:
     """Counts a step; the metrics of a skipped step count in no mean."""
-    window = progress.window
+    window, metrics = progress.window, result.metrics | pooled(micro.metrics for micro in done.micros)
+    progress.latest = {**results(metrics), "learning_rate": result.learning_rate}
     if result.skipped:
         window.skipped += 1
     else:
-        window.add(result.metrics | pooled(micro.metrics for micro in done.micros))
+        window.add(metrics)
     window.tokens += done.tokens
     window.learning_rate = result.learning_rate
     window.seconds_waited += seconds[0]

@@ -70,6 +70,7 @@ class Progress:
         skipped: skipped steps in a row, up to the last step.
         stop: why the run ends early, or empty.
         key: the random state after the last step.
+        latest: the metrics of the last step; not saved.
     """
 
     step: int = 0
@@ -79,12 +80,13 @@ class Progress:
     waited: int = 0
     skipped: int = 0
     stop: str = ""
-    key: mx.array = field(factory=random_key, metadata={"array": True})
+    key: mx.array = field(factory=random_key, metadata={"apart": True})
+    latest: Mapping[str, float] = field(factory=dict, metadata={"apart": True})
 
 
 def state_of(progress: Progress) -> dict[str, Any]:
-    """The progress as JSON, without the random state."""
-    return asdict(progress, filter=lambda attribute, _: "array" not in attribute.metadata)
+    """The progress as JSON, without the random state and the last step's metrics."""
+    return asdict(progress, filter=lambda attribute, _: "apart" not in attribute.metadata)
 
 
 def progress_of(state: Mapping[str, Any], key: mx.array) -> Progress:

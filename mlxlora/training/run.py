@@ -7,12 +7,13 @@ from typing import Any
 
 from ..data.prompts import Question
 from ..models import attention
+from ..reporting.callbacks import Callbacks
 from ..reporting.history import PAGE
 from ..reporting.reporter import Reporter
 from ..utils.integers import round_up
 from .answers import answered
 from .evaluate import Evaluate
-from .hooks import Report, Validation
+from .hooks import Report, Told, Validation
 from .inputs import Run
 from .loop import Every, LoopOptions, train
 from .overview import overview
@@ -62,7 +63,7 @@ def _execute(run: Run, prepared: Prepared, reporter: Reporter) -> dict[str, Any]
     report = Report(reporter, prepared.divider, run.source.online, has_token_metrics)
     validation = _validation(prepared, evaluate, saver, reporter)
     began = time.perf_counter()
-    _train(prepared, step, saver, progress, report, validation)
+    _train(prepared, step, saver, progress, report, validation, run.callbacks)
     if progress.window:
         report(progress)
     return _results(progress, step, run, time.perf_counter() - began) | _test(prepared, evaluate, saver, progress, reporter)
@@ -75,17 +76,28 @@ def _validation(prepared: Prepared, evaluate: Evaluate, saver: Saver, reporter: 
     return Validation(evaluate, batches if validated else None, reporter, output, saver.adapters)
 
 
-def _train(prepared: Prepared, step: Step, saver: Saver, progress: Progress, report: Report, validation: Validation) -> None:
+def _train(
+    prepared: Prepared,
+    step: Step,
+    saver: Saver,
+    progress: Progress,
+    report: Report,
+    validation: Validation,
+    callbacks: Callbacks,
+) -> None:
     schedule, reporter, output = prepared.schedule, report.reporter, saver.options.output
     total, multiple = schedule.steps, schedule.source.repeats
     reporter.progress(progress.step, total)
     if progress.step == 0:
         validation.first(progress)
+    told = Told(callbacks, prepared.ranks, saver.directory)
     hooks = (
         Every(1, lambda progress, _: reporter.progress(progress.step, total), total, beside=True),
         Every(output.steps_per_report, report, total),
         Every(round_up(output.steps_per_eval, multiple), validation, total),
-        Every(round_up(output.save_every, multiple), lambda progress, _: saver.checkpoint(progress), total),
+        *told.after_steps(multiple, total),
+        Every(round_up(output.save_every, multiple), told.saving(saver.checkpoint), total),
+        *told.at_the_end(total),
     )
     how = LoopOptions(
         repeats=multiple,
@@ -95,6 +107,7 @@ def _train(prepared: Prepared, step: Step, saver: Saver, progress: Progress, rep
         warn=partial(reporter.note, warning=True),
     )
     with saver.saved_on_exit(progress, reporter):
+        told.settle(progress)
         train(step, batches_of_steps(schedule, prepared.train, progress.step), progress, total, hooks, how)
 
 

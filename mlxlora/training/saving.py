@@ -14,8 +14,9 @@ from ..adapters.files import WEIGHTS, save
 from ..distributed.ranks import Ranks
 from ..distributed.watchdog import nothing
 from ..errors import InputError, LostError, RunError, SharedError
+from ..reporting.callbacks import STOPPED
 from ..reporting.history import METRICS, SAMPLES, SETTINGS
-from ..reporting.reporter import Reporter, truncate_after
+from ..reporting.reporter import Reporter, drop_report, truncate_after
 from ..utils.files import atomic_file
 from .checkpoint import checkpoints, load_checkpoint, newest, save_checkpoint
 from .inputs import RunOptions
@@ -139,6 +140,10 @@ class Saver:
         progress = load_checkpoint(path, self.model, self.optimizer)
         for name in (METRICS, SAMPLES):
             truncate_after(self.directory / name, progress.step or -1)  # the validation of step 0 is repeated
+        if progress.stop.startswith(STOPPED):
+            progress.stop = ""
+        if progress.window:
+            drop_report(self.directory / METRICS, progress.step)
         reporter.note(f"resuming {path} after step {progress.step}")
         return progress
 

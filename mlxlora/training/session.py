@@ -24,6 +24,7 @@ from ..models.loading import ORIGIN, model_and_tokenizer, wrapped
 from ..models.logprobs import scorer
 from ..models.modes import vocabulary
 from ..objectives.objective import Objective
+from ..reporting.callbacks import Callbacks
 from ..reporting.card import Card, MethodInfo
 from ..reporting.columns import GENERAL
 from ..reporting.history import StoredMethod
@@ -157,7 +158,8 @@ def _run(recipe: Recipe, model: nn.Module, tokenizer: Any, rows: dict[str, list[
     if training.loraplus_lr_ratio is not None and adapter.train_type == "full":
         raise InputError(f"--loraplus-lr-ratio {training.loraplus_lr_ratio} is for adapters; use --train-type lora or dora")
     source, method = recipe.source, MethodInfo(recipe.title, tuple(groups), recipe.columns)
-    reporter = ReporterGroup(*(reporters(output, method) if ranks.leads else ()))
+    callbacks = Callbacks(output.callbacks if ranks.leads and not output.dry_run else ())
+    reporter = ReporterGroup(*(reporters(output, method) if ranks.leads else ()), callbacks)
     with ranks.together():
         check_options(training, adapter, online=source.online, with_teacher="extend" in recipe.extras)
         splits = sources.tokenize(source, rows, tokenizer, reporter.note)
@@ -169,10 +171,11 @@ def _run(recipe: Recipe, model: nn.Module, tokenizer: Any, rows: dict[str, list[
     stored |= _of_objects(model, rows, groups[ModelOptions], source)
     config = {name: value for name, value in stored.items() if name not in ("resume", "overwrite")}
     options = RunOptions(training, adapter, output, config, method)
-    whole = Run(model, tokenizer, recipe.objective, source, splits, options, ranks=ranks, **recipe.extras)
+    whole = Run(model, tokenizer, recipe.objective, source, splits, options, ranks=ranks, callbacks=callbacks, **recipe.extras)
     introduce(whole, reporter)
     if output.dry_run:
         return dry_run(whole, reporter)
     results = execute_run(whole, reporter, first_questions(whole, rows))
     reporter.finish(results)
+    callbacks.settle(ranks.of_rank0)
     return results

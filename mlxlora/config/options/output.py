@@ -1,10 +1,11 @@
 """Options of files and reports."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from attrs import validators as v
 
-from ..fields import EachOf, group, option
+from ..fields import EachOf, group, option, python_option
 from ..given import PathOrName
 
 
@@ -34,4 +35,7 @@ class Output:
         None,
         "Send metrics to wandb, swanlab, trackio or tensorboard (pip install 'mlxlora[wandb]', ...).",
         EachOf("wandb", "swanlab", "trackio", "tensorboard"),
+    )
+    callbacks: Sequence[Any] = python_option(
+        (), "Functions (step, metrics), or objects with on_start, on_step, on_evaluate, on_sample, on_checkpoint or on_end."
     )
