@@ -20,7 +20,7 @@ from mlxlora.config.mlx_lm_keys import Key
 from mlxlora.config.options import Training
 from mlxlora.errors import InputError
 from mlxlora.methods import METHODS, Method, commands
-from mlxlora.utils.blas import load_fast_blas
+from mlxlora.utils.environment import set_up_mlx
 from mlxlora.utils.output import echo
 
 from .completion import completer
@@ -65,7 +65,7 @@ def flags(
                 return
             values = resolved(layers, typed, config)
             built = {name: build(group, values) for name, group in groups.items()}
-            load_fast_blas()
+            set_up_mlx()
             _import_heavy()
             command(**built)
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from mlxlora.utils.blas import load_fast_blas
+from mlxlora.utils.environment import set_up_mlx
 
 
 def init(
@@ -16,7 +16,7 @@ def init(
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of the weights.")] = "float32",
 ) -> None:
     """Write a model with random weights, to train from scratch with `mlxlora sft --train-type full`."""
-    load_fast_blas()
+    set_up_mlx()
     from mlxlora.models.initialize import init_model
 
     parameters = init_model(config_file, tokenizer, output, seed, dtype)

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from mlxlora.errors import InputError
-from mlxlora.utils.blas import load_fast_blas
+from mlxlora.utils.environment import set_up_mlx
 
 
 def merge(
@@ -16,7 +16,7 @@ def merge(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder of adapters in --save-path.")] = False,
 ) -> None:
     """Merge adapters into the exact weighted sum of their updates; its rank is the sum of their ranks."""
-    load_fast_blas()
+    set_up_mlx()
     from mlxlora.adapters import merge as merging
 
     rank = merging.merge(adapters, save_path, weights=_numbers(weights), model=model, overwrite=overwrite)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mlxlora.utils.blas import load_fast_blas
+from mlxlora.utils.environment import set_up_mlx
 
 _WIDE = 1000  # columns if the output is not a terminal: one line per metric
 
@@ -16,7 +16,7 @@ def report(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file in --output.")] = False,
 ) -> None:
     """Compare runs: their results, and the options in which they differ."""
-    load_fast_blas()
+    set_up_mlx()
     from mlxlora.methods import method_info
     from mlxlora.reporting.card import portable
     from mlxlora.reporting.history import past_run

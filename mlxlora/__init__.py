@@ -186,7 +186,7 @@ def _imported(name: str) -> Any:
     if name not in _HOME and name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     # As the command line does, because it has an effect only before MLX is imported.
-    import_module(".utils.blas", __name__).load_fast_blas()
+    import_module(".utils.environment", __name__).set_up_mlx()
     if name in _MODULES:
         return import_module(f".{_MODULES[name]}", __name__)
     module, original = _HOME[name]

@@ -25,7 +25,7 @@ _PROBE = [[1, 2]]  # tokens
 # Bytes of logits-sized temporaries that one chunk of the head may hold, and bytes that a chunk holds for each of its n·V logits:
 # about ten float32 arrays on a CPU; on a GPU, whose loss is one fused kernel, the logits and their gradient in the model's
 # dtype. Larger chunks launch fewer kernels: benchmarks/logprobs.py compares sizes. Metal has CUDA's values, not measured.
-CHUNK_BYTES = {"cpu": 96 << 20, "gpu": 2 << 30}
+CHUNK_BYTES = {"cpu": 96 << 20, "gpu": 1 << 30}
 LOGIT_BYTES = {"cpu": 40, "gpu": 6}
 
 

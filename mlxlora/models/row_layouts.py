@@ -18,6 +18,7 @@ from ..batch import Batch
 from ..errors import one_line
 from ..utils.device import backend
 from ..utils.patches import Slot
+from .activations import hook_activations
 from .attention import Causal, Prompts, Scoring, blockwise, causal, fused, hook, reaches, visible
 from .modes import evaluating
 
@@ -40,6 +41,7 @@ def forward_rows(forward: Forward, model: nn.Module, batch: Batch) -> mx.array:
         batch: whole rows, packed rows or rows that continue prompts.
     """
     hook(model)
+    hook_activations(model)
     if batch.prefix is None or batch.prefix_lengths is None:
         if batch.segments is None and not _KNOWS_WINDOWS.get(model):
             return forward(batch.tokens)
