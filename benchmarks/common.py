@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -97,6 +98,44 @@ def write_json(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
     Path(path).write_text(json.dumps(list(rows), indent=2) + "\n", encoding="utf-8")
 
 
+# --- the last rows that were kept ---------------------------------------------------------------
+
+KNOWN = Path(__file__).parent / "known"
+COMPARED = {"ours_mb": "MB", "memory_ratio": "memory", "speed_ratio": "speed", "ours": "ours"}
+"""Figures that are shown beside those kept, where the rows have them."""
+
+
+def kept_file(device: str) -> Path:
+    """Where the rows of the script that runs are kept, for a kind of device."""
+    return KNOWN / f"{Path(sys.argv[0]).stem}-{device}.json"
+
+
+def changes(rows: Sequence[dict[str, Any]], kept: Sequence[dict[str, Any]]) -> str:
+    """A table of what was kept and what is now, for the cases that are in both; "" if there are none.
+
+    >>> print(changes([{"case": "a", "ours_mb": 3}, {"case": "b", "ours_mb": 1}], [{"case": "a", "ours_mb": 2}]))
+    | case | MB kept | MB now |
+    |---|---|---|
+    | a | 2 | 3 |
+    """
+
+    before = {_case(row): row for row in kept}
+    both = [(_case(row), before[_case(row)], row) for row in rows if _case(row) in before]
+    shown = [key for key in COMPARED if any(key in old and key in new for _, old, new in both)]
+    if not shown:
+        return ""
+    columns = {"case": "case"} | {f"{key} {side}": f"{COMPARED[key]} {side}" for key in shown for side in ("kept", "now")}
+    table = [
+        {"case": case} | {f"{key} {side}": row.get(key, "") for key in shown for side, row in (("kept", old), ("now", new))}
+        for case, old, new in both
+    ]
+    return markdown(table, columns)
+
+
+def _case(row: dict[str, Any]) -> str:
+    return str(next(iter(row.values())))
+
+
 def setting(device: str) -> str:
     """Versions and device, in one line."""
     packages = ("mlx", "mlx-lm", "mlxlora")
@@ -140,6 +179,7 @@ def flags(description: str | None, repetitions: int) -> argparse.ArgumentParser:
     parser.add_argument("--repetitions", type=int, default=repetitions, help="of each side; the medians are shown")
     parser.add_argument("--only", metavar="TEXT", default="", help="cases whose name contains this")
     parser.add_argument("--json", metavar="FILE", help="also write the rows to this file")
+    parser.add_argument("--keep", action="store_true", help="keep the rows in benchmarks/known, for later runs to compare with")
     return parser
 
 
@@ -151,11 +191,19 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return options
 
 
-def tell(rows: Sequence[dict[str, Any]], columns: dict[str, str], json_file: str | None) -> None:
-    """Prints the table, and writes the rows where --json says."""
-    print(f"\n{setting(mx.default_device().type.name)}\n\n{markdown(rows, columns)}")
-    if json_file:
-        write_json(json_file, rows)
+def tell(rows: Sequence[dict[str, Any]], columns: dict[str, str], options: argparse.Namespace) -> None:
+    """Prints the table and how it differs from the rows that were kept, and writes the rows where --json and --keep say."""
+    device = mx.default_device().type.name
+    print(f"\n{setting(device)}\n\n{markdown(rows, columns)}")
+    file = kept_file(device)
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    if table := changes(rows, kept):
+        print(f"\nAgainst {file.name}:\n\n{table}")
+    if options.json:
+        write_json(options.json, rows)
+    if options.keep:
+        file.parent.mkdir(exist_ok=True)
+        write_json(file, list(({_case(row): row for row in (*kept, *rows)}).values()))
 
 
 def run(
@@ -170,4 +218,4 @@ def run(
     for case in (case for case in cases if options.only in name(case)):
         found.append(measure(case, 2 if options.quick else options.repetitions))
         print(" ".join(str(value) for value in found[-1].values()), flush=True)
-    tell(found, columns, options.json)
+    tell(found, columns, options)

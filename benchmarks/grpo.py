@@ -235,7 +235,7 @@ def main() -> None:
     for case in QUICK if options.quick else full:
         if any(options.only in f"{case.name}, {part}" for part in PARTS):
             found += measure(case, 2 if options.quick else options.repetitions, options.budget, options.only)
-    tell(found, COLUMNS, options.json)
+    tell(found, COLUMNS, options)
 
 
 if __name__ == "__main__":

@@ -202,11 +202,11 @@ def main() -> None:
     parser.add_argument("--host", action="store_true", help="only the host's time for each operation")
     options = parsed(parser)
     if options.host:
-        tell(launches(options.repetitions, 20 if options.quick else 1000), dict(list(COLUMNS.items())[:3]), options.json)
+        tell(launches(options.repetitions, 20 if options.quick else 1000), dict(list(COLUMNS.items())[:3]), options)
         return
     sizes = ((1, 64, 32),) if options.quick else ((4, 1024, 2048), (8, 2048, 2048))
     how = (QUICK, 1) if options.quick else (Shape(), options.repetitions)
-    tell([row for size in sizes for row in table(*how, *size)], COLUMNS, options.json)
+    tell([row for size in sizes for row in table(*how, *size)], COLUMNS, options)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def table(sizes: tuple[int, ...], rows: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     options = parsed(flags(__doc__, repetitions=1))
-    tell(table((4_096,) if options.quick else SIZES, 4 if options.quick else ROWS), COLUMNS, options.json)
+    tell(table((4_096,) if options.quick else SIZES, 4 if options.quick else ROWS), COLUMNS, options)
 
 
 if __name__ == "__main__":

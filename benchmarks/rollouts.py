@@ -232,7 +232,7 @@ def main() -> None:
         repetitions = 1 if options.quick else options.repetitions
         found += measure(evolve(case, kv_bits=options.kv_bits), make, repetitions, options.budget)
         print("\n".join(" ".join(map(str, row.values())) for row in found[-len(PEERS) :]), flush=True)
-    tell(found, COLUMNS, options.json)
+    tell(found, COLUMNS, options)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def main() -> None:
         }
         chosen = {name: case for name, case in cases.items() if options.only in name}
         rows = [row(name, (our, their), until, repetitions) for name, (our, their, until) in chosen.items()]
-    tell(rows, COLUMNS, options.json)
+    tell(rows, COLUMNS, options)
 
 
 def row(name: str, commands: tuple[Command, Command], until: tuple[str, str], repetitions: int) -> dict[str, Any]:
