@@ -12,6 +12,7 @@ import typer
 from mlxlora import __version__
 from mlxlora.errors import InputError, RunError, SharedError
 from mlxlora.utils.launch import launched_rank
+from mlxlora.utils.output import echo, guard_streams, say
 
 from .command import Command
 from .compare import compare
@@ -66,7 +67,7 @@ for _panel, _commands in _COMMANDS.items():
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(f"mlxlora {__version__}")
+        echo(f"mlxlora {__version__}")
         raise typer.Exit
 
 
@@ -82,6 +83,7 @@ def _root(
 
 def main() -> None:
     """Runs the command line; prints one line on stderr for a user's mistake (exit code 2) or a failed run (exit code 1)."""
+    guard_streams()
     atexit.register(gc.freeze)  # saves 0.15 s at exit, which the interpreter spends on searching transformers for garbage
     try:
         code = _named(sys.argv[1:2])(prog_name="mlxlora", standalone_mode=False)
@@ -111,5 +113,5 @@ def _fail(message: str, code: int, *, said_elsewhere: bool = False) -> NoReturn:
     """Prints the message, once for ranks that fail together, and exits."""
     rank = launched_rank()
     if not said_elsewhere:
-        typer.echo(f"mlxlora: error: {f'rank {rank}: ' if rank else ''}{message}", err=True)
+        say(f"mlxlora: error: {f'rank {rank}: ' if rank else ''}{message}")
     sys.exit(code)

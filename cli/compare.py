@@ -1,16 +1,15 @@
 """`mlxlora compare`."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
-import typer
 from attrs import asdict
 from attrs import validators as v
 
 from mlxlora.config.fields import group, option
 from mlxlora.config.options import ModelOptions
 from mlxlora.errors import InputError
+from mlxlora.utils.output import echo, json_line
 
 from .flags import flags
 from .generate import BASE, Answering
@@ -42,7 +41,7 @@ def compare(model: ModelOptions, comparison: CompareOptions) -> None:
     found = library.compare(network, tokenizer, comparison.adapter_path, _questions(comparison, network, tokenizer), how)
     if comparison.json:
         for row in found:
-            typer.echo(json.dumps(asdict(row), ensure_ascii=False))
+            echo(json_line(asdict(row)))
     else:
         _print(found)
 
@@ -60,10 +59,10 @@ def _questions(comparison: CompareOptions, network: Any, tokenizer: Any) -> list
 
 
 def _print(rows: Sequence[Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    from mlxlora.utils.console import safe_console
     from mlxlora.utils.terminal_text import printable
 
     expected = any(row.expected for row in rows)
@@ -73,4 +72,4 @@ def _print(rows: Sequence[Any]) -> None:
     for row in rows:
         cells = (row.prompt, *([row.expected] if expected else []), *row.answers.values())
         table.add_row(*(Text(printable(cell)) for cell in cells))
-    Console(highlight=False).print(table)
+    safe_console().print(table)

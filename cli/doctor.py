@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from mlxlora.utils.blas import load_fast_blas
+from mlxlora.utils.output import echo
 
 
 def doctor(
@@ -19,10 +20,10 @@ def doctor(
 
     findings = examine(blas)
     if as_json:
-        typer.echo(orjson.dumps([attrs.asdict(finding) for finding in findings], option=orjson.OPT_INDENT_2).decode())
+        echo(orjson.dumps([attrs.asdict(finding) for finding in findings], option=orjson.OPT_INDENT_2).decode())
         return
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
-        typer.echo(f"{finding.name:{width}}  {finding.value}")
+        echo(f"{finding.name:{width}}  {finding.value}")
         if not finding.ok:
             typer.secho(f"{'':{width}}  -> {finding.remedy}", fg="yellow")

@@ -2,11 +2,11 @@
 
 from typing import Literal
 
-import typer
 from attrs import validators as v
 
 from mlxlora.config.fields import group, option
 from mlxlora.config.options import DataOptions, ModelOptions
+from mlxlora.utils.output import echo
 
 from .flags import flags
 
@@ -43,4 +43,4 @@ def evaluate(model: ModelOptions, data: DataOptions, evaluation: EvalOptions) ->
         seed=evaluation.seed,
     )
     for name, value in metrics.items() if current_ranks().leads else ():
-        typer.echo(f"{name} {value:.6g}")
+        echo(f"{name} {value:.6g}")

@@ -1,10 +1,9 @@
 """`mlxlora export`."""
 
-import typer
-
 from mlxlora.config.fields import group, option
 from mlxlora.config.options import BaseOptions
 from mlxlora.errors import InputError
+from mlxlora.utils.output import echo
 
 from .flags import flags
 from .fuse import HubOptions, ready, upload
@@ -37,5 +36,5 @@ def export(model: BaseOptions, exporting: ExportOptions, hub: HubOptions) -> Non
         base_model=exporting.base_model,
         overwrite=exporting.overwrite,
     )
-    typer.echo(f"peft   {exporting.peft} ({modules} modules)")
+    echo(f"peft   {exporting.peft} ({modules} modules)")
     upload(exporting.peft, hub)

@@ -2,10 +2,9 @@
 
 from typing import Literal
 
-import typer
-
 from mlxlora.config.fields import group, option
 from mlxlora.config.options import BaseOptions
+from mlxlora.utils.output import echo, say
 
 from .flags import flags
 from .generate import BASE
@@ -51,12 +50,12 @@ def fuse(model: BaseOptions, fusing: FuseOptions, hub: HubOptions) -> None:
         overwrite=fusing.overwrite,
     )
     if problem := warning(rounding):
-        typer.echo(f"warning: {problem}", err=True)
+        say(f"warning: {problem}")
     elif rounding:
-        typer.echo(f"quantization keeps {min(rounding.kept, 1):.0%} of the adapters' update")
-    typer.echo(f"fused  {fusing.save_path}")
+        echo(f"quantization keeps {min(rounding.kept, 1):.0%} of the adapters' update")
+    echo(f"fused  {fusing.save_path}")
     if fusing.gguf:
-        typer.echo(f"gguf   {fusing.gguf}")
+        echo(f"gguf   {fusing.gguf}")
     upload(fusing.save_path, hub)
 
 
@@ -73,4 +72,4 @@ def upload(folder: str, hub: HubOptions) -> None:
     if hub.push_to_hub:
         from mlxlora.adapters.hub import push
 
-        typer.echo(f"hub    {push(folder, hub.push_to_hub, public=hub.public)}")
+        echo(f"hub    {push(folder, hub.push_to_hub, public=hub.public)}")

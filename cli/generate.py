@@ -4,13 +4,13 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import typer
 from attrs import evolve
 from attrs import validators as v
 
 from mlxlora.config.fields import group, option
 from mlxlora.config.options import ModelOptions
 from mlxlora.errors import InputError
+from mlxlora.utils.output import echo
 
 from .flags import flags
 
@@ -43,8 +43,8 @@ def generate(model: ModelOptions, generation: Generation) -> None:
     if generation.prompt is None:
         raise InputError("--prompt is missing; give the text, or - to read it from standard input")
     for text in _stream(_model(model, generation), generation):
-        typer.echo(text, nl=False)
-    typer.echo()
+        echo(text, end="")
+    echo()
 
 
 def _model(model: ModelOptions, generation: Generation) -> ModelOptions:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from mlxlora.utils.environment import set_up_mlx
+from mlxlora.utils.output import echo
 
 
 def init(
@@ -20,4 +21,4 @@ def init(
     from mlxlora.models.initialize import init_model
 
     parameters = init_model(config_file, tokenizer, output, seed, dtype)
-    typer.echo(f"{output}: {parameters:,} parameters, {dtype}")
+    echo(f"{output}: {parameters:,} parameters, {dtype}")

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import typer
 from attrs import frozen
 
 from mlxlora.config.config_file import ALIASES, METHOD, TRAIN, CommandLine, Reading, layered, read_config
@@ -18,6 +17,7 @@ from mlxlora.methods import METHODS, commands
 from mlxlora.reporting.history import SETTINGS, read_settings
 from mlxlora.training.run_folder import check_run
 from mlxlora.utils.launch import launched_rank
+from mlxlora.utils.output import echo, one_line_of
 
 OFF = "no_"
 """Begins the name of a flag that switches an option off."""
@@ -75,7 +75,7 @@ def resolved(layers: Layers, typed: Typed, config: str | None) -> dict[str, Any]
     reading = attrs.evolve(layers.reading(strict=layers.strict), note=notes.append)
     values = layered(line, config, reading)
     for note in () if values.get("quiet") or launched_rank() else notes:
-        typer.echo(f"note: {note}", err=bool(values.get("json")))
+        echo(one_line_of(f"note: {note}"), err=bool(values.get("json")))
     if values.get("resume") and not values.get("overwrite"):  # the run itself refuses both
         values = _of_run(layers, values) | values
     if DataOptions in layers.groups and not layers.command and values.get("adapter_path"):
@@ -141,6 +141,6 @@ def _with_starter(method: str, layers: Layers, values: dict[str, Any]) -> dict[s
     from mlxlora import starter
 
     if not values.get("quiet") and not launched_rank():
-        typer.echo("No --model and no --data: using the bundled starter, a tiny model and its data.", err=bool(values.get("json")))
+        echo("No --model and no --data: using the bundled starter, a tiny model and its data.", err=bool(values.get("json")))
     defaults = read_config(starter.defaults(method), Reading(layers.fields, strict=False))
     return defaults | values | {"model": str(starter.model_path()), "data": str(starter.data_path(method))}

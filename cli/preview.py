@@ -1,15 +1,14 @@
 """`mlxlora preview`."""
 
-import json
 from typing import Literal
 
-import typer
 from attrs import validators as v
 
 from mlxlora.config.fields import group, option
 from mlxlora.config.method_options import fields_of
 from mlxlora.config.options import BaseOptions, DataOptions
 from mlxlora.methods import METHODS
+from mlxlora.utils.output import echo, json_line
 
 from .flags import flags
 
@@ -45,4 +44,4 @@ def preview(model: BaseOptions, options: PreviewOptions) -> None:
         show_preview(found, options.num)
         return
     for row in row_objects(found, options.num):
-        typer.echo(json.dumps(row, ensure_ascii=False))
+        echo(json_line(row))

@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from mlxlora.utils.output import echo
+
 
 def push(
     folder: Annotated[str, typer.Argument(help="Adapters, adapters exported for peft, or a fused model.")],
@@ -18,4 +20,4 @@ def push(
     from mlxlora.reporting.history import SETTINGS, read_settings
 
     method = method_info(read_settings(Path(folder) / SETTINGS))
-    typer.echo(run(folder, repository, public=public, method=method))
+    echo(run(folder, repository, public=public, method=method))

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from mlxlora.utils.environment import set_up_mlx
+from mlxlora.utils.output import echo
 
 _WIDE = 1000  # columns if the output is not a terminal: one line per metric
 
@@ -30,13 +31,14 @@ def report(
     if file is not None:
         one = records[0] if len(records) == 1 else None
         write(file, run_page(one, method_info(one.config)) if one else comparison_page(records))
-        typer.echo(f"written: {output}")
+        echo(f"written: {output}")
 
 
 def _print(first: str, names: list[str], rows: dict[str, list]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from mlxlora.utils.console import safe_console
 
     if not rows:
         return
@@ -45,4 +47,4 @@ def _print(first: str, names: list[str], rows: dict[str, list]) -> None:
         table.add_column(Text(name), overflow="fold", no_wrap=name == first)
     for name, values in rows.items():
         table.add_row(Text(name), *(Text("" if value is None else str(value)) for value in values))
-    Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE).print(table)
+    safe_console(width=None if sys.stdout.isatty() else _WIDE).print(table)

@@ -1,5 +1,6 @@
 """What a user sees instead of a traceback: one line that says what is wrong, where, the value and the remedy."""
 
+import re
 import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
@@ -9,11 +10,30 @@ _BRIEF.maxlevel, _BRIEF.maxlist, _BRIEF.maxtuple, _BRIEF.maxdict = 3, 20, 20, 20
 _BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 100
 
 
-class InputError(ValueError):
+_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Escapes what a terminal would obey: control characters, changes of direction, halves of characters; keeps tabs and line ends.
+
+    >>> printable("a" + chr(27) + "[31m")
+    'a\\\\x1b[31m'
+    """
+    return _OBEYED.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+
+
+class _Shown(Exception):
+    """An error whose message has names from outside, which a terminal must not obey."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+class InputError(_Shown, ValueError):
     """Bad usage or bad data (exit code 2): the message names the file and line, the value and the remedy."""
 
 
-class RunError(RuntimeError):
+class RunError(_Shown, RuntimeError):
     """A run that could not go on through no fault of its input (exit code 1), such as a non-finite loss."""
 
 

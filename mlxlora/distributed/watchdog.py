@@ -4,13 +4,14 @@ import os
 import select
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from attrs import define, field
+
+from ..utils.output import say
 
 TIMEOUT = "MLXLORA_RANK_TIMEOUT"
 """Environment variable: how many seconds a rank waits for the others at most."""
@@ -86,5 +87,5 @@ class Watch:
         finally:
             if self.rank <= 1:  # rank 0 may be the one that is gone
                 name = f"rank {self.rank}: " if self.rank else ""
-                print(f"mlxlora: error: {name}{why}", file=sys.stderr, flush=True)
+                say(f"mlxlora: error: {name}{why}")
             os._exit(1)

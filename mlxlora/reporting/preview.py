@@ -16,6 +16,7 @@ from ..data import formats, sources
 from ..data.rows import Row
 from ..data.sources import Source, Split
 from ..data.tokenize import Counts, Example
+from ..utils.console import safe_console
 from ..utils.integers import ceil_div
 from ..utils.terminal_text import printable
 from .text import runs_of_text, shorten
@@ -81,7 +82,7 @@ def show_preview(preview: Preview, count: int = 3, console: Console | None = Non
         count: how many rows of the training split to show.
         console: where to print; trained tokens are green in a terminal, and stand between [[ ]] elsewhere.
     """
-    console = console or Console(highlight=False)
+    console = console or safe_console()
     items = preview.splits["train"].items
     _print(console, "template", _template(preview))
     _print(console, "trained", _trained(preview.source, items))

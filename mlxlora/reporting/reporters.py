@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from ..config.options import Output
+from ..utils.console import safe_console
 from .card import CUSTOM, MethodInfo
 from .history import METRICS, SAMPLES
 from .html import Page
@@ -29,5 +28,5 @@ def reporters(output: Output, method: MethodInfo = CUSTOM) -> tuple[Reporter, ..
 
 def terminal_for(columns: Sequence[str], *, quiet: bool = False) -> Terminal:
     """A table for a person at a terminal; lines for a pipe or a file."""
-    console = Console(highlight=False)
+    console = safe_console()
     return Screen(columns, quiet, console) if console.is_terminal else Terminal(quiet)

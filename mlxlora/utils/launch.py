@@ -1,7 +1,8 @@
 """The rank of this process, from the launcher's environment; without MLX, so that messages need not wait for its import."""
 
 import os
-import sys
+
+from .output import say
 
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 """Set by `mlx.launch`, Open MPI, MPICH and Slurm."""
@@ -20,4 +21,4 @@ def launched_rank() -> int:
 def warn(text: str) -> None:
     """Prints a warning on standard error, where there is no reporter of a run; only rank 0 prints."""
     if not launched_rank():
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        say(f"warning: {text}")

@@ -6,7 +6,6 @@ they cannot name places outside their own folder.
 
 import json
 import os
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import gettempdir
@@ -14,6 +13,7 @@ from typing import Any
 
 from ..errors import InputError
 from .launch import launched_rank
+from .output import say
 from .paths import check_links
 
 CODE = {"objective", "reward_file", "trust_remote_code"}
@@ -40,7 +40,7 @@ _MOST_LINKS = 40  # as Linux follows
 def announce(text: str) -> None:
     """Prints on standard error which code of a model will run, also with --quiet."""
     if not launched_rank():
-        print(f"running Python code: {text}", file=sys.stderr, flush=True)
+        say(f"running Python code: {text}")
 
 
 def came_with_model(file: str | Path) -> bool:
