@@ -9,7 +9,7 @@ import orjson
 
 from ..errors import InputError, listed, reason
 from ..utils.time_limit import TooLong, at_most
-from .conversation import Conversation
+from .conversation import Conversation, token_ids
 from .conversation import common_prefix as common_prefix
 from .messages import Message
 from .python_template import located_turns
@@ -54,7 +54,7 @@ def render(
             )
         chat = Conversation(template, _accepted(template, messages, location), tools, location)
         if generation_prompt or continue_final:
-            return list(template.inner.encode(chat.prompt(continue_final), add_special_tokens=False))
+            return token_ids(template.inner, chat.prompt(continue_final))
         return chat.ids(tokenizer.eos_token_ids)
 
 

@@ -23,6 +23,7 @@ from .traced_text import (
     Origin,
     Traced,
     TracedMessage,
+    TracedObject,
     blended,
     joined,
     marked,
@@ -144,6 +145,11 @@ class _TracedEnvironment(ImmutableSandboxedEnvironment):
         self.filters = {name: _carrying(function) for name, function in self.filters.items()}
         self.filters |= {"tojson": _tojson, "join": _join, "safe": _safe}
         self.globals |= {"raise_exception": _refuse, "strftime_now": _now, "dict": _Dict(), "namespace": _Namespace}
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        if isinstance(obj, TracedMessage | TracedObject) and attribute in obj and not hasattr(dict, attribute):
+            return obj[attribute]  # as jinja finds it, without an exception on the way
+        return super().getattr(obj, attribute)
 
     def concat(self, parts: Iterator[str]) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return joined(parts)

@@ -240,11 +240,11 @@ def traced_value(value: Any, message: int, field: str) -> Any:
     if isinstance(value, str):
         return Traced(value, ((len(value), _origin(message, field, None, False)),) if value else ())
     if isinstance(value, dict):
-        return _Object({traced_value(key, message, field): traced_value(item, message, field) for key, item in value.items()})
+        return TracedObject({traced_value(key, message, field): traced_value(item, message, field) for key, item in value.items()})
     return [traced_value(item, message, field) for item in value] if isinstance(value, list) else value
 
 
-class _Object(dict):
+class TracedObject(dict):
     """An object in a message."""
 
     def __repr__(self) -> str:

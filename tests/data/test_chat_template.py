@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mlxlora import starter
 from mlxlora.data.chat_template import assistant_turns, render
+from mlxlora.data.conversation import token_ids
 from mlxlora.data.messages import as_messages
 from mlxlora.data.rows import Row, read_rows
 from mlxlora.data.sources import rows
@@ -341,3 +343,37 @@ def test_a_template_in_python() -> None:
 def test_messages_of_the_field_keep_arguments_as_they_are() -> None:
     (_, answer) = as_messages(ASKED, "a.jsonl:7", "messages")
     assert answer["tool_calls"][0]["function"]["arguments"] == '{"path":"/tmp"}'
+
+
+def as_it_is(inner: PreTrainedTokenizerFast) -> None:
+    """No change."""
+
+
+def truncating(inner: PreTrainedTokenizerFast) -> None:
+    inner.backend_tokenizer.enable_truncation(5)
+
+
+def padding(inner: PreTrainedTokenizerFast) -> None:
+    inner.backend_tokenizer.enable_padding(length=64)
+
+
+def splitting(inner: PreTrainedTokenizerFast) -> None:
+    inner.split_special_tokens = True
+
+
+def overriding(inner: PreTrainedTokenizerFast) -> None:
+    class Own(type(inner)):
+        def encode(self, text: str, **how: Any) -> list[int]:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return [1, *super().encode(text, **how)]
+
+    inner.__class__ = Own
+
+
+@pytest.mark.parametrize("change", [as_it_is, truncating, padding, splitting, overriding])
+def test_tokens_are_those_of_the_tokenizers_own_call(change: Callable[[PreTrainedTokenizerFast], None]) -> None:
+    """Whatever state a tokenizer is in."""
+    inner = deepcopy(tokenizer(TEMPLATES["chatml"])._tokenizer)
+    change(inner)
+    written = inner.apply_chat_template(CHAT, tokenize=False)
+    found = token_ids(inner, written)
+    assert found == inner.encode(written, add_special_tokens=False) and len(found) > 30
