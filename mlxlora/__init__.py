@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from . import objectives as objectives
     from .adapters.compare import Generation as Generation
     from .adapters.compare import compare as compare
+    from .adapters.detach import detach as detach
     from .adapters.files import save as save
     from .adapters.fuse import fuse as fuse
     from .adapters.hub import push as push
@@ -114,6 +115,7 @@ _MODULES = {
 }
 _NAMES = {
     "adapters.compare": ("Generation", "compare"),
+    "adapters.detach": ("detach",),
     "adapters.files": ("save",),
     "adapters.fuse": ("fuse",),
     "adapters.hub": ("push",),

@@ -1,6 +1,6 @@
 """Makes a model trainable: adds adapters, turns them off, loads saved ones."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,22 +17,33 @@ from ..config.options import AdapterOptions, BaseOptions, ModelOptions
 from ..errors import InputError, listed, quoted
 from ..models.loading import load_with_config, model_options
 from ..models.modes import exact, freeze, round_weights
+from ..utils.patches import Slot
 from .files import CONFIG, WEIGHTS, check_settings, is_number, mismatches, read_adapter_config, sound_arrays
 from .inject import convert, layers_to_train
-from .lora import base_of_adapter
+from .lora import NamedArrays, base_of_adapter
 from .qat import rounded
 from .rank_scale import native
 
-_ADAPTERS = (LoRALinear, DoRALinear, LoRASwitchLinear, LoRAEmbedding, DoRAEmbedding)
+ADAPTERS = (LoRALinear, DoRALinear, LoRASwitchLinear, LoRAEmbedding, DoRAEmbedding)
+"""mlx-lm's kinds of adapters, and so ours."""
+
+MADE_AS: Slot[AdapterOptions | None] = Slot("made as", None)
+"""The options with which `prepare` made a model trainable."""
+
+CHANGED: Slot[bool] = Slot("changed", False, stays=True)
+"""Whether full training changed the weights of a model."""
 
 
 def prepare(model: nn.Module, options: AdapterOptions) -> nn.Module:
     """Freezes the model and makes trainable what `options` name: adapters, or its own weights.
 
     Raises:
-        InputError: more layers than the model has, modules that do not exist, or full training of quantized weights.
+        InputError: more layers than the model has, modules that do not exist, full training of quantized weights, or adapters
+            that are there already.
     """
     layers = layers_to_train(model, options)
+    if any(isinstance(module, ADAPTERS) for module in model.modules()):
+        raise InputError("the model has adapters already; mlxlora.detach(model) takes them off")
     freeze(model)
     if options.train_type == "full":
         _check_full(options)
@@ -44,6 +55,9 @@ def prepare(model: nn.Module, options: AdapterOptions) -> nn.Module:
         raise InputError(f"--train-type {options.train_type} leaves nothing to train in this model; try --num-layers -1")
     if options.qat:
         round_weights(model, rounded(model, options.qat))
+    MADE_AS.put(model, options)
+    if options.train_type == "full":
+        CHANGED.put(model, True)
     return model
 
 
@@ -68,7 +82,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     Enter `evaluating` within. (A scale of 0 would be exact for LoRA but wrong for DoRA.) A function compiled within keeps the
     base, so compile the scorer of a reference apart from that of the policy.
     """
-    found = [(name, m, base_of_adapter(m)) for name, m in model.named_modules() if isinstance(m, _ADAPTERS)]
+    found = [(name, m, base_of_adapter(m)) for name, m in model.named_modules() if isinstance(m, ADAPTERS)]
     try:
         model.update_modules(tree_unflatten([(name, base) for name, _, base in found]))
         with exact(model):
@@ -125,10 +139,31 @@ def load_weights(model: nn.Module, file: str | Path) -> None:
     """
     folder = Path(file) if Path(file).is_dir() else Path(file).parent
     config = read_adapter_config(folder) if (folder / CONFIG).is_file() else None
-    arrays = native(model, sound_arrays(file, config), _scale_of(folder, config or {}))
-    wanted = dict(tree_flatten(model.trainable_parameters()))
-    if problems := mismatches(arrays, wanted):
-        raise InputError(f"{file} does not fit the model as configured: {problems}")
+
+    def told(arrays: NamedArrays, wanted: NamedArrays) -> str:
+        problems = mismatches(arrays, wanted)
+        return problems and f"{file} does not fit the model as configured: {problems}"
+
+    put_weights(model, sound_arrays(file, config), _scale_of(folder, config or {}), told)
+
+
+def put_weights(
+    model: nn.Module, arrays: NamedArrays, scale: float | None, told: Callable[[NamedArrays, NamedArrays], str]
+) -> None:
+    """Gives the trainable parameters of a model other values.
+
+    Args:
+        model: with adapters, or other trainable parameters.
+        arrays: the values, in the form of a file.
+        scale: of adapters; None: that of the model's.
+        told: (values, parameters) -> the message if they do not fit, else empty.
+
+    Raises:
+        InputError: they do not fit.
+    """
+    arrays, wanted = native(model, arrays, scale), dict(tree_flatten(model.trainable_parameters()))
+    if problem := told(arrays, wanted):  # type: ignore[arg-type]
+        raise InputError(problem)
     model.load_weights([(name, array.astype(wanted[name].dtype)) for name, array in arrays.items()], strict=False)
 
 

@@ -65,7 +65,7 @@ def option(default: Any, help: str, *checks: Any, order: int = 0) -> Any:
 
 def python_option(default: Any, help: str) -> Any:
     """A field of a group that is neither a flag nor a key of a file, because its values are objects."""
-    return attrs.field(default=default, metadata={"help": help, "order": _AT_THE_END, _ONLY_PYTHON: True})
+    return attrs.field(default=default, validator=_offered, metadata={"help": help, "order": _AT_THE_END, _ONLY_PYTHON: True})
 
 
 def only_python(field: attrs.Attribute) -> bool:

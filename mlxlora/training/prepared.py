@@ -11,7 +11,9 @@ import mlx.optimizers as optim
 from attrs import evolve, frozen
 from mlx.utils import tree_flatten
 
+from ..adapters.detach import Earlier, put_back, taken_off
 from ..adapters.prepare import load_weights, prepare
+from ..config.options import AdapterOptions
 from ..data.batching import Make, read_positions, spread
 from ..data.packing import packed
 from ..data.shape_buckets import capped
@@ -33,7 +35,7 @@ from .inputs import Run, RunOptions
 from .micro_batch import BatchDivider, cost_of_position, fixed_size
 from .optimizers import make_optimizer
 from .rank_sync import check_ranks
-from .reference import Policy, cache_of_start, policy_at_start, referenced, with_reference
+from .reference import CONTINUED, Policy, cache_of_start, policy_at_start, referenced, with_reference
 from .schedule import Schedule
 from .step import Step, columns_of, make_step
 
@@ -73,6 +75,7 @@ def prepare_run(run: Run, reporter: Reporter, only: Mapping[str, Sequence[int]] 
         InputError: options that do not fit the data or the model.
     """
     training, ranks = run.options.training, run.ranks
+    earlier = taken_off(run.model, _starting(run.options))
     schedule = Schedule(run.source, run.splits, training)
     _check_splits(schedule, run.options)
     comparing = compares_rows(run.objective)
@@ -81,7 +84,7 @@ def prepare_run(run: Run, reporter: Reporter, only: Mapping[str, Sequence[int]] 
     if training.fully_shard:
         ranks = shard(run.model, ranks)
     limit, saved = limit_memory(training.memory_limit), _saved_by_sharing(schedule, ranks)
-    _make_trainable(run, ranks)
+    _make_trainable(run, ranks, earlier)
     policy, reference_size = _reference_policy(run)
     if policy and not run.source.online:
         together = _sequences_of_item(schedule) if saved is not None else 1
@@ -131,12 +134,20 @@ def plain_maker(source: Source, context: Context) -> Make:
 # --- model ------------------------------------------------------------------------------------
 
 
-def _make_trainable(run: Run, ranks: Ranks) -> None:
+def _starting(options: RunOptions) -> AdapterOptions:
+    """How adapters start; those of a resumed run come from its checkpoint."""
+    return evolve(options.adapter, adapter="fresh") if options.output.resume else options.adapter
+
+
+def _make_trainable(run: Run, ranks: Ranks, earlier: Earlier | None) -> None:
     options = run.options
     mx.random.seed(options.training.seed)
     prepare(run.model, options.adapter)
     if options.adapter.resume_adapter_file:
         load_weights(run.model, str(options.adapter.resume_adapter_file))
+    if earlier:
+        put_back(run.model, earlier)
+        CONTINUED.put(run.model, True)
     if _recomputes(options.training.grad_checkpoint, ranks):
         checkpointed(run.model)
     if run.noise:

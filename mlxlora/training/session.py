@@ -3,14 +3,15 @@
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.nn as nn
 from attrs import frozen
 
 from .. import objectives
+from ..adapters.detach import continued, is_trained
 from ..adapters.inject import layers_to_train
-from ..adapters.prepare import base_of, load
+from ..adapters.prepare import CHANGED, base_of, load
 from ..config.given import is_path, storable
 from ..config.method_options import dump
 from ..config.options import AdapterOptions, DataOptions, ModelOptions, Output, Training
@@ -92,7 +93,7 @@ def run(
     source: Source,
     training: Training = Training(),
     *,
-    adapter: AdapterOptions = AdapterOptions(),
+    adapter: AdapterOptions | Literal["continue", "fresh"] = AdapterOptions(),
     **output: Any,
 ) -> dict[str, Any]:
     """Trains a loaded model; every method ends here.
@@ -103,7 +104,7 @@ def run(
         objective: what is minimized.
         source: turns rows into batches.
         training: options of the optimization.
-        adapter: what is trained.
+        adapter: what is trained; or how adapters of an earlier run on this model go on.
         output: fields of `Output`, such as `adapter_path="adapters"`.
 
     Returns:
@@ -119,6 +120,7 @@ def run(
             if ranks.leads:
                 held.enter_context(claimed(files, None))
             rows = sources.load_rows(source.data, training.seed)
+        adapter = AdapterOptions(adapter=adapter) if isinstance(adapter, str) else adapter
         groups = {type(group): group for group in (ModelOptions(), source.data, adapter, training, files)}
         return _run(recipe, model, wrapped(tokenizer), rows, groups)
 
@@ -144,16 +146,23 @@ def evaluate_split(
     return make_evaluate(model, objective, scorer(model), ranks)(batches_of_split(schedule, make, split))
 
 
+_TRAINED = {
+    "continue": "an earlier run trained this model: training continues from there (adapter='fresh' starts from the base)",
+    "fresh": "an earlier run trained this model: training starts from the base again (adapter='fresh')",
+}
+
+
 def _of_objects(model: nn.Module, rows: Mapping[str, Sequence[Row]], options: ModelOptions, source: Source) -> dict[str, Any]:
     """What the files of a run say of rows and models that Python passed."""
     data = {} if is_path(source.data.data) else {"data": stored_rows(rows)}
     if is_path(options.model):
         return data
-    origin = ORIGIN.get(model)
+    origin = None if CHANGED.get(model) else ORIGIN.get(model)  # adapters of changed weights do not fit the ones it came with
     return {**data, "model": origin and origin.model, "quantize": origin and origin.quantize}
 
 
 def _run(recipe: Recipe, model: nn.Module, tokenizer: Any, rows: dict[str, list[Row]], groups: Groups) -> dict[str, Any]:
+    groups = {**groups, AdapterOptions: continued(model, groups[AdapterOptions])}
     training, adapter, output, ranks = groups[Training], groups[AdapterOptions], groups[Output], current_ranks()
     if training.loraplus_lr_ratio is not None and adapter.train_type == "full":
         raise InputError(f"--loraplus-lr-ratio {training.loraplus_lr_ratio} is for adapters; use --train-type lora or dora")
@@ -172,6 +181,8 @@ def _run(recipe: Recipe, model: nn.Module, tokenizer: Any, rows: dict[str, list[
     config = {name: value for name, value in stored.items() if name not in ("resume", "overwrite")}
     options = RunOptions(training, adapter, output, config, method)
     whole = Run(model, tokenizer, recipe.objective, source, splits, options, ranks=ranks, callbacks=callbacks, **recipe.extras)
+    if is_trained(model) and not output.resume:
+        reporter.note(_TRAINED[adapter.adapter])
     introduce(whole, reporter)
     if output.dry_run:
         return dry_run(whole, reporter)
