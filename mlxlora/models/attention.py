@@ -7,8 +7,8 @@ all scores [R, heads, T, T].)
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from functools import partial
 from itertools import accumulate
@@ -20,6 +20,7 @@ from attrs import frozen
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import base
 
+from ..utils.context import assigned
 from ..utils.device import backend
 from ..utils.patches import replace_function
 
@@ -59,14 +60,9 @@ class Causal(str):
         return mask
 
 
-@contextmanager
-def using(choice: str) -> Iterator[None]:
+def using(choice: str) -> AbstractContextManager[None]:
     """How rows attend while the context lasts: "fused", "chunked", or "auto", which takes what is faster on this device."""
-    token = _CHOICE.set(choice)
-    try:
-        yield
-    finally:
-        _CHOICE.reset(token)
+    return assigned(_CHOICE, choice)
 
 
 def hook(model: nn.Module) -> int:

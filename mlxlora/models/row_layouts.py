@@ -1,8 +1,8 @@
 """How rows lie in a batch: whole, several packed into one row, or continuing a shared prompt that passes through the model once.
 
-Each layout is a cache that takes the place of mlx-lm's. `batch.prefix` [U, K] are prompts; row r of `batch.tokens` continues
-prompt r div (R/U), and gradients flow back into the prompt. Layers that attend through `attention.hook` need no mask arrays;
-the others get them.
+Each layout is a cache that takes the place of mlx-lm's; that of a recurrent layer is in `recurrences`. `batch.prefix` [U, K] are
+prompts; row r of `batch.tokens` continues prompt r div (R/U), and gradients flow back into the prompt. Layers that attend through
+`attention.hook` need no mask arrays; the others get them.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.base import create_attention_mask
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prompt_cache
 
 from ..batch import Batch
 from ..errors import one_line
@@ -21,6 +21,7 @@ from ..utils.patches import Slot
 from .activations import hook_activations
 from .attention import Causal, Prompts, Scoring, blockwise, causal, fused, hook, reaches, visible
 from .modes import evaluating
+from .recurrences import RecurrentCache, hook_recurrences
 
 Forward = Callable[..., mx.array]
 
@@ -42,16 +43,34 @@ def forward_rows(forward: Forward, model: nn.Module, batch: Batch) -> mx.array:
     """
     hook(model)
     hook_activations(model)
+    hook_recurrences(model)
     if batch.prefix is None or batch.prefix_lengths is None:
         if batch.segments is None and not _KNOWS_WINDOWS.get(model):
             return forward(batch.tokens)
-        caches = [WholeRowCache(mask_axes(model), batch.segments) for _ in make_prompt_cache(model)]
-        return forward(batch.tokens, cache=caches)
+        return forward(batch.tokens, cache=_whole_rows(model, mask_axes(model), batch.segments))
     axes, repeats = mask_axes(model), batch.tokens.shape[0] // batch.prefix.shape[0]
-    prompts: list[Any] = [PromptCache(axes) for _ in make_prompt_cache(model)]
-    forward(batch.prefix, cache=prompts)  # lazy: only keys and values are computed
-    rows: list[Any] = [ContinuedCache(prompt.kv, batch.prefix_lengths, repeats, axes) for prompt in prompts]
+    lengths, stock = batch.prefix_lengths, make_prompt_cache(model)
+    prompts: list[Any] = [RecurrentCache(_no_states(c), lengths) if _recurrent(c) else PromptCache(axes) for c in stock]
+    forward(batch.prefix, cache=prompts)  # lazy: only keys, values and states are computed
+    rows: list[Any] = [
+        RecurrentCache(prompt.kv, repeats=repeats) if _recurrent(c) else ContinuedCache(prompt.kv, lengths, repeats, axes)
+        for c, prompt in zip(stock, prompts, strict=True)
+    ]
     return forward(batch.tokens, cache=rows)
+
+
+def _whole_rows(model: nn.Module, axes: int, segments: mx.array | None, cls: type["WholeRowCache"] | None = None) -> list[Any]:
+    cls = cls or WholeRowCache
+    stock = make_prompt_cache(model)
+    return [RecurrentCache(_no_states(c), segments=segments) if _recurrent(c) else cls(axes, segments) for c in stock]
+
+
+def _recurrent(cache: Any) -> bool:
+    return isinstance(cache, ArraysCache)
+
+
+def _no_states(cache: Any) -> tuple[None, ...]:
+    return (None,) * len(cache.cache)
 
 
 class WholeRowCache:
@@ -130,7 +149,7 @@ class ContinuedCache:
         return blockwise(queries, keys, values, scoring, prompts)
 
 
-TrainingCache = WholeRowCache | ContinuedCache
+TrainingCache = WholeRowCache | ContinuedCache | RecurrentCache
 
 
 def mask_axes(model: nn.Module) -> int:
@@ -159,12 +178,12 @@ class _Counting(WholeRowCache):
 
 def _accepts(model: nn.Module, axes: int) -> bool:
     tokens = mx.zeros((97, 2), mx.int32)
-    caches = [_Counting(axes, tokens) for _ in make_prompt_cache(model)]
+    caches = _whole_rows(model, axes, tokens, _Counting)
     try:
         model(tokens, cache=caches)
     except Exception:  # the model's own code may raise anything at a wrong mask
         return False
-    return bool(axes) or all(cache.attended == 1 for cache in caches)
+    return bool(axes) or all(cache.attended == 1 for cache in caches if isinstance(cache, _Counting))
 
 
 def _with_axes(mask: mx.array, axes: int) -> mx.array:
@@ -214,7 +233,10 @@ def packed_layout(rows: list[list[int]]) -> tuple[Batch, mx.array]:
 
 def layout_obstacle(forward: Forward, model: nn.Module, layout: ProbeLayout = shared_layout) -> str | None:
     """Why the model cannot take this layout, after a try on a tiny input; None: values and gradients equal those of whole rows."""
-    if strange := {type(cache).__name__ for cache in make_prompt_cache(model)} - {KVCache.__name__, RotatingKVCache.__name__}:
+    known = {KVCache.__name__, RotatingKVCache.__name__}
+    if hook_recurrences(model):
+        known.add(ArraysCache.__name__)
+    if strange := {type(cache).__name__ for cache in make_prompt_cache(model)} - known:
         return f"it keeps more than keys and values ({', '.join(sorted(strange))})"
     try:
         with evaluating(model):

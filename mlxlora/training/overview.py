@@ -93,7 +93,7 @@ def _data(run: Run, schedule: Schedule) -> str:
     train = f"{counted.pop('train'):,} rows"
     items = schedule.items("train")
     if not run.source.online and len(items) <= _COUNTED:
-        train += f", {amount(sum(len(e.tokens) for item in items for e in run.source.examples(item)))} tokens"
+        train += f", {amount(sum(len(e.tokens) for item in items for e in schedule.source.examples(item)))} tokens"
     return "; ".join([train, *(f"{name} {rows:,} rows" for name, rows in counted.items() if rows)])
 
 

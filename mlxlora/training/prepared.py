@@ -26,6 +26,7 @@ from ..models.grad_checkpoint import checkpointed
 from ..models.logprobs import Scorer, scorer
 from ..models.modes import evaluating, freeze, vocabulary
 from ..models.neftune import noisy
+from ..models.recurrences import recurrence_told
 from ..models.row_layouts import layout_obstacle, packed_layout, pays, use_windows
 from ..objectives.cross_row import compares_rows
 from ..reporting.reporter import Reporter
@@ -96,6 +97,8 @@ def prepare_run(run: Run, reporter: Reporter, only: Mapping[str, Sequence[int]] 
             schedule = _packed(schedule, run.model, score, reporter)
         check_tokens(run.source, run.splits, score.others, run.tokenizer)
         cost = cost_of_position(run.model, recomputed=_recomputes(training.grad_checkpoint, ranks))
+    if told := recurrence_told(run.model):
+        reporter.note(told)
     if score.split is None:
         reporter.note("this model cannot be split into backbone and head: the logits of all tokens are computed", warning=True)
     live = policy if run.source.online else None

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..data.prompts import Question
 from ..models import attention
+from ..models.recurrences import recurrence_by
 from ..reporting.callbacks import Callbacks
 from ..reporting.history import PAGE
 from ..reporting.reporter import Reporter
@@ -43,7 +44,7 @@ def execute_run(run: Run, reporter: Reporter, questions: Sequence[Question] = ()
         InputError: options that do not fit the data, the model or the run to be resumed.
         RunError: losses or gradients that are not finite, of five batches in a row; the last good state was saved.
     """
-    with attention.using(run.options.training.attention):
+    with attention.using(run.options.training.attention), recurrence_by(run.options.training.recurrence):
         prepared = prepare_run(run, reporter)
         with answered(run, reporter, questions) as asking:  # before a checkpoint is read: "before" is the start of training
             return _execute(run, prepared, asking)

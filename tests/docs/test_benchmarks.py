@@ -29,13 +29,13 @@ def test_sft_writes_its_rows(tmp_path: Path) -> None:
 
 
 OTHERS = {  # the modules with the columns that each row must have as numbers
-    **dict.fromkeys(("attention", "grpo", "logprobs", "preference", "rollouts", "startup"), ("ours",)),
+    **dict.fromkeys(("attention", "grpo", "logprobs", "preference", "recurrences", "rollouts", "startup"), ("ours",)),
     "kernels": ("us", "times", "ms"),
     "normalization": ("logps", "entropy", "dlogps", "dentropy"),
     "scaling": (),
 }
 PEERS = ("peer", "speed_ratio", "memory_ratio")  # a number, or nothing and why where the peer is not installed
-ALWAYS = ("attention", "logprobs", "rollouts", "startup")  # their peers are what we depend on
+ALWAYS = ("attention", "logprobs", "recurrences", "rollouts", "startup")  # their peers are what we depend on
 
 
 @pytest.mark.parametrize("name", OTHERS)

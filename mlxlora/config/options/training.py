@@ -55,4 +55,9 @@ class Training:
         "Attention in training: MLX's function (fused), chunks of queries that are recomputed (chunked), or the faster of the "
         "two on this device (auto).",
     )
+    recurrence: Literal["auto", "loop", "chunked", "kernel"] = option(
+        "auto",
+        "Layers of the gated delta rule (Qwen3.5, Qwen3-Next, Kimi Linear, ...) in training: mlx-lm's loop over tokens (loop), "
+        "chunks of tokens (chunked), MLX's Metal kernel (kernel), or the kernel where it proves equal, else chunks (auto).",
+    )
     seed: int = option(0, "Seed of data order, adapters, dropout and sampling.", v.ge(0))
