@@ -11,6 +11,7 @@ import numpy as np
 from attrs import frozen
 
 from ..errors import InputError, quoted
+from ..utils.ticks import ticking
 from .chat_template import assistant_turns, render
 from .conversation import common_prefix
 from .dialogue import is_begun, trained_turns, unweighted, whole_conversation
@@ -206,7 +207,7 @@ def tokenize_all(
     Raises:
         InputError: every row was dropped; the message names the flag `limit`, which would keep them.
     """
-    made = [fn(row) for row in rows]
+    made = [fn(row) for row in ticking(rows)]
     items = [item for item in made if item is not None]
     if made and not items:
         raise InputError(f"none of the {len(made)} rows has a token left to train on after truncation; raise {limit}")

@@ -19,6 +19,9 @@ class Reporter(Protocol):
     def start(self, config: Values) -> None:
         """Before the first step, with every option of the run by name."""
 
+    def stage(self, text: str, done: int = 0, total: int = 0) -> None:
+        """While something long goes on before the first step: what, and how many items of how many; an empty text ends it."""
+
     def overview(self, facts: Values) -> None:
         """Before the first step: what the run is, a text for each name, such as model, trained, data."""
 
@@ -53,6 +56,10 @@ class ReporterGroup(Reporter):
     def start(self, config: Values) -> None:
         for member in self.members:
             member.start(config)
+
+    def stage(self, text: str, done: int = 0, total: int = 0) -> None:
+        for member in self.members:
+            member.stage(text, done, total)
 
     def overview(self, facts: Values) -> None:
         for member in self.members:
@@ -132,10 +139,10 @@ def truncate_after(path: str | Path, step: int) -> None:
         temporary.write_bytes(b"".join(line + b"\n" for line in kept))
 
 
-def drop_report(path: Path, step: int) -> None:
-    """Drops the training record of a step at which no report was due; a run that stopped there wrote it."""
+def drop_record(path: Path, step: int, split: str) -> None:
+    """Drops the record of a split at a step, which the resumed run writes."""
     lines = path.read_bytes().splitlines() if path.exists() else []
-    kept = [line for line in lines if _step_of(line) != step or orjson.loads(line).get("split") != "train"]
+    kept = [line for line in lines if _step_of(line) != step or orjson.loads(line).get("split") != split]
     if len(kept) < len(lines):
         with atomic_file(path) as temporary:
             temporary.write_bytes(b"".join(line + b"\n" for line in kept))

@@ -12,6 +12,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from ..utils.console import safe_console
 from ..utils.terminal_text import printable
 from .columns import GENERAL, Layout, short_number
 from .ending import command_lines, outcome_facts
@@ -61,18 +62,27 @@ class Screen(Terminal):
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(quiet, console or Console(highlight=False), clock)
+        super().__init__(quiet, console or safe_console(), clock)
         self._columns = columns
         self._layout: Layout | None = None
         self._row, self._above = _Row(), dict[str, float]()
         self._lines = 0  # since the heading
         self._recent: deque[Values] = deque(maxlen=24)  # of training: what the sparkline shows
         self._gigabytes: float | None = None
+        self._counted = (0, 0)  # of the stage
         self._live: Live | None = None
         self._unicode = self.console.encoding.startswith("utf")
 
+    def stage(self, text: str, done: int = 0, total: int = 0) -> None:
+        """Shows a bar, or the seconds so far, until it is over."""
+        self._counted = (done, total)
+        super().stage(text, done, total)
+        if not self.quiet:
+            self._refresh()
+
     def overview(self, facts: Values) -> None:
         if not self.quiet:
+            self._say("")
             print_pairs(self.console, facts)
             self._say("")
 
@@ -190,7 +200,8 @@ class Screen(Terminal):
     # --- below the table ----------------------------------------------------------------------
 
     def _refresh(self) -> None:
-        if not self.console.is_terminal or self.console.is_dumb_terminal or self._began is None:
+        idle = self._began is None and self._stage is None
+        if not self.console.is_terminal or self.console.is_dumb_terminal or (idle and self._live is None):
             return
         if self._live is None:
             self._live = Live(console=self.console, transient=True, refresh_per_second=4, get_renderable=self._below)
@@ -209,20 +220,40 @@ class Screen(Terminal):
         return Group(*(_cropped(line, width) for line in lines))
 
     def _bar(self) -> Text:
-        """`━━━━ 40/600  1:05 left  0.05 GB  loss 2.07 ▁▂▃`, as much of it as fits; the first three always."""
+        """`━━━━ 40/600  1:05 left  0.05 GB  loss ▁▂▃`, as much of it as fits; the first three always."""
+        if self._stage is not None:
+            return self._stage_bar(*self._stage)
+        if self._began is None:
+            return Text()
         left = self.seconds_left()
-        parts = [f"{self.step}/{self.total}", *([f"{duration(left)} left"] if left is not None else [])]
+        parts = [f"{self.step}/{self.total}", self._beginning() if left is None else f"{duration(left)} left"]
         if self._gigabytes is not None:
             parts.append(f"{self._gigabytes:.2f} GB")
-        text, width = "  ".join(parts), self.console.width
-        if (trend := self._trend()) and len(text) + len(trend) + _BAR + 4 <= width:
+        text = "  ".join(parts)
+        if (trend := self._trend()) and len(text) + len(trend) + _BAR + 4 <= self.console.width:
             text += f"  {trend}"
-        size = min(_BAR, width - len(text) - 2)
+        return self._drawn(self.step, self.total, text)
+
+    def _stage_bar(self, what: str, since: float) -> Text:
+        (done, total), seconds = self._counted, self._clock() - since
+        if not total:
+            return Text(f"{what}  {duration(seconds)}")
+        speed = f"  {done / seconds:,.0f}/s" if done and seconds > 0 else ""
+        return self._drawn(done, total, f"{what}  {done:,}/{total:,}{speed}")
+
+    def _beginning(self) -> str:
+        """What takes time before the first step."""
+        since = self._clock() - self._began[1] if self._began else 0.0
+        return f"compiling, once per run  {duration(since)}"
+
+    def _drawn(self, done: int, total: int, text: str) -> Text:
+        """A bar before a text, as long as there is room."""
+        size = min(_BAR, self.console.width - cell_len(text) - 2)
         if size < 4:
             return Text(text)
-        done = round(size * self.step / max(self.total, 1))
+        filled = min(round(size * done / max(total, 1)), size)
         full, rest = ("━", "━") if self._unicode else ("#", "-")
-        return Text.assemble((full * done, "green"), (rest * (size - done), "dim"), f"  {text}")
+        return Text.assemble((full * filled, "green"), (rest * (size - filled), "dim"), f"  {text}")
 
     def _trend(self) -> str:
         """The last values of the leading metric as bars."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.text import Text
 
+from ..utils.console import safe_console
 from ..utils.terminal_text import printable
 from .ending import Improvement, next_commands
 from .reporter import Reporter, Values
@@ -23,7 +24,7 @@ class Terminal(Reporter):
     """
 
     def __init__(self, quiet: bool = False, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or safe_console(soft_wrap=True)
         self.quiet = quiet
         self._clock = clock
         self._began: tuple[int, float] | None = None
@@ -31,9 +32,20 @@ class Terminal(Reporter):
         self._config: Values = {}
         self._improvement = Improvement()
         self._prompt = ""  # of an answer, for the commands at the end
+        self._stage: tuple[str, float] | None = None  # what goes on, and since when
 
     def start(self, config: Values) -> None:
         self._config = config
+
+    def stage(self, text: str, done: int = 0, total: int = 0) -> None:
+        """Prints a line when something that took more than a second is over."""
+        now = self._clock()
+        if text:
+            self._stage = (text, now) if self._stage is None or self._stage[0] != text else self._stage
+        elif self._stage is not None:
+            (what, since), self._stage = self._stage, None
+            if now - since > 1 and self._began is None and not self.quiet:
+                self.note(f"{what}: {took(now - since, done)}")
 
     def overview(self, facts: Values) -> None:
         if not self.quiet:
@@ -106,6 +118,15 @@ class Terminal(Reporter):
         self.console.print(Text(printable(text)), soft_wrap=True)
 
 
+def took(seconds: float, done: int) -> str:
+    """The time of something that is over, and its speed if it counted.
+
+    >>> took(2.0, 600), took(2.0, 0)
+    ('600 in 2.0 s (300/s)', '2.0 s')
+    """
+    return f"{done:,} in {seconds:.1f} s ({done / seconds:,.0f}/s)" if done else f"{seconds:.1f} s"
+
+
 def telling(rows: Sequence[Values]) -> list[Values]:
     """The samples to show: of rewarded ones the best and the worst, or one if they are alike; else all.
 
@@ -171,7 +192,7 @@ def show_example(
         console: where to print; trained tokens are green in a terminal and between [[ ]] elsewhere.
         limit: characters to show of each part; longer parts lose their middle.
     """
-    console = console or Console(highlight=False)
+    console = console or safe_console()
     text = Text(
         "first example, trained tokens marked:\n" if not console.is_terminal else "first example, trained tokens in green:\n"
     )

@@ -13,6 +13,8 @@ from ..data.rows import Row
 from ..errors import InputError
 from ..models.modes import evaluating, vocabulary
 from ..reporting.reporter import Reporter, ReporterGroup, Values
+from ..reporting.stage import announced
+from ..utils.ticks import ticking
 from .inputs import Run
 
 TOKENS = 40  # of an answer
@@ -77,8 +79,8 @@ def first_questions(run: Run, rows: Mapping[str, Sequence[Row]]) -> list[Questio
 def answers(model: nn.Module, tokenizer: Any, questions: Sequence[Question], reporter: Reporter) -> list[str]:
     """The likeliest answers; none from a model that cannot generate, which can be trained all the same."""
     try:
-        with evaluating(model):
-            return [generate(model, tokenizer, q.tokens, max_tokens=TOKENS).strip() for q in questions]
+        with announced(reporter, "answering prompts", len(questions)), evaluating(model):
+            return [generate(model, tokenizer, q.tokens, max_tokens=TOKENS).strip() for q in ticking(questions)]
     except (TypeError, ValueError, AttributeError) as error:
         reporter.note(f"--answers: this model does not generate ({error})", warning=True)
         return []

@@ -30,6 +30,7 @@ from ..models.recurrences import recurrence_told
 from ..models.row_layouts import layout_obstacle, packed_layout, pays, use_windows
 from ..objectives.cross_row import compares_rows
 from ..reporting.reporter import Reporter
+from ..reporting.stage import announced
 from ..utils.device import limit_memory
 from .evaluate import Evaluate, make_evaluate, mean_measures
 from .inputs import Run, RunOptions
@@ -275,7 +276,9 @@ def _with_reference(run: Run, schedule: Schedule, how: _RowScoring, only: Mappin
             ranks=how.ranks,
         )
         rows = only or _rows_used(schedule, options)
-        splits = {name: _scored(run.source, split, rows.get(name, ()), score_rows) for name, split in schedule.splits.items()}
+        sequences = sum(map(len, rows.values())) * _sequences_of_item(schedule)
+        with announced(how.reporter, "scoring with the reference", sequences):
+            splits = {name: _scored(run.source, split, rows.get(name, ()), score_rows) for name, split in schedule.splits.items()}
     return evolve(schedule, splits=splits)
 
 

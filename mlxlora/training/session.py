@@ -30,7 +30,8 @@ from ..reporting.card import Card, MethodInfo
 from ..reporting.columns import GENERAL
 from ..reporting.history import StoredMethod
 from ..reporting.reporter import ReporterGroup
-from ..reporting.reporters import reporters
+from ..reporting.reporters import reporters, terminal_for
+from ..reporting.stage import announced
 from .answers import first_questions
 from .dry_run import dry_run
 from .evaluate import make_evaluate
@@ -80,6 +81,8 @@ def train_recipe(recipe: Recipe, groups: Groups) -> dict[str, Any]:
         with ranks.together():
             if ranks.leads:
                 held.enter_context(claimed(groups[Output], recipe.method.method))
+                if isinstance(name := groups[ModelOptions].model, str):
+                    terminal_for(recipe.columns, quiet=groups[Output].quiet).note(f"loading {name}")
             rows = sources.load_rows(recipe.source.data, groups[Training].seed)
             model, tokenizer = model_and_tokenizer(groups[ModelOptions], lazy=groups[Training].fully_shard)
             layers_to_train(model, groups[AdapterOptions])  # fails before the rows are tokenized
@@ -171,7 +174,8 @@ def _run(recipe: Recipe, model: nn.Module, tokenizer: Any, rows: dict[str, list[
     reporter = ReporterGroup(*(reporters(output, method) if ranks.leads else ()), callbacks)
     with ranks.together():
         check_options(training, adapter, online=source.online, with_teacher="extend" in recipe.extras)
-        splits = sources.tokenize(source, rows, tokenizer, reporter.note)
+        with announced(reporter, "tokenizing rows", sum(map(len, rows.values()))):
+            splits = sources.tokenize(source, rows, tokenizer, reporter.note)
         sources.check_tokens(source, splits, {"the model": vocabulary(model)}, tokenizer)
     if ranks.leads and not output.dry_run:
         rows_of = {name: split.counts.rows for name, split in splits.items()}

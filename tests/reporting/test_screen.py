@@ -15,7 +15,9 @@ from mlxlora.methods import METHODS
 from mlxlora.reporting.columns import GENERAL, TABLE_COLUMNS, Layout, short_number
 from mlxlora.reporting.reporters import terminal_for
 from mlxlora.reporting.screen import Screen
+from mlxlora.reporting.stage import announced
 from mlxlora.reporting.terminal import Terminal
+from mlxlora.utils.ticks import ticking
 
 WIDTHS = (40, 60, 80, 100, 120, 160)
 METRICS = (
@@ -177,3 +179,33 @@ def test_no_commands_where_none_would_work():
         seen.start(config)
         seen.finish(summary)
         assert "Next" not in written(seen)
+
+
+def test_long_work_before_the_first_step_has_a_bar_and_a_line(monkeypatch):
+    clock = itertools.count(0, 0.25).__next__
+    monkeypatch.setattr("mlxlora.reporting.stage.time.monotonic", clock)
+    for width in (40, 80):
+        seen = screen(width)
+        with announced(seen, "tokenizing rows", 8):
+            assert sum(ticking(range(8))) == 28
+        bars = [line for line in lines(seen) if "tokenizing rows" in line]
+        assert any("4/8" in line for line in bars) and max(map(cell_len, bars)) <= width
+        assert "tokenizing rows: 8 in" in lines(seen)[-1] or any("tokenizing rows: 8 in" in line for line in bars)
+
+
+def test_a_log_gets_one_line_for_work_of_more_than_a_second():
+    for step, told in ((0.01, ""), (1.0, "tokenizing rows: 3.0 s\n")):
+        made = Console(file=io.StringIO(), width=80)
+        seen = Terminal(console=made, clock=itertools.count(0, step).__next__)
+        seen.stage("tokenizing rows", 0, 4)
+        seen.stage("tokenizing rows", 2, 4)
+        seen.stage("tokenizing rows", 3, 4)
+        seen.stage("")
+        assert written(seen) == told
+
+
+def test_the_first_step_says_that_it_compiles():
+    seen = screen(80)
+    seen.progress(0, 600)
+    assert any("0/600  compiling, once per run" in line for line in lines(seen))
+    seen.finish({})
