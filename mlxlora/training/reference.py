@@ -27,6 +27,7 @@ from ..models.logprobs import Scorer, scorer
 from ..models.modes import evaluating, exact
 from ..utils.files import cache_folder
 from ..utils.integers import ceil_div
+from ..utils.patches import Slot
 from ..utils.safetensors import read_checked, write_arrays
 from ..utils.ticks import ticking
 
@@ -101,6 +102,9 @@ def _together(examples: Sequence[Example], score: Scorer, batch_size: int, size:
     return [found[i] for i in range(len(examples))]
 
 
+CONTINUED: Slot[bool] = Slot("continued", False)
+"""Whether the adapters of a model started from those of an earlier run."""
+
 Policy = Callable[[], AbstractContextManager[nn.Module]]
 """A context in which a model computes what a policy does; it ends with the model as it was."""
 
@@ -109,14 +113,14 @@ def policy_at_start(model: nn.Module, options: AdapterOptions) -> Policy:
     """The policy as training starts, the reference of a run that names no other model.
 
     New adapters change nothing yet, so without them the model is the reference. Adapters that an earlier run trained
-    (--resume-adapter-file), and weights in full training, are kept as a second, frozen set of the trainable parameters; their
-    arrays are those of the model until its first step, so no second model is loaded.
+    (--resume-adapter-file, or the same model object), and weights in full training, are kept as a second, frozen set of the
+    trainable parameters; their arrays are those of the model until its first step, so no second model is loaded.
 
     Args:
         model: ready for its first step.
         options: what is trained.
     """
-    if options.resume_adapter_file or options.train_type == "full":
+    if options.resume_adapter_file or CONTINUED.get(model) or options.train_type == "full":
         return partial(_with_parameters, model, model.trainable_parameters())
     return partial(disabled, model)
 
@@ -180,7 +184,7 @@ def reference_cache_file(model: str, dtype: str) -> Path:
 
 def cache_of_start(cache: Path, model: nn.Module, options: AdapterOptions) -> Path:
     """The cache of the policy as training starts: that of the model, unless --resume-adapter-file changes what it computes."""
-    if not options.resume_adapter_file:
+    if not (options.resume_adapter_file or CONTINUED.get(model)):
         return cache
     digest = hashlib.sha256(repr(evolve(options, resume_adapter_file=None)).encode())
     flat: list[tuple[str, mx.array]] = tree_flatten(model.trainable_parameters())  # type: ignore[assignment]
