@@ -21,7 +21,7 @@ import mlx.core as mx  # noqa: E402
 from attrs import frozen  # noqa: E402
 
 from benchmarks.common import flags, interleaved, parsed, ratios, run  # noqa: E402
-from mlxlora.models.attention import CHUNK, Scoring, blockwise, in_chunks, visible  # noqa: E402
+from mlxlora.models.attention import CHUNK, Scoring, blockwise, fused_backward, in_chunks, visible  # noqa: E402
 from mlxlora.utils.device import backend  # noqa: E402
 
 COLUMNS = {
@@ -153,9 +153,10 @@ def measure(case: Case, repetitions: int) -> dict[str, Any]:
     ours, peer = interleaved([lambda c=call: mx.eval(c(*given)) for call in calls], repetitions)
     our_error, peer_error = errors(case)
     packed = case.segments > 1
+    fusible = case.window is None and not packed and fused_backward(case.width, case.width)
     return {
         "case": case.name,
-        "chosen": "chunks" if in_chunks(case.length, case.window is None and not packed, packed=packed) else "fused",
+        "chosen": "chunks" if in_chunks(case.length, fusible, packed=packed) else "fused",
         "ours": round(ours.wall * 1e3, 2),
         "peer": round(peer.wall * 1e3, 2),
         **ratios(ours, peer),

@@ -2,8 +2,8 @@
 
 mlx-lm's models call `scaled_dot_product_attention` of `mlx_lm.models.base` by that name, in their own Python module. `hook`
 replaces it by `attend`, which does the same with two exceptions: a cache with a method `attend` computes its own attention, and
-causal rows attend in chunks where that is faster. (MLX has a fused backward pass for mask="causal" on GPUs; on a CPU it keeps
-all scores [R, heads, T, T].)
+causal rows attend in chunks where that is faster. (MLX has a fused backward pass for mask="causal" on GPUs, on Metal for some head
+sizes. Without it all scores [R, heads, T, T] are kept; docs/machines.md names the sources.)
 """
 
 import sys
@@ -32,7 +32,8 @@ fused = mx.fast.scaled_dot_product_attention
 CHUNK = {"cpu": 128, "cuda": 512, "metal": 512}  # queries: smaller chunks launch more kernels, larger ones hold more scores
 CHUNKS_PAY_FROM = {"cpu": 768, "cuda": 8192, "metal": 1024}  # positions of a row: below, recomputing costs more than it saves
 PACKED_CHUNKS_PAY_FROM = CHUNKS_PAY_FROM | {"cuda": 16384}
-FUSED_BACKWARD = {"cpu": False, "cuda": True, "metal": True}  # of mask="causal", in mlx 0.32.4
+
+METAL_WIDTHS = frozenset((64, 72, 80, 96, 128, 192, 256))  # of heads that have a fused backward pass there, in mlx 0.32.4
 
 # Rows that continue prompts: a layer keeps scores up to KEPT_BYTES for its backward pass instead of computing them again;
 # SCORE_BYTES bounds the scores of one chunk of queries.
@@ -119,24 +120,35 @@ def causal(
     length = queries.shape[2]
     window = window if window is not None and window < length else None
     whole = window is None and segments is None
-    if in_chunks(length, whole, packed=segments is not None):
+    fusible = whole and fused_backward(queries.shape[-1], values.shape[-1], sinks=sinks is not None)
+    if in_chunks(length, fusible, packed=segments is not None):
         return blockwise(queries, keys, values, Scoring(scale, window, segments, sinks))
     mask = "causal" if whole else visible(range(length), range(length), window, segments)
     return fused(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
 
 
-def in_chunks(length: int, whole: bool, *, packed: bool = False) -> bool:
+def in_chunks(length: int, fusible: bool, *, packed: bool = False) -> bool:
     """Whether rows attend in chunks.
 
     Args:
         length: positions of a row.
-        whole: without windows and segments.
+        fusible: MLX has a fused backward pass for these rows.
         packed: with segments.
     """
-    choice, here = _CHOICE.get(), backend()
+    choice = _CHOICE.get()
     if choice != "auto":
         return choice == "chunked"
-    return length >= (PACKED_CHUNKS_PAY_FROM if packed else CHUNKS_PAY_FROM)[here] and not (whole and FUSED_BACKWARD[here])
+    return length >= (PACKED_CHUNKS_PAY_FROM if packed else CHUNKS_PAY_FROM)[backend()] and not fusible
+
+
+def fused_backward(width: int, value_width: int, *, sinks: bool = False) -> bool:
+    """Whether MLX has a fused backward pass, which keeps no scores, for mask="causal" and heads of these widths.
+
+    Metal has none for a mask array, so windows and packed rows keep all scores there, as on a CPU.
+    """
+    if backend() == "metal":
+        return width == value_width and width in METAL_WIDTHS and not sinks
+    return backend() == "cuda"
 
 
 def visible(queries: range, keys: range, window: int | None = None, segments: mx.array | None = None) -> mx.array:

@@ -122,6 +122,9 @@ class DeltaShape(NamedTuple):
     by_channel: bool
 
 
+KERNEL_HEADS = frozenset((keys, 128, heads, 128) for keys, heads in ((16, 16), (16, 32), (16, 48), (16, 64), (24, 24), (32, 32)))
+"""What MLX 0.32.4 has Metal kernels for; for other shapes its function is a loop over tokens there, too."""
+
 _kernel: dict[DeltaShape, str | None] = {}
 """By shape of a layer: why MLX's kernel does not compute it; None: it computes the same as chunks. Empty where none was tried."""
 _SHAPES: ContextVar[set[DeltaShape] | None] = ContextVar("shapes of recurrences", default=None)
@@ -163,6 +166,8 @@ def kernel_obstacle(shape: DeltaShape, length: int = 100) -> str | None:
     """Why the kernel does not compute layers of this shape: it fails, or values or gradients differ from those of chunks."""
     if shape.by_channel:
         return "it has no decays by channel"
+    if shape[:4] not in KERNEL_HEADS:
+        return f"it has none for {shape.groups} and {shape.heads} heads of {shape.width} and {shape.columns}"
     try:
         found, exact = (_probed(compute, shape, length) for compute in (_by_kernel, chunked_delta_rule))
         worst = max(map(_relative, found, exact))
@@ -179,7 +184,7 @@ def _probed(compute: Callable[[Rule], tuple[mx.array, mx.array]], shape: DeltaSh
     units = [array / mx.linalg.norm(array, axis=-1, keepdims=True) for array in (queries, others)]
     values = mx.random.normal((rows, length, heads, columns), key=keys[2])
     given = [array.astype(shape.dtype) for array in (*units, values)]
-    given.append(mx.log(mx.random.uniform(0.5, 1, (rows, length, heads), key=keys[3])))
+    given.append(-mx.exp(mx.random.uniform(-7, 3.5, (rows, length, heads), key=keys[3])))  # decays of 0.999 to 4e-15
     given.append(mx.random.uniform(0, 1, (rows, length, heads), key=keys[4]).astype(shape.dtype))
     given.append(mx.random.normal((rows, heads, columns, width), key=keys[5]))
 

@@ -18,7 +18,19 @@ from mlx_lm.models import gemma3_text, gpt_oss, qwen3
 from mlxlora import AdapterOptions, prepare
 from mlxlora.data.batching import collate
 from mlxlora.models import attention
-from mlxlora.models.attention import Causal, Prompts, Scoring, attend, blockwise, causal, hook, in_chunks, using, visible
+from mlxlora.models.attention import (
+    Causal,
+    Prompts,
+    Scoring,
+    attend,
+    blockwise,
+    causal,
+    fused_backward,
+    hook,
+    in_chunks,
+    using,
+    visible,
+)
 from mlxlora.models.grad_checkpoint import checkpointed
 from mlxlora.models.logprobs import scorer
 from mlxlora.models.row_layouts import mask_axes, use_windows
@@ -191,8 +203,22 @@ def test_the_choice_lasts_as_long_as_its_block() -> None:
 @pytest.mark.parametrize("backend", ["cpu", "cuda", "metal"])
 def test_auto_takes_the_fused_backward_where_there_is_one(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "backend", lambda: backend)
-    assert in_chunks(8192, True) == (backend == "cpu")
+    assert in_chunks(8192, fused_backward(128, 128)) == (backend == "cpu")
     assert in_chunks(8192, False) and not in_chunks(32, False)
+
+
+@pytest.mark.parametrize(("width", "sunk", "chunked"), [(128, False, False), (112, False, True), (128, True, True)])
+def test_metal_chunks_heads_without_a_fused_backward(
+    width: int, sunk: bool, chunked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a causal row keeps [R, heads, T, T] scores there."""
+    taken: list[str] = []
+    monkeypatch.setattr(attention, "backend", lambda: "metal")
+    monkeypatch.setattr(attention, "fused", lambda *_, **__: taken.append("fused"))
+    monkeypatch.setattr(attention, "blockwise", lambda *_: taken.append("chunks"))
+    q = mx.zeros((1, 2, 1024, width))
+    causal(q, q, q, scale=1.0, sinks=mx.zeros(2) if sunk else None)
+    assert taken == ["chunks" if chunked else "fused"]
 
 
 def test_a_window_as_long_as_the_row_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
