@@ -38,10 +38,10 @@ def save_checkpoint(
 ) -> Path:
     """Writes `checkpoints/<step>`, an adapter directory with the optimizer and the state of the run; then removes old ones.
 
-    Keeps an existing valid checkpoint of this step.
+    Keeps an existing valid checkpoint of this step, unless its hooks have run since.
     """
     path = directory / FOLDER / f"{progress.step:07d}"
-    if _is_good(path) and not path.is_symlink():
+    if not path.is_symlink() and _is_good(path) and _read_state(path).get("owed", []) == progress.owed:
         return path
     if path.is_symlink():  # it would lead to another place
         path.unlink()

@@ -18,6 +18,9 @@ from .loop import Every, Hook
 from .micro_batch import BatchDivider
 from .progress import Progress, Window
 
+REPORT, VALIDATION, CHECKPOINT = "report", "validation", "checkpoint"
+"""Names of hooks in a checkpoint."""
+
 FIRST = ("loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second")
 """Metrics at the beginning of every training record."""
 
@@ -39,7 +42,7 @@ class Report:
     token_metrics: bool = False
 
     def __call__(self, progress: Progress, micros: Sequence[MicroBatch] = ()) -> None:
-        seen, progress.window = progress.window.report() | {"tokens": progress.tokens}, Window()
+        seen = progress.window.report() | {"tokens": progress.tokens}
         alone = seen.pop("training_tokens_per_second")
         self.reporter.record(
             {
@@ -52,6 +55,7 @@ class Report:
                 **({"num_tokens": progress.tokens} if self.token_metrics else {}),
             }
         )
+        progress.window = Window()  # after the record, which may fail
         self.reporter.samples(progress.step, [sample for micro in micros for sample in micro.samples])
 
 
@@ -135,6 +139,7 @@ class Told:
         """The hook that writes a checkpoint, and tells of it."""
 
         def save(progress: Progress, _: Sequence[MicroBatch]) -> None:
+            progress.owed = []  # this is the last hook with a name, and the checkpoint says so
             checkpoint(progress)
             self.callbacks.checkpoint(progress.step, self.directory / FOLDER / f"{progress.step:07d}")
 

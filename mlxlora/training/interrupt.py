@@ -1,9 +1,11 @@
-"""Ctrl-C that waits for the end of a step, so that what is saved is always the state after a whole step."""
+"""Ctrl-C, SIGTERM and SIGHUP that wait for the end of a step, so that what is saved is always the state after a whole step."""
 
 import signal
 from types import FrameType
 
-from attrs import define
+from attrs import define, field
+
+_STOPS = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 
 
 class Abandoned(KeyboardInterrupt):
@@ -12,30 +14,53 @@ class Abandoned(KeyboardInterrupt):
 
 @define
 class Interruptible:
-    """Holds Ctrl-C back while `held`; outside the main thread Python's default stays.
+    """Holds Ctrl-C, SIGTERM and SIGHUP back while `held`; outside the main thread Python's default stays.
+
+    A closing terminal sends SIGHUP more than once, and a service manager may repeat SIGTERM: only the first one counts, and only a
+    second Ctrl-C does not wait. A SIGHUP that is ignored, as under nohup, stays ignored. It may be entered within itself.
 
     Attributes:
-        waits: hold it back everywhere, because other ranks have to be told first.
+        waits: hold signals back everywhere, because other ranks have to be told first; their watchdog handles SIGTERM.
     """
 
     waits: bool = False
     _held: bool = False
     _asked: bool = False
-    _before: object = None
+    _stopped: bool = False
+    _depth: int = 0
+    _before: dict[int, object] = field(factory=dict)
 
     def __enter__(self) -> "Interruptible":
-        try:
-            self._before = signal.signal(signal.SIGINT, self._handle)
-        except ValueError:  # not the main thread
-            self._before = None
+        self._depth += 1
+        if self._depth == 1:
+            for number in self._numbers():
+                try:
+                    self._before[number] = signal.signal(number, self._handle)
+                except ValueError:  # not the main thread
+                    break
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)  # type: ignore[arg-type]
+        self._depth -= 1
+        if not self._depth:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)  # type: ignore[arg-type]
+            self._before.clear()
 
-    def _handle(self, _: int, __: FrameType | None) -> None:
+    def _numbers(self) -> list[signal.Signals]:
+        return [number for name in _STOPS if (number := getattr(signal, name, None)) and self._handles(number)]
+
+    def _handles(self, number: signal.Signals) -> bool:
+        before = signal.getsignal(number)
+        if before is None or (self.waits and number == signal.SIGTERM):  # None: not from Python, so it could not be put back
+            return False
+        return number == signal.SIGINT or before != signal.SIG_IGN
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if number != signal.SIGINT and (self._asked or self._stopped):
+            return
         if not self._held and not self.waits:
+            self._stopped = True
             raise KeyboardInterrupt
         if self._asked:
             raise Abandoned
@@ -43,11 +68,11 @@ class Interruptible:
 
     @property
     def asked(self) -> bool:
-        """Whether a Ctrl-C was held back."""
+        """Whether a signal was held back."""
         return self._asked
 
     def held(self) -> "_Held":
-        """A context that holds Ctrl-C back; without an error it raises it at its end."""
+        """A context that holds signals back; without an error it raises KeyboardInterrupt at its end."""
         return _Held(self)
 
 

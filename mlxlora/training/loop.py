@@ -37,6 +37,7 @@ class LoopOptions:
             the stream must not look at the model either. Several ranks do not begin ahead.
         skips: so many groups of batches in a row that are not finite end the run.
         warn: gets the rows of every skipped step.
+        interrupt: holds signals back; None: one of its own. A caller that saves after the last step enters it first.
     """
 
     repeats: int = 1
@@ -45,6 +46,7 @@ class LoopOptions:
     ahead: bool = False
     skips: int = SKIPS
     warn: Callable[[str], object] = lambda _: None
+    interrupt: Interruptible | None = None
 
 
 def train(
@@ -57,20 +59,22 @@ def train(
 ) -> None:
     """Takes steps until `total`, or until a hook sets `progress.stop`; each hook sees every finished step, in order.
 
-    A step that is not finite changes nothing and counts as a step. Ctrl-C while a batch is made ends the run at once; during a step
-    or its hooks it ends the run after them: `progress` is always the state after a whole step. A second Ctrl-C does not wait.
-    Several ranks end after the same step.
+    A step that is not finite changes nothing and counts as a step. Ctrl-C, SIGTERM or SIGHUP while a batch is made ends the run at
+    once; during a step or its hooks it ends the run after them: `progress` is always the state after a whole step. A second Ctrl-C
+    does not wait. Several ranks end after the same step. Hooks that a step of a resumed run still owes come first.
 
     Raises:
         RunError: the loss or the gradient was not finite `how.skips` times in a row, and weights and optimizer are those of before;
             or memory ran out, or another rank is gone.
-        KeyboardInterrupt: Ctrl-C.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP.
         Abandoned: a second Ctrl-C before the step was over.
     """
     repeats, ranks = how.repeats, how.ranks
     steps = _Steps(step, progress, hooks, how)
-    with Interruptible(waits=ranks.size > 1) as interrupt:
+    with how.interrupt or Interruptible(waits=ranks.size > 1) as interrupt:
         try:
+            with interrupt.held():
+                steps.catch_up()
             while steps.begun < total and not progress.stop:
                 micros = steps.waited_for(stream)
                 with interrupt.held():
@@ -156,9 +160,24 @@ class _Steps:
         if self.progress.skipped:
             rows = self.how.ranks.listed([row for micro in done.micros for row in micro.rows])
             _warn_of_skipped(result, self.progress, rows, self.how)
+        self.progress.owed = [hook.name for hook in _named(self.hooks) if hook.due(self.progress.step)]
         for hook in self.hooks:
             hook(self.progress, done.micros)
+            if isinstance(hook, Every):
+                self._paid(hook.name)
         self._since, self._waited = time.perf_counter(), 0.0
+
+    def catch_up(self) -> None:
+        """Calls the hooks that the last step of a resumed run did not get to."""
+        late = False
+        for hook in _named(self.hooks):
+            if hook.name in self.progress.owed or (late and self.progress.stop):
+                late = True
+                hook.hook(self.progress, ())
+                self._paid(hook.name)
+
+    def _paid(self, name: str) -> None:
+        self.progress.owed = [other for other in self.progress.owed if other != name]
 
     def _may_wait(self) -> bool:
         """Whether the next step may begin first: no hook looks at this one, its memory is known, the last one was not skipped."""
@@ -192,23 +211,30 @@ class Every:
 
     Attributes:
         beside: the hook looks neither at the model nor at metrics, so the next step may have begun.
+        name: in a checkpoint, which says whether the hook still has to be called for its step; empty: it is not called later.
     """
 
     steps: int
     hook: Hook
     total: int
     beside: bool = False
+    name: str = ""
 
     def __call__(self, progress: Progress, micros: Sequence[MicroBatch]) -> None:
-        if progress.stop or self._due(progress.step):
+        if progress.stop or self.due(progress.step):
             self.hook(progress, micros)
 
     def looks(self, step: int) -> bool:
         """Whether the hook looks at the model after this step."""
-        return not self.beside and self._due(step)
+        return not self.beside and self.due(step)
 
-    def _due(self, step: int) -> bool:
+    def due(self, step: int) -> bool:
+        """Whether the hook is called after this step of a run that goes on."""
         return step == self.total or bool(self.steps and step % self.steps == 0)
+
+
+def _named(hooks: Sequence[Hook]) -> Iterator[Every]:
+    return (hook for hook in hooks if isinstance(hook, Every) and hook.name)
 
 
 def _warn_of_skipped(result: StepResult, progress: Progress, rows: Sequence[str], how: LoopOptions) -> None:

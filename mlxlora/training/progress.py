@@ -69,6 +69,7 @@ class Progress:
         waited: validations since then.
         skipped: skipped steps in a row, up to the last step.
         stop: why the run ends early, or empty.
+        owed: names of hooks that the last step still has to call, because one of them failed.
         key: the random state after the last step.
         latest: the metrics of the last step; not saved.
     """
@@ -80,6 +81,7 @@ class Progress:
     waited: int = 0
     skipped: int = 0
     stop: str = ""
+    owed: list[str] = field(factory=list)
     key: mx.array = field(factory=random_key, metadata={"apart": True})
     latest: Mapping[str, float] = field(factory=dict, metadata={"apart": True})
 
@@ -107,6 +109,8 @@ def progress_of(state: Mapping[str, Any], key: mx.array) -> Progress:
         raise ValueError("best, learning_rate and seconds must be numbers")
     if not isinstance(progress.stop, str) or "step" not in state:
         raise ValueError("stop must be a text, and there must be a step")
+    if not (isinstance(progress.owed, list) and all(isinstance(name, str) for name in progress.owed)):
+        raise ValueError("owed must be names of hooks")
     return progress
 
 

@@ -14,8 +14,9 @@ from ..reporting.reporter import Reporter
 from ..utils.integers import round_up
 from .answers import answered
 from .evaluate import Evaluate
-from .hooks import Report, Told, Validation
+from .hooks import CHECKPOINT, REPORT, VALIDATION, Report, Told, Validation
 from .inputs import Run
+from .interrupt import Interruptible
 from .loop import Every, LoopOptions, train
 from .overview import overview
 from .prepared import Prepared, compiled, prepare_run
@@ -94,20 +95,22 @@ def _train(
     told = Told(callbacks, prepared.ranks, saver.directory)
     hooks = (
         Every(1, lambda progress, _: reporter.progress(progress.step, total), total, beside=True),
-        Every(output.steps_per_report, report, total),
-        Every(round_up(output.steps_per_eval, multiple), validation, total),
+        Every(output.steps_per_report, report, total, name=REPORT),
+        Every(round_up(output.steps_per_eval, multiple), validation, total, name=VALIDATION),
         *told.after_steps(multiple, total),
-        Every(round_up(output.save_every, multiple), told.saving(saver.checkpoint), total),
+        Every(round_up(output.save_every, multiple), told.saving(saver.checkpoint), total, name=CHECKPOINT),
         *told.at_the_end(total),
     )
+    interrupt = Interruptible(waits=prepared.ranks.size > 1)
     how = LoopOptions(
         repeats=multiple,
         divider=prepared.divider,
         ranks=prepared.ranks,
         ahead=not schedule.is_live,
         warn=partial(reporter.note, warning=True),
+        interrupt=interrupt,
     )
-    with saver.saved_on_exit(progress, reporter):
+    with interrupt, saver.saved_on_exit(progress, reporter):
         told.settle(progress)
         train(step, batches_of_steps(schedule, prepared.train, progress.step), progress, total, hooks, how)
 

@@ -16,9 +16,10 @@ from ..distributed.watchdog import nothing
 from ..errors import InputError, LostError, RunError, SharedError
 from ..reporting.callbacks import STOPPED
 from ..reporting.history import METRICS, SAMPLES, SETTINGS
-from ..reporting.reporter import Reporter, drop_report, truncate_after
+from ..reporting.reporter import Reporter, drop_record, truncate_after
 from ..utils.files import atomic_file
 from .checkpoint import checkpoints, load_checkpoint, newest, save_checkpoint
+from .hooks import VALIDATION
 from .inputs import RunOptions
 from .loop import Abandoned
 from .progress import Progress
@@ -80,8 +81,11 @@ class Saver:
 
     @contextmanager
     def saved_on_exit(self, progress: Progress, reporter: Reporter) -> Iterator[None]:
-        """Training that ends early, by Ctrl-C, by an error or because another rank is gone, leaves a checkpoint."""
-        watch = self.ranks.watch
+        """Training that ends early, by a signal, by an error or because another rank is gone, leaves a checkpoint.
+
+        Bad input before the first step leaves none, so that the command can be given again.
+        """
+        watch, began = self.ranks.watch, progress.step
 
         def rescue() -> None:
             self.checkpoint(progress)
@@ -99,12 +103,15 @@ class Saver:
         except KeyboardInterrupt:
             rescue()
             raise
-        except RunError as error:
+        except (InputError, RunError) as error:
+            if isinstance(error, InputError) and progress.step == began:
+                raise
             if self.ranks.sharded and (isinstance(error, LostError) or not isinstance(error, SharedError)):
                 leave()  # the other ranks do not help to save
                 raise
             self.checkpoint(progress)
-            reporter.finish({"stopped": f"after step {progress.step}", "last good state": str(self.directory)})
+            again = {"to resume": "the same command with --resume"} if isinstance(error, InputError) else {}
+            reporter.finish({"stopped": f"after step {progress.step}", "last good state": str(self.directory), **again})
             raise
         finally:
             if watch:
@@ -142,8 +149,9 @@ class Saver:
             truncate_after(self.directory / name, progress.step or -1)  # the validation of step 0 is repeated
         if progress.stop.startswith(STOPPED):
             progress.stop = ""
-        if progress.window:
-            drop_report(self.directory / METRICS, progress.step)
+        for split, again in (("train", bool(progress.window)), ("valid", VALIDATION in progress.owed)):
+            if again:
+                drop_record(self.directory / METRICS, progress.step, split)
         reporter.note(f"resuming {path} after step {progress.step}")
         return progress
 
