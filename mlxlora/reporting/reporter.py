@@ -139,10 +139,10 @@ def truncate_after(path: str | Path, step: int) -> None:
         temporary.write_bytes(b"".join(line + b"\n" for line in kept))
 
 
-def drop_report(path: Path, step: int) -> None:
-    """Drops the training record of a step at which no report was due; a run that stopped there wrote it."""
+def drop_record(path: Path, step: int, split: str) -> None:
+    """Drops the record of a split at a step, which the resumed run writes."""
     lines = path.read_bytes().splitlines() if path.exists() else []
-    kept = [line for line in lines if _step_of(line) != step or orjson.loads(line).get("split") != "train"]
+    kept = [line for line in lines if _step_of(line) != step or orjson.loads(line).get("split") != split]
     if len(kept) < len(lines):
         with atomic_file(path) as temporary:
             temporary.write_bytes(b"".join(line + b"\n" for line in kept))
