@@ -94,6 +94,7 @@ if TYPE_CHECKING:
     from .rollouts.source import Rollouts as Rollouts
     from .rollouts.source import own_answers as own_answers
     from .rollouts.source import prompts as prompts
+    from .training.results import RunResult as RunResult
     from .training.session import evaluate_split as evaluate_split
     from .training.session import run as run
     from .training.step import make_step as make_step
@@ -171,6 +172,7 @@ _NAMES = {
     "rollouts.rewards": ("load_rewards", "NamedReward"),
     "rollouts.sampling": ("Sampling",),
     "rollouts.source": ("own_answers", "prompts", "Rollouts"),
+    "training.results": ("RunResult",),
     "training.session": ("evaluate_split", "run"),
     "training.step": ("make_step",),
     "training.unpaired": ("unpaired",),

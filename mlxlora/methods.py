@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from .objectives.objective import Objective
     from .reporting.card import MethodInfo
     from .reporting.preview import Preview
+    from .training.results import RunResult
 
 P = ParamSpec("P")
 O = TypeVar("O", bound=MethodOptions)  # noqa: E741
@@ -125,12 +126,12 @@ class Method(Generic[P, O]):
         return self.options  # type: ignore[return-value]
 
     @overload
-    def __call__(self, *args: P.args, **options: P.kwargs) -> dict[str, Any]: ...
+    def __call__(self, *args: P.args, **options: P.kwargs) -> "RunResult": ...
     @overload
-    def __call__(self, group: AnyGroup, /, *args: P.args, **options: P.kwargs) -> dict[str, Any]: ...
+    def __call__(self, group: AnyGroup, /, *args: P.args, **options: P.kwargs) -> "RunResult": ...
     @overload
-    def __call__(self, *groups: AnyGroup) -> dict[str, Any]: ...
-    def __call__(self, *groups: Any, **options: Any) -> dict[str, Any]:
+    def __call__(self, *groups: AnyGroup) -> "RunResult": ...
+    def __call__(self, *groups: Any, **options: Any) -> "RunResult":
         """Trains with these options.
 
         Args:
@@ -138,7 +139,7 @@ class Method(Generic[P, O]):
             options: single options, named as the flags are.
 
         Returns:
-            The results: steps, losses, where the adapters are.
+            The results: steps, losses, where the adapters are; and the trained model.
 
         Raises:
             InputError: bad options or data.

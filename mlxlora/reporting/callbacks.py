@@ -34,6 +34,7 @@ class Callbacks(Reporter):
         self._members, self._clock = [_checked(member) for member in members], clock
         self._stop, self._failure, self._cause = "", "", None
         self._before, self._validated = (0, clock()), clock()
+        self.results: Values = {}  # of a run that ended as it should, unrounded
 
     def __bool__(self) -> bool:
         return bool(self._members)
@@ -106,7 +107,7 @@ class Callbacks(Reporter):
         self._tell("answers", rows)
 
     def finish(self, summary: Values) -> None:
-        self._tell("on_end", summary)
+        self._tell("on_end", self.results or summary)
         self._tell("finish", summary)
 
     # --------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def prepare_run(run: Run, reporter: Reporter, only: Mapping[str, Sequence[int]] 
         together = _sequences_of_item(schedule) if saved is not None else 1
         schedule = _with_reference(run, schedule, _RowScoring(policy, ranks, reporter, together), only or {})
     with ranks.computing():
-        score = _scorer(run)
+        score = scorer_of(run)
         share = _shares(run, score, saved, reporter)
         if run.source.packing:
             schedule = _packed(schedule, run.model, score, reporter)
@@ -164,7 +164,8 @@ def _recomputes(asked: bool, ranks: Ranks) -> bool:
     return asked or ranks.sharded
 
 
-def _scorer(run: Run) -> Scorer:
+def scorer_of(run: Run) -> Scorer:
+    """Log-probabilities of a batch, with the columns that the objective reads."""
     score = scorer(run.model, temperature=run.source.temperature, columns=columns_of(run.objective))
     score = run.extend(score, run.tokenizer) if run.extend else score
     use_windows(score.forward, run.model)
@@ -216,6 +217,16 @@ def _check_splits(schedule: Schedule, options: RunOptions) -> None:
             raise InputError(f"{flag} needs validation: add valid.jsonl or --valid-fraction, and --val-batches other than 0")
     if output.test and not schedule.items("test"):
         raise InputError("--test needs a test split: add test.jsonl to the data folder")
+
+
+def scored_by_reference(run: Run, schedule: Schedule, reporter: Reporter) -> Schedule:
+    """The schedule of a trained model with the reference's log-probabilities of its test split."""
+    policy, _ = _reference_policy(run)
+    if policy is None:
+        return schedule
+    rows = list(range(len(schedule.items("test"))))
+    run = evolve(run, reference=evolve(run.reference, cache=None))
+    return _with_reference(run, schedule, _RowScoring(policy, run.ranks, reporter, 1), {"test": rows})
 
 
 # --- reference --------------------------------------------------------------------------------

@@ -116,12 +116,12 @@ def _train(
 
 
 def _results(progress: Progress, step: Step, run: Run, seconds: float) -> dict[str, Any]:
-    results: dict[str, Any] = {"steps": progress.step, "shapes compiled": step.compilations, "seconds": round(seconds, 1)}
+    results: dict[str, Any] = {"steps": progress.step, "shapes_compiled": step.compilations, "seconds": seconds}
     if progress.stop:
-        results["stopped early"] = progress.stop
+        results["stopped_early"] = progress.stop
     if progress.best is not None:
         name, value = ("reward", -progress.best) if run.source.online else ("loss", progress.best)
-        results[f"best valid {name}"] = round(value, 4)
+        results[f"best_valid_{name}"] = value
     return results
 
 
@@ -133,5 +133,5 @@ def _test(prepared: Prepared, evaluate: Evaluate, saver: Saver, progress: Progre
             restore_saved(prepared.ranks, saver.model, saver.directory)
         metrics = evaluate(batches_of_split(prepared.schedule, prepared.valid, "test"))
         reporter.record({"step": progress.step, "split": "test", **metrics})
-        results |= {f"test {name}": round(metrics[name], 4) for name in ("loss", "perplexity") if name in metrics}
+        results |= {f"test_{name}": metrics[name] for name in ("loss", "perplexity") if name in metrics}
     return results | {"adapters": str(saver.directory), "report": str(saver.directory / PAGE)}

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from ..adapters.detach import continued, is_trained
 from ..adapters.inject import layers_to_train
 from ..adapters.prepare import CHANGED, base_of, load
 from ..config.given import is_path, storable
-from ..config.method_options import dump
+from ..config.method_options import dump, gather
 from ..config.options import AdapterOptions, DataOptions, ModelOptions, Output, Training
 from ..data import sources
 from ..data.memory import stored_rows
@@ -37,6 +38,8 @@ from .dry_run import dry_run
 from .evaluate import make_evaluate
 from .inputs import Run, RunOptions
 from .prepared import plain_maker
+from .rank_sync import restore_saved
+from .results import RunResult, displayed
 from .run import execute_run
 from .schedule import Schedule, batches_of_split
 from .startup import check_options, claimed, introduce
@@ -66,11 +69,11 @@ class Recipe:
     columns: Sequence[str] = GENERAL
 
 
-def train_recipe(recipe: Recipe, groups: Groups) -> dict[str, Any]:
+def train_recipe(recipe: Recipe, groups: Groups) -> RunResult:
     """Loads the model of `groups` and trains it.
 
     Returns:
-        The results: steps, losses, where the adapters are.
+        The results: steps, losses, where the adapters are; and the trained model.
 
     Raises:
         InputError: bad options or data.
@@ -98,7 +101,7 @@ def run(
     *,
     adapter: AdapterOptions | Literal["continue", "fresh"] = AdapterOptions(),
     **output: Any,
-) -> dict[str, Any]:
+) -> RunResult:
     """Trains a loaded model; every method ends here.
 
     Args:
@@ -111,7 +114,7 @@ def run(
         output: fields of `Output`, such as `adapter_path="adapters"`.
 
     Returns:
-        The results: steps, losses, where the adapters are.
+        The results: steps, losses, where the adapters are; and the trained model.
 
     Raises:
         InputError: bad options or data.
@@ -164,7 +167,7 @@ def _of_objects(model: nn.Module, rows: Mapping[str, Sequence[Row]], options: Mo
     return {**data, "model": origin and origin.model, "quantize": origin and origin.quantize}
 
 
-def _run(recipe: Recipe, model: nn.Module, tokenizer: Any, rows: dict[str, list[Row]], groups: Groups) -> dict[str, Any]:
+def _run(recipe: Recipe, model: nn.Module, tokenizer: Any, rows: dict[str, list[Row]], groups: Groups) -> RunResult:
     groups = {**groups, AdapterOptions: continued(model, groups[AdapterOptions])}
     training, adapter, output, ranks = groups[Training], groups[AdapterOptions], groups[Output], current_ranks()
     if training.loraplus_lr_ratio is not None and adapter.train_type == "full":
@@ -189,8 +192,24 @@ def _run(recipe: Recipe, model: nn.Module, tokenizer: Any, rows: dict[str, list[
         reporter.note(_TRAINED[adapter.adapter])
     introduce(whole, reporter)
     if output.dry_run:
-        return dry_run(whole, reporter)
-    results = execute_run(whole, reporter, first_questions(whole, rows))
-    reporter.finish(results)
+        return RunResult(dry_run(whole, reporter))
+    callbacks.results = results = execute_run(whole, reporter, first_questions(whole, rows))
+    reporter.finish(displayed(results))
     callbacks.settle(ranks.of_rank0)
-    return results
+    if output.keep_best:
+        restore_saved(ranks, model, whole.options.directory)
+    model.eval()
+    return RunResult(results, whole, partial(_again, recipe, model, tokenizer, rows, groups))
+
+
+def _again(
+    recipe: Recipe, model: nn.Module, tokenizer: Any, rows: dict[str, list[Row]], groups: Groups, **changes: Any
+) -> RunResult:
+    """Resumes a run with other options."""
+    groups = gather(tuple(groups), tuple(groups.values()), {"overwrite": False, **changes, "resume": True})
+    ranks = current_ranks()
+    with ExitStack() as held:
+        with ranks.together():
+            if ranks.leads:
+                held.enter_context(claimed(groups[Output], recipe.method.method))
+        return _run(recipe, model, tokenizer, rows, groups)

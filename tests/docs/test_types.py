@@ -23,8 +23,11 @@ import mlx.optimizers as optim
 import mlxlora as ml
 from mlxlora import InputError, Training, nll
 
-results = ml.sft(model="m", data=[{"text": "a"}], iters=3, learning_rate=1e-4, lora_keys=("q_proj",))
+results: ml.RunResult = ml.sft(model="m", data=[{"text": "a"}], iters=3, learning_rate=1e-4, lora_keys=("q_proj",))
 steps: int = results["steps"]
+answer: str = results.generate("Hi", max_tokens=9)
+longer: ml.RunResult = results.resume(iters=9)
+losses: dict[str, float] = results.evaluate([{"text": "b"}])
 ml.sft(model=Path("m"), data={"train": [{"text": "a"}], "valid": []}, lora_keys=["q_proj"], adapter_path=Path("a"))
 ml.sft(model=ml.load("m"), objective=lambda logps, batch: -logps, learning_rate=optim.cosine_decay(1e-3, 9))
 ml.sft(model=ml.load("m")[0], tokenizer=ml.load("m")[1], objective=0.5 * nll(), optimizer=optim.AdamW(1e-3))
@@ -54,6 +57,8 @@ WRONG = {
     'ml.sft(optimizer="adamm")': "reportArgumentType",
     "ml.not_there": "reportAttributeAccessIssue",
     "ml.nll() + 1": "reportOperatorIssue",
+    'ml.sft().generate(3)': "reportArgumentType",
+    'ml.sft(adapter="old")': "reportArgumentType",
 }
 
 

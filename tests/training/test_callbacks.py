@@ -104,7 +104,7 @@ def test_false_stops_after_a_checkpoint(model_folder, tmp_path, event, last):
     stopper = type("Stopper", (), {event: staticmethod(stop)})() if event else stop
     how = {"save_every": 5}
     done = trained(model_folder, tmp_path / "a", stopper, **how)
-    assert done["steps"] == last and done["stopped early"].endswith("returned False")
+    assert done["steps"] == last and done["stopped_early"].endswith("returned False")
     assert (tmp_path / "a" / "checkpoints" / f"{last:07d}").is_dir()
     trained(model_folder, tmp_path / "a", resume=True, **how)
     trained(model_folder, tmp_path / "b", **how)

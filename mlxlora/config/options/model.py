@@ -73,5 +73,5 @@ class AdapterOptions:
         None, "Start from these weights (adapters.safetensors) with a new optimizer and from the first row."
     )
     adapter: Literal["continue", "fresh"] = python_option(
-        "continue", "Of a loaded model that an earlier run trained: continue its adapters, or take them off and start from the base."
+        "continue", "Of a model that an earlier run trained: continue its adapters, or take them off and start from the base."
     )
