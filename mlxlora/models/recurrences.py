@@ -1,7 +1,8 @@
-"""How layers of the gated delta rule compute: mlx-lm's loop over tokens, chunks, or MLX's kernel on Metal.
+"""How recurrent layers compute in training: mlx-lm's loop over tokens, chunks, or MLX's kernel on Metal.
 
 mlx-lm's models call `gated_delta_update` by that name, in their own Python module. In training it is a Python loop over tokens,
-which traces, launches and keeps every step. `hook_recurrences` replaces it by `delta_update`, which computes the same in chunks.
+which traces, launches and keeps every step. `hook_recurrences` replaces it by `delta_update`, which computes the same in chunks,
+and the loops of other recurrences by those of `scans`.
 """
 
 import sys
@@ -20,11 +21,13 @@ from ..utils.context import assigned
 from ..utils.device import backend
 from ..utils.patches import Slot, overridden, replace_function, set_class, subclass
 from .gated_delta import DELTA_CHUNK, Rule, chunked_delta_rule
+from .scans import SCAN_FUNCTIONS, SCAN_METHODS
 
 _NAME = "gated_delta_update"
 _PLAIN = gated_delta.gated_delta_update
 _SIGNATURE = signature(_PLAIN)
 _HOOKED: Slot[bool] = Slot("recurrences", False)
+_SCANS: Slot[int] = Slot("scans", 0)
 
 _CHOICE: ContextVar[str] = ContextVar("recurrence", default="auto")
 _SEGMENTS: ContextVar[mx.array | None] = ContextVar("segments of a recurrence", default=None)
@@ -41,41 +44,78 @@ def recurrence_by(choice: str) -> AbstractContextManager[None]:
 
 
 def hook_recurrences(model: nn.Module) -> int:
-    """Makes the model's layers call `delta_update`; a second call changes nothing. `utils.patches.restore` undoes it.
+    """Makes recurrent layers compute in chunks; a second call changes nothing. `utils.patches.restore` undoes it.
 
     Returns:
-        How many layers call it.
+        How many layers have the gated delta rule.
     """
     layers = delta_layers(model)
-    if layers and not _HOOKED.get(model):
-        for name in {type(layer).__module__ for layer in layers}:
-            replace_function(model, sys.modules[name], _NAME, delta_update)
-        for layer in layers:
-            cls = type(layer)
-            set_class(layer, subclass(cls, {"__call__": _knowing_segments(cls)}))
+    if _HOOKED.get(model):
+        return len(layers)
+    for layer in layers:
+        cls = type(layer)
+        replace_function(model, sys.modules[cls.__module__], _NAME, delta_update)
+        set_class(layer, subclass(cls, {"__call__": _knowing_segments(cls)}))
+    scans = _hook_scans(model)
+    if layers or scans:
         _HOOKED.put(model, True)
+        _SCANS.put(model, scans)
+    if layers:
         _verify_kernel(model)
     return len(layers)
 
 
 def delta_layers(model: nn.Module) -> list[nn.Module]:
     """The modules of a model whose class calls mlx-lm's `gated_delta_update`."""
-    return [module for module in model.modules() if any(map(_calls_it, type(module).__mro__))]
+    return [module for module in model.modules() if _calls(type(module), _NAME)]
 
 
-def _calls_it(cls: type) -> bool:
-    code = getattr(cls.__dict__.get("__call__"), "__code__", None)
-    return code is not None and _NAME in code.co_names
+def _calls(cls: type, name: str) -> bool:
+    codes = (getattr(base.__dict__.get("__call__"), "__code__", None) for base in cls.__mro__)
+    return any(code is not None and name in code.co_names for code in codes)
+
+
+def _hook_scans(model: nn.Module) -> int:
+    """Replaces loops over tokens of other recurrences; returns how many layers have one."""
+    count = 0
+    for layer in model.modules():
+        cls = type(layer)
+        module = cls.__module__.removeprefix("mlx_lm.models.")
+        name, ours = SCAN_FUNCTIONS.get(module, ("", None))
+        if ours and _calls(cls, name):
+            owner = sys.modules[cls.__module__]
+            replace_function(model, owner, name, _by_choice(getattr(owner, name), ours))
+            count += 1
+        name, ours = SCAN_METHODS.get((module, cls.__name__), ("", None))
+        if ours:
+            set_class(layer, subclass(cls, {name: _by_choice(getattr(cls, name), ours)}))
+            count += 1
+    return count
+
+
+def _by_choice(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    """`ours` unless --recurrence loop asks for the original; a function that was replaced before stays."""
+    if hasattr(original, "original"):
+        return original
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (original if _CHOICE.get() == "loop" else ours)(*args, **kwargs)
+
+    call.original = original  # type: ignore[attr-defined]
+    return call
 
 
 def recurrence_told(model: nn.Module) -> str | None:
-    """One line on what a run does with these layers; None if the model has none."""
-    count = hook_recurrences(model)
-    if not count:
+    """One line on what a run does with recurrent layers; None if the model has none that mlx-lm computes token by token."""
+    count, choice = hook_recurrences(model), _CHOICE.get()
+    scans = _SCANS.get(model)
+    if not (count or scans):
         return None
-    layers, choice = f"{count} layers of the gated delta rule", _CHOICE.get()
+    layers = f"{count} layers of the gated delta rule" if count else f"{scans} recurrent layers"
     if choice == "loop":
         return f"--recurrence loop: {layers} compute one token after the other, which takes long and keeps every step"
+    if not count:
+        return f"{layers} compute in pieces of the row (--recurrence loop: one token after the other)"
     problems = [problem for problem in _kernel.values() if problem]
     if choice == "kernel" or (choice == "auto" and _kernel and not problems):
         return f"{layers} compute with MLX's kernel (--recurrence chunked: in chunks)"

@@ -15,13 +15,16 @@ from mlxlora.data.batching import collate
 from mlxlora.models import recurrences
 from mlxlora.models.grad_checkpoint import checkpointed
 from mlxlora.models.initialize import init_model
+from mlxlora.models.modes import freeze
 from mlxlora.models.recurrences import DeltaShape, delta_layers, hook_recurrences, kernel_obstacle, recurrence_by, recurrence_told
 from mlxlora.models.row_layouts import layout_obstacle, packed_layout, shared_layout
+from mlxlora.models.scans import diagonal, in_pieces
 from mlxlora.objectives.supervised import sft
 from mlxlora.utils.patches import restore
 from tests.support.tiny import byte_tokenizer, distance, example, loss_and_gradient, text_rows
 
 NAMES = ("qwen3_5", "qwen3_next", "olmo_hybrid", "kimi_linear", "kimi_k3", "bailing_moe_v3", "qwen3_5_moe")
+SCANS = ("mamba", "jamba", "recurrent_gemma", "bailing_moe_linear", "rwkv7")
 EXACT = 1e-5
 eager = pytest.mark.usefixtures("eager")
 
@@ -40,6 +43,45 @@ def test_models_compute_the_same(name: str) -> None:
     assert all(type(layer).__module__ == type(delta_layers(model)[0]).__module__ for layer in delta_layers(model))
     classes = [type(layer) for layer in delta_layers(restore(model))]
     assert classes == [cls for cls in classes if cls.__call__.__module__.startswith("mlx_lm")]
+
+
+@eager
+@pytest.mark.parametrize("name", SCANS)
+def test_other_recurrences_compute_the_same(name: str) -> None:
+    """In pieces of 32 to 128 tokens; rows of up to 150."""
+    batch, model = collate([example(seed, longest=150) for seed in range(2)]), freeze(build(name)).unfreeze().train()
+    with recurrence_by("loop"):
+        exact = loss_and_gradient(model, sft(), batch)
+        assert "one token after the other" in str(recurrence_told(model))
+    assert "in pieces of the row" in str(recurrence_told(model))
+    for change in (lambda m: m, checkpointed, restore):
+        found = loss_and_gradient(change(model), sft(), batch)
+        assert found[0] == pytest.approx(exact[0], rel=EXACT)
+        assert distance(found[1], exact[1]) < EXACT
+
+
+@pytest.mark.parametrize(("length", "piece"), [(1, 8), (37, 8), (64, 64), (70, 128)])
+def test_a_diagonal_scan_is_the_recurrence(length: int, piece: int) -> None:
+    rng = np.random.default_rng(length)
+    decays, inputs, state = (mx.array(rng.uniform(0, 1, s).astype(np.float32)) for s in ((2, length, 3), (2, length, 3), (2, 3)))
+
+    def loop(state: mx.array, decays: mx.array, inputs: mx.array) -> list[mx.array]:
+        outputs = []
+        for t in range(length):
+            state = decays[:, t] * state + inputs[:, t]
+            outputs.append(state)
+        return [mx.stack(outputs, axis=1), state]
+
+    def ours(state: mx.array, decays: mx.array, inputs: mx.array) -> list[mx.array]:
+        return list(in_pieces(diagonal, state, [decays, inputs], piece=piece))
+
+    results = []
+    for run in (ours, loop):
+        cotangents = [mx.random.normal(a.shape, key=mx.random.key(3)) for a in (inputs, state)]
+        out, gradients = mx.vjp(run, [state, decays, inputs], cotangents)
+        results.append([*out, *gradients])
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(np.array(a), np.array(b), atol=EXACT)
 
 
 @eager

@@ -14,7 +14,7 @@ class Training:
     """How the weights are updated, and with how much memory."""
 
     iters: int = option(600, "Optimizer steps.", v.ge(1))
-    epochs: float | None = option(None, "Passes over the data, instead of --iters (--num-epochs is the same).", v.gt(0))
+    epochs: float | None = option(None, "Passes over the data, instead of --iters (--num-epochs is the same).", v.gt(0), v.le(1e6))
     batch_size: int = option(4, "Rows in a batch.", v.ge(1))
     grad_accumulation_steps: int = option(1, "Batches in an optimizer step; the result equals one large batch.", v.ge(1))
     learning_rate: float | Callable[..., Any] = option(1e-5, "Peak learning rate.", v.gt(0))
@@ -49,7 +49,7 @@ class Training:
         "Rows, pairs or groups of a batch to compute at once, a number or auto: as many as fit. The update is the same.",
         AutoOrCount(),
     )
-    memory_limit: float | None = option(None, "Memory that MLX may use, GB; default: 80 % of the device's.", v.gt(0))
+    memory_limit: float | None = option(None, "Memory that MLX may use, GB; default: 80 % of the device's.", v.gt(0), v.le(1e6))
     attention: Literal["auto", "fused", "chunked"] = option(
         "auto",
         "Attention in training: MLX's function (fused), chunks of queries that are recomputed (chunked), or the faster of the "
@@ -57,7 +57,7 @@ class Training:
     )
     recurrence: Literal["auto", "loop", "chunked", "kernel"] = option(
         "auto",
-        "Layers of the gated delta rule (Qwen3.5, Qwen3-Next, Kimi Linear, ...) in training: mlx-lm's loop over tokens (loop), "
-        "chunks of tokens (chunked), MLX's Metal kernel (kernel), or the kernel where it proves equal, else chunks (auto).",
+        "Recurrent layers (Qwen3.5, Qwen3-Next, Kimi Linear, Jamba, ...) in training: mlx-lm's loop over tokens (loop), chunks "
+        "of tokens (chunked), MLX's Metal kernel (kernel), or the kernel where it proves equal, else chunks (auto).",
     )
     seed: int = option(0, "Seed of data order, adapters, dropout and sampling.", v.ge(0))
