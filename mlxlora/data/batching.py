@@ -28,6 +28,7 @@ class MicroBatch(NamedTuple):
         samples: text for people to read, such as completions with their rewards.
         groups: sequences that stay together when the micro-batch is divided: a row, a pair, the completions of a prompt.
         is_padding: it stands in for a rank that has no row of a batch, and must not count.
+        shapes: the number of batch shapes of the run so far; see `shape_buckets`.
     """
 
     batch: Batch
@@ -37,6 +38,7 @@ class MicroBatch(NamedTuple):
     samples: tuple[Mapping[str, Any], ...] = ()
     groups: tuple[tuple[int, ...], ...] = ()
     is_padding: bool = False
+    shapes: int = 0
 
 
 # --- shapes ---------------------------------------------------------------------------------

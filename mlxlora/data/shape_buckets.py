@@ -4,7 +4,7 @@
 enough shapes, a batch is padded to an earlier shape.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -29,8 +29,7 @@ _ROWS = ("tokens", "segments")  # [R, T], padded with 0
 class Signatures:
     """The shapes of a run so far.
 
-    Shapes depend on the batches since the start of the process: once the bound is reached, a resumed run may differ in the last
-    bit of a sum.
+    Once the bound is reached, shapes depend on earlier batches, so the state is part of a checkpoint.
 
     Attributes:
         own: shapes that batches may add before padding begins.
@@ -38,7 +37,25 @@ class Signatures:
     """
 
     own: int = _OWN
-    seen: dict[Any, list[Sizes]] = field(factory=dict)
+    seen: dict[str, list[Sizes]] = field(factory=dict)
+    _log: list[tuple[str, Sizes]] = field(factory=list, init=False)
+
+    @property
+    def count(self) -> int:
+        """The shapes so far."""
+        return len(self._log)
+
+    def state(self, count: int | None = None) -> dict[str, list[list[int]]]:
+        """The first `count` shapes, or all, as JSON."""
+        found: dict[str, list[list[int]]] = {}
+        for fixed, sizes in self._log[:count]:
+            found.setdefault(fixed, []).append(list(sizes))
+        return found
+
+    def restore(self, state: Mapping[str, Sequence[Sequence[int]]]) -> None:
+        """Replaces the shapes by those of `state`."""
+        self._log = [(fixed, _sizes(sizes)) for fixed, known in state.items() for sizes in known]
+        self.seen = {fixed: list(map(_sizes, known)) for fixed, known in state.items()}
 
     def fit(self, batch: Batch) -> Batch:
         """The batch, padded to an earlier shape once there are `own` of them; padding changes no result.
@@ -50,23 +67,27 @@ class Signatures:
         known = self.seen.setdefault(fixed, [])
         if sizes in known:
             return batch
-        if sum(map(len, self.seen.values())) < self.own:
-            known.append(sizes)
+        if self.count < self.own:
+            self._add(fixed, sizes)
             return batch
         holding = [other for other in known if all(a >= b for a, b in zip(other, sizes, strict=True))]
         if not holding:
             holding = [_larger(known, sizes)]
-            known += holding
+            self._add(fixed, holding[0])
         return padded(batch, min(holding, key=lambda other: _work(batch, other)))
 
+    def _add(self, fixed: str, sizes: Sizes) -> None:
+        self.seen[fixed].append(sizes)
+        self._log.append((fixed, sizes))
 
-def capped(make: Make) -> Make:
-    """`make` with a bounded number of batch shapes."""
-    signatures = Signatures()
+
+def capped(make: Make, signatures: Signatures | None = None) -> Make:
+    """`make` with a bounded number of batch shapes, which it adds to `signatures`."""
+    known = Signatures() if signatures is None else signatures
 
     def fitted(items: Sequence[Any], index: int) -> MicroBatch:
         micro = make(items, index)
-        return micro._replace(batch=signatures.fit(micro.batch))
+        return micro._replace(batch=known.fit(micro.batch), shapes=known.count)
 
     return fitted
 
@@ -87,14 +108,19 @@ def padded(batch: Batch, sizes: Sizes) -> Batch:
     return batch._replace(**{name: mx.array(value) for name, value in filled.items()})
 
 
-def _signature(batch: Batch) -> tuple[Any, Sizes]:
-    """(the part of the shape that padding keeps, the sizes that it changes)."""
+def _sizes(sizes: Sequence[int]) -> Sizes:
+    length, loss_mask, prompt = sizes
+    return length, loss_mask, prompt
+
+
+def _signature(batch: Batch) -> tuple[str, Sizes]:
+    """(the part of the shape that padding keeps, as a text, the sizes that it changes)."""
     raised = {*_FILLER, *_ROWS, "sequence", "prefix"}
     columns = [(name, value) for name, value in batch._asdict().items() if value is not None]
     fixed = tuple((name, None if name in raised else value.shape) for name, value in columns)
     rows, length = batch.tokens.shape
     groups, prompt = batch.prefix.shape if batch.prefix is not None else (0, 0)
-    return (rows, groups, *fixed), (length, batch.positions.size, prompt)
+    return repr((rows, groups, *fixed)), (length, batch.positions.size, prompt)
 
 
 def _larger(known: Sequence[Sizes], sizes: Sizes) -> Sizes:

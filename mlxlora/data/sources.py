@@ -17,6 +17,7 @@ from .batching import Make, example_batch, pair_batch
 from .formats import field_names
 from .memory import splits_of
 from .rows import Row, split_off
+from .shape_buckets import Signatures
 from .token_cache import remembered
 from .tokenize import Counts, Example, Pair, check_ids, preference_pair, supervised_example, tokenize_all
 
@@ -41,6 +42,7 @@ class Context:
             policy samples; None: it needs none.
         warn: prints a warning for the user.
         vocabularies: how many tokens each model has that reads what the policy samples; see `check_examples`.
+        shapes: of what a source measures while it makes batches.
     """
 
     model: nn.Module
@@ -53,6 +55,7 @@ class Context:
     reference: Callable[[], AbstractContextManager[nn.Module]] | None = None
     warn: Callable[[str], object] = lambda _: None
     vocabularies: Mapping[str, int] = field(factory=dict)
+    shapes: Signatures = field(factory=Signatures)
 
 
 @frozen

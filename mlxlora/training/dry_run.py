@@ -107,7 +107,7 @@ def _measured(run: Run, reporter: Reporter) -> Needs:
     schedule, output = Schedule(run.source, run.splits, run.options.training), run.options.output
     valid = list(range(min(schedule.training.batch_size, len(schedule.items("valid"))))) if output.val_batches else []
     prepared = prepare_run(run, reporter, _rows_to_score(schedule, valid))
-    schedule, divider = prepared.schedule, prepared.divider
+    schedule, divider = prepared.schedule, prepared.rounding.divider
     step, evaluate = compiled(run, prepared)
     longest, typical = representative_batches(schedule.order("train"))
     mx.reset_peak_memory()
@@ -180,7 +180,7 @@ def _timed(prepared: Prepared, step: Step, rows: Sequence[int]) -> tuple[float, 
             ends.append(perf_counter())
             last[:] = micros
 
-    how = LoopOptions(repeats=repeats, divider=prepared.divider, ranks=prepared.ranks, skips=1)
+    how = LoopOptions(repeats=repeats, divider=prepared.rounding.divider, ranks=prepared.ranks, skips=1)
     train(step, stream, Progress(), STEPS * repeats, (seen,), how)
     seconds = [b - a for a, b in pairwise(ends)]
     each = median(seconds)

@@ -17,6 +17,7 @@ from ..utils.rng import random_key
 from .interrupt import Abandoned, Interruptible
 from .micro_batch import BatchDivider
 from .progress import Progress
+from .rounding import Rounding
 from .step import LazyResult, Step, StepResult
 
 Hook = Callable[[Progress, Sequence[MicroBatch]], None]
@@ -32,6 +33,7 @@ class LoopOptions:
     Attributes:
         repeats: steps on each group of batches, such as several updates on one rollout; a run stops only after the last of them.
         divider: divides batches that do not fit into memory; None: every batch fits.
+        rounding: what decides shapes and divisions, for the checkpoint; None: it is not saved.
         ranks: the processes that take the steps together, each with the micro-batches of its stream.
         ahead: begin the next step before the metrics of the last one are read, where no hook looks at the model between the two;
             the stream must not look at the model either. Several ranks do not begin ahead.
@@ -42,6 +44,7 @@ class LoopOptions:
 
     repeats: int = 1
     divider: BatchDivider | None = None
+    rounding: Rounding | None = None
     ranks: Ranks = ALONE
     ahead: bool = False
     skips: int = SKIPS
@@ -155,6 +158,8 @@ class _Steps:
         self._open = None
         if self.how.divider:
             self.how.divider.learn()
+        if self.how.rounding:
+            self.progress.rounding = self.how.rounding.after(done.micros)
         seconds = self._waited, time.perf_counter() - self._since - self._waited
         _advance(self.progress, result, seconds, done)
         if self.progress.skipped:

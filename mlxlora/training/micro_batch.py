@@ -3,7 +3,7 @@
 The memory that a batch needs is estimated from the model's layers before the first step, and measured from then on.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -135,6 +135,7 @@ class BatchDivider:
     Attributes:
         limit: bytes that MLX may hold.
         cost: bytes that a step adds for each position; an estimate until a step has been measured.
+        held: bytes that MLX holds between steps, measured before the first one; None: not yet.
         rows: groups in a micro-batch; 0 = as many as fit.
         comparing: names of terms that compare the rows of a batch; if there are any, no batch is divided.
         largest: the most positions that stayed within the limit.
@@ -149,7 +150,23 @@ class BatchDivider:
     largest: int = 0
     peak: int = 0
     shapes: Signatures = field(factory=Signatures)
+    held: int | None = None
     _measuring: int = field(default=0, init=False)
+    _options: list[float] = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._options = [self.limit, self.rows, round(self.cost, 3)]
+
+    def state(self) -> dict[str, Any]:
+        """What later divisions depend on, as JSON."""
+        known = {"held": self.held, "cost": self.cost, "largest": self.largest, "shapes": self.shapes.state()}
+        return {"options": self._options, **known}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes the state of a checkpoint. What was measured counts only with the same limit, size and estimate."""
+        self.shapes.restore(state["shapes"])
+        if state["options"] == self._options:
+            self.held, self.cost, self.largest = state["held"], state["cost"], state["largest"]
 
     def __call__(self, micros: Sequence[MicroBatch]) -> list[MicroBatch]:
         """The micro-batches; those that would not fit are divided.
@@ -194,7 +211,9 @@ class BatchDivider:
         if self.rows:
             return ceil_div(groups, self.rows)
         each = position_count(micro.batch) / max(groups, 1)
-        room = max(self.limit - mx.get_active_memory(), 0) / max(self.cost, 1e-9)
+        if self.held is None:  # once: later it depends on when the process started
+            self.held = mx.get_active_memory()
+        room = max(self.limit - self.held, 0) / max(self.cost, 1e-9)
         fitting = max(int(max(room, self.largest) // each), 1)
         return ceil_div(groups, fitting)
 

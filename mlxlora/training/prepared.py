@@ -16,7 +16,7 @@ from ..adapters.prepare import load_weights, prepare
 from ..config.options import AdapterOptions
 from ..data.batching import Make, read_positions, spread
 from ..data.packing import packed
-from ..data.shape_buckets import capped
+from ..data.shape_buckets import Signatures, capped
 from ..data.sources import Context, Source, Split, check_tokens
 from ..data.tokenize import Example
 from ..distributed.ranks import Ranks
@@ -38,6 +38,7 @@ from .micro_batch import BatchDivider, cost_of_position, fixed_size
 from .optimizers import make_optimizer
 from .rank_sync import check_ranks
 from .reference import CONTINUED, Policy, cache_of_start, policy_at_start, referenced, with_reference
+from .rounding import Rounding
 from .schedule import Schedule
 from .step import Step, columns_of, make_step
 
@@ -49,7 +50,7 @@ class Prepared:
     Attributes:
         schedule: which rows make which batch; its rows have the reference's log-probabilities if the objective needs them.
         score: log-probabilities of a batch.
-        divider: divides batches that do not fit into memory.
+        rounding: the shapes of training batches, and the divider of those that do not fit into memory.
         optimizer: on its learning-rate schedule.
         train: makes training batches.
         valid: makes batches of validation and test.
@@ -58,7 +59,7 @@ class Prepared:
 
     schedule: Schedule
     score: Scorer
-    divider: BatchDivider
+    rounding: Rounding
     optimizer: optim.Optimizer
     train: Make
     valid: Make
@@ -114,12 +115,14 @@ def prepare_run(run: Run, reporter: Reporter, only: Mapping[str, Sequence[int]] 
         warn=partial(reporter.note, warning=True),
         vocabularies=score.others | reference_size,
     )
-    train, valid = plain_maker(schedule.source, context), plain_maker(schedule.source, evolve(context, validation=True))
+    divider = BatchDivider(limit, cost, rows, comparing=tuple(comparing))
+    rounding = Rounding(Signatures(), context.shapes, divider, ranks)
+    train = plain_maker(schedule.source, context, rounding.batches)
+    valid = plain_maker(schedule.source, evolve(context, validation=True, shapes=Signatures()))
     if live:  # validation measures rewards, which need no reference
         train = referenced(train, live, run.source.temperature)
-    divider = BatchDivider(limit, cost, rows, comparing=tuple(comparing))
     paths = [path for path, _ in tree_flatten(run.model.trainable_parameters())]  # type: ignore[misc]
-    return Prepared(schedule, score, divider, make_optimizer(training, schedule.steps, paths), train, valid, ranks)
+    return Prepared(schedule, score, rounding, make_optimizer(training, schedule.steps, paths), train, valid, ranks)
 
 
 def compiled(run: Run, prepared: Prepared) -> tuple[Step, Evaluate]:
@@ -129,10 +132,10 @@ def compiled(run: Run, prepared: Prepared) -> tuple[Step, Evaluate]:
     return step, mean_measures if run.source.online else make_evaluate(run.model, run.objective, score, ranks)
 
 
-def plain_maker(source: Source, context: Context) -> Make:
-    """How the items of a batch become this rank's micro-batch."""
+def plain_maker(source: Source, context: Context, shapes: Signatures | None = None) -> Make:
+    """How the items of a batch become this rank's micro-batch; its shape is added to `shapes`."""
     make, live = source.make(context), source.online or source.live
-    return capped(make if live else spread(make, context.ranks))
+    return capped(make if live else spread(make, context.ranks), shapes)
 
 
 # --- model ------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from attrs import asdict, define, field
 
 from ..data.pooled import Pooled, Statistic, pooled, results
 from ..utils.rng import random_key
+from .rounding import check_states
 
 
 @define
@@ -69,6 +70,7 @@ class Progress:
         waited: validations since then.
         skipped: skipped steps in a row, up to the last step.
         stop: why the run ends early, or empty.
+        rounding: what decides the shapes and divisions of later batches, for each rank; see `rounding`.
         owed: names of hooks that the last step still has to call, because one of them failed.
         key: the random state after the last step.
         latest: the metrics of the last step; not saved.
@@ -81,6 +83,7 @@ class Progress:
     waited: int = 0
     skipped: int = 0
     stop: str = ""
+    rounding: list[Any] = field(factory=list)
     owed: list[str] = field(factory=list)
     key: mx.array = field(factory=random_key, metadata={"apart": True})
     latest: Mapping[str, float] = field(factory=dict, metadata={"apart": True})
@@ -111,6 +114,7 @@ def progress_of(state: Mapping[str, Any], key: mx.array) -> Progress:
         raise ValueError("stop must be a text, and there must be a step")
     if not (isinstance(progress.owed, list) and all(isinstance(name, str) for name in progress.owed)):
         raise ValueError("owed must be names of hooks")
+    check_states(progress.rounding)
     return progress
 
 

@@ -59,10 +59,11 @@ def _execute(run: Run, prepared: Prepared, reporter: Reporter) -> dict[str, Any]
         reporter.overview(overview(run, prepared))
     step, evaluate = compiled(run, prepared)
     broadcast(prepared.ranks, step, prepared.optimizer, progress)
+    prepared.rounding.restore(progress.rounding)
     if progress.step >= prepared.schedule.steps or progress.stop:  # nothing is left to train
         saver.repair(progress, reporter)
     has_token_metrics = any(term.name == "mean_token_accuracy" for _, term in run.objective.terms)
-    report = Report(reporter, prepared.divider, run.source.online, has_token_metrics)
+    report = Report(reporter, prepared.rounding.divider, run.source.online, has_token_metrics)
     validation = _validation(prepared, evaluate, saver, reporter)
     began = time.perf_counter()
     _train(prepared, step, saver, progress, report, validation, run.callbacks)
@@ -104,7 +105,8 @@ def _train(
     interrupt = Interruptible(waits=prepared.ranks.size > 1)
     how = LoopOptions(
         repeats=multiple,
-        divider=prepared.divider,
+        divider=prepared.rounding.divider,
+        rounding=prepared.rounding,
         ranks=prepared.ranks,
         ahead=not schedule.is_live,
         warn=partial(reporter.note, warning=True),

@@ -46,7 +46,7 @@ class UnpairedSource(Source):
 
     def make(self, context: Context) -> Make:
         """See `Source`."""
-        return _measured(context.model, context.ranks) if self.live else lambda items, _: _micro(items)
+        return _measured(context.model, context.ranks, context.shapes) if self.live else lambda items, _: _micro(items)
 
     def examples(self, item: Judged) -> tuple[Example, ...]:
         """The completion with its prompt, and the mismatched one if it is needed."""
@@ -67,9 +67,9 @@ def _micro(items: Sequence[Judged]) -> MicroBatch:
     return MicroBatch(batch, token_count(examples), tuple(e.location for e in examples), groups=singles(len(examples)))
 
 
-def _measured(model: nn.Module, ranks: Ranks) -> Make:
+def _measured(model: nn.Module, ranks: Ranks, shapes: Signatures) -> Make:
     """Micro-batches with `reference_point`, which all ranks measure together with the current policy."""
-    score, state, own, shapes = scorer(model), [model.state], spread(lambda items, _: _micro(items), ranks), Signatures()
+    score, state, own = scorer(model), [model.state], spread(lambda items, _: _micro(items), ranks)
 
     @partial(mx.compile, inputs=state, outputs=state)
     def logps(batch: Batch) -> mx.array:
