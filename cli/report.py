@@ -12,24 +12,32 @@ _WIDE = 1000  # columns if the output is not a terminal: one line per metric
 
 
 def report(
-    directories: Annotated[list[str], typer.Argument(metavar="DIR...", help="The --adapter-path of each run.")],
+    directories: Annotated[
+        list[str], typer.Argument(metavar="DIR...", help="The --adapter-path of each run, or a folder of runs.")
+    ],
     output: Annotated[str | None, typer.Option("--output", "-o", help="Also write a page with curves to this file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file in --output.")] = False,
 ) -> None:
-    """Compare runs: their results, and the options in which they differ."""
+    """Compare runs: the options in which they differ, and their results with the best marked."""
     set_up_mlx()
     from mlxlora.methods import method_info
     from mlxlora.reporting.card import portable
-    from mlxlora.reporting.history import past_run
+    from mlxlora.reporting.compared import best_of, found_runs
     from mlxlora.reporting.html import comparison_page, differences, reached, run_page, write
     from mlxlora.utils.folders import check_new_file
 
     file = None if output is None else check_new_file(output, "--output", overwrite=overwrite)
-    records = [past_run(directory) for directory in directories]
-    _print("metric", directories, reached(records))
-    _print("option", directories, portable(differences(records)))
+    records, others = found_runs(directories)
+    for other in others:
+        echo(f"note: {other} is not a run: it has no metrics.jsonl")
+    names, found = [record.name for record in records], reached(records)
+    best = {metric: best_of(metric, values) for metric, values in found.items()}
+    marked = {metric: [f"{v} *" if i == best[metric] else v for i, v in enumerate(values)] for metric, values in found.items()}
+    _print("option", names, portable(differences(records)))
+    _print("metric (* best)" if any(i is not None for i in best.values()) else "metric", names, marked)
     if file is not None:
         one = records[0] if len(records) == 1 else None
+        file.parent.mkdir(parents=True, exist_ok=True)
         write(file, run_page(one, method_info(one.config)) if one else comparison_page(records))
         echo(f"written: {output}")
 

@@ -1,51 +1,67 @@
 """report.html: one file that shows a run, or compares several; its HTML is `report.html.jinja`."""
 
+import base64
+import hashlib
 import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from ..data.formats import last_text
 from ..utils.device import device_name, package_version
 from ..utils.files import atomic_file
 from .card import CUSTOM, MethodInfo, changed_options, portable
-from .history import METHOD, PAGE, SPLITS, Record, differing, method_of, outcome, read_record
+from .charts import SECTIONS, in_words, main_metrics, metric_chart, told_apart
+from .compared import best_of
+from .history import METHOD, PAGE, Record, differing, method_of, outcome, read_record
 from .reporter import Reporter, Values
 from .svg import Line, chart
+from .text import amount, duration
 
 COLORS = 8  # of lines, in the style of the page
 _PACKAGES = ("mlxlora", "mlx", "mlx-lm", "transformers", "numpy")
-_SECTIONS: dict[str, Callable[[str], bool]] = {
-    "Loss and rewards": lambda n: n in ("loss", "reward", "perplexity") or (n.startswith("rewards/") and not n.endswith("/std")),
-    "Completions": lambda n: n.startswith(("completions/", "frac_")) or n.endswith(("reward_std", "/std")) or n == "entropy",
-    "Optimizer": lambda n: n in ("grad_norm", "learning_rate"),
-    "Speed and memory": lambda n: "seconds" in n or "tokens" in n or n == "peak_memory_gb",
-    "Everything else": lambda _: True,
-}
+_OFTEN = 15.0  # seconds between two pages of a run that goes on, at least
+_COST = 0.03  # share of the time of a run that pages may take
 
 
 class Page(Reporter):
-    """Writes report.html into the folder of a run when it ends or is interrupted.
+    """Writes report.html into the folder of a run: every few reports, when it ends, and when it is interrupted.
 
     Args:
         directory: of the run.
         method: of the run.
+        clock: current time in seconds.
     """
 
-    def __init__(self, directory: str | Path, method: MethodInfo = CUSTOM) -> None:
-        self.directory, self._method = Path(directory), method
+    def __init__(self, directory: str | Path, method: MethodInfo = CUSTOM, clock: Callable[[], float] = time.monotonic) -> None:
+        self.directory, self._method, self._clock = Path(directory), method, clock
         self._answers: Sequence[Values] = ()
+        self._facts: Values = {}
+        self._began = self._due = clock() + _OFTEN
+
+    def overview(self, facts: Values) -> None:
+        self._facts = facts
+
+    def record(self, row: Values) -> None:
+        """Writes the page if the last one is old; pages that take long are written less often."""
+        if (now := self._clock()) >= self._due:
+            self._write({})
+            self._due = now + max(_OFTEN, (self._clock() - now) / _COST)
 
     def answers(self, rows: Sequence[Values]) -> None:
         self._answers = rows
 
     def finish(self, summary: Values) -> None:
         """Reads the files of the run, so that the page of a resumed run shows all of it."""
-        parts = PageParts(summary, self._answers, environment())
+        self._write(summary)
+
+    def _write(self, summary: Values) -> None:
+        parts = PageParts(summary, self._answers, environment(), self._facts)
         write(self.directory / PAGE, run_page(read_record(self.directory), self._method, parts))
 
 
@@ -71,21 +87,30 @@ def environment() -> dict[str, str]:
 
 @frozen
 class Table:
-    """Lines of values, under names if `head` has any; `long` values are monospaced and keep their line breaks."""
+    """Lines of values, under names if `head` has any; `long` values are monospaced, keep their line breaks and are folded.
+
+    `best` has the number of the marked value of each line.
+    """
 
     lines: Sequence[Sequence[Any]]
     head: Sequence[str] = ()
     long: bool = False
+    best: Sequence[int | None] = ()
 
 
 @frozen
 class Section:
-    """A part of a page: charts (SVG elements), a table, and a table that is folded under a title of its own."""
+    """A part of a page: charts (SVG elements), a table, and a part that is folded under its title; or folded as a whole.
+
+    The charts of the main part are large.
+    """
 
     title: str
     table: Table | None = None
     charts: Sequence[str] = ()
     folded: "Section | None" = None
+    is_folded: bool = False
+    is_main: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.charts or (self.table and self.table.lines) or self.folded)
@@ -99,11 +124,13 @@ class PageParts:
         summary: the results of the run, or why it stopped.
         answers: prompts with the model's answers before and after training.
         environment: versions and device.
+        facts: what the run is, as the terminal shows it.
     """
 
     summary: Values = field(factory=dict)
     answers: Sequence[Values] = ()
     environment: Mapping[str, str] = field(factory=dict)
+    facts: Values = field(factory=dict)
 
 
 FILES_ALONE = PageParts()
@@ -117,30 +144,55 @@ def run_page(record: Record, method: MethodInfo = CUSTOM, more: PageParts = FILE
         method: of the run.
         more: what the page shows besides.
     """
-    config, results = portable(record.config), portable({k: v for k, v in more.summary.items() if k != "report"})
+    config, results = portable(record.config), portable({k: v for k, v in more.summary.items() if k not in _NOT_SHOWN})
     return _html(
         title=f"{method_of(config).upper() or 'Training'}: {config.get('model') or 'a model'}",
         subtitle=f"{config.get('data') or 'data given in Python'} → {Path(record.name).name}",
         stopped=results.get("stopped"),
+        figures=figures(record, more),
         sections=[
-            Section("Results", _pairs(results or outcome(record))),
-            *_curves(record),
+            Section("", charts=_main_charts(record, method), is_main=True),
             Section("Before and after", _answers(more.answers)),
             Section("Completions, first and last", _completions(record.samples)),
+            *_other_charts(record, method),
+            Section("Results", _pairs(results or outcome(record)), is_folded=True),
             _configuration(config, method),
-            Section("Environment", _pairs(more.environment)),
+            Section("Environment", _pairs(more.environment), is_folded=True),
         ],
     )
 
 
+_NOT_SHOWN = ("report", "shapes compiled")
+
+
+def figures(record: Record, more: PageParts = FILES_ALONE) -> list[tuple[str, str]]:
+    """The headline of a page: (figure, what it is), as many as are known."""
+    curves, reached_now = record.curves(), outcome(record)
+    best = [(value.split(" ", 1), name) for name, value in reached_now.items() if name.endswith(", best")]
+    found = [(value, f"best {name.removesuffix(', best')} {step}") for (value, step), name in best[:2]]
+    if trained := str(more.facts.get("trained", "")).rpartition(", ")[2]:
+        found.append((trained.split()[0], f"parameters trained {trained.partition(' parameters ')[2]}"))
+    for metric, what, shown in (("tokens", "tokens read", amount), ("peak_memory_gb", "peak memory", "{:.2f} GB".format)):
+        if points := curves.get(metric, {}).get("train"):
+            found.append((shown(max(value for _, value in points)), what))
+    steps = [row["step"] for row in record.metrics if isinstance(row.get("step"), int)]
+    found += [(f"{max(steps):,}", "steps")] if steps else []
+    if data := more.facts.get("data"):
+        found.append((str(data).partition(" rows")[0], "training rows"))
+    if seconds := more.summary.get("seconds"):
+        found.append((duration(seconds), "time"))
+    return found
+
+
 def comparison_page(records: Sequence[Record]) -> str:
-    """The HTML of several runs: their results, the options in which they differ, and their curves in common charts."""
+    """The HTML of several runs: the options in which they differ, their results with the best marked, their curves together."""
     names = [record.name for record in records]
+    found = reached(records)
     return _html(
         title=f"{len(records)} runs",
         sections=[
-            Section("Results", _columns(names, reached(records))),
             Section("Options that differ", _columns(names, portable(differences(records)))),
+            Section("Results", evolve(_columns(names, found), best=[best_of(name, values) for name, values in found.items()])),
             Section("Curves", charts=_overlaid(records)),
         ],
     )
@@ -170,18 +222,25 @@ def _methods(records: Sequence[Record]) -> list[str]:
 def _apart(metric: str, label: str) -> str:
     """The label, for a metric that means something else in each method."""
     alike = ("Completions", "Optimizer", "Speed and memory")
-    return "" if metric == "reward" or any(_SECTIONS[title](metric) for title in alike) else label
+    return "" if metric == "reward" or any(SECTIONS[title](metric) for title in alike) else label
 
 
-def _curves(record: Record) -> list[Section]:
-    """A section for each kind of metric that the run has."""
-    left, sections = record.curves(), []
-    for title, belongs in _SECTIONS.items():
+def _main_charts(record: Record, method: MethodInfo) -> list[str]:
+    kept, _ = told_apart(record.curves())
+    return list(filter(None, (metric_chart(name, kept[name]) for name in main_metrics(method.columns, kept))))
+
+
+def _other_charts(record: Record, method: MethodInfo) -> list[Section]:
+    """Folded, a section for each kind of metric that is not at the top."""
+    kept, others = told_apart(record.curves())
+    top = main_metrics(method.columns, kept)
+    left, sections = {name: splits for name, splits in kept.items() if name not in top}, []
+    for title, belongs in SECTIONS.items():
         names = [name for name in left if belongs(name)]
-        charts = [chart(name, [Line(s, left[name][s], i) for i, s in enumerate(SPLITS) if s in left[name]]) for name in names]
-        sections.append(Section(title, charts=list(filter(None, charts))))
+        charts = list(filter(None, (metric_chart(name, left[name]) for name in names)))
+        sections.append(Section(title, charts=charts, is_folded=True))
         left = {name: splits for name, splits in left.items() if name not in names}
-    return sections
+    return [*sections, Section("Constant and equal metrics", _pairs(others), is_folded=True)]
 
 
 def _overlaid(records: Sequence[Record]) -> list[str]:
@@ -191,9 +250,15 @@ def _overlaid(records: Sequence[Record]) -> list[str]:
         for name, splits in record.curves().items():
             for split, points in splits.items():
                 lines = charts.setdefault((name, f"{split} {name}{_apart(name, label)}"), [])
-                lines.append(Line(record.name, points, i % COLORS))
+                lines.append(Line(record.name, points, i % COLORS, dotted=split != "train"))
     ordered = sorted(charts.items(), key=lambda entry: (entry[0][0] != "loss", entry[0][0] != "reward"))
-    return list(filter(None, (chart(title, lines) for (_, title), lines in ordered)))
+    return list(filter(None, (chart(_of_split(title, name), lines, title) for (name, title), lines in ordered)))
+
+
+def _of_split(title: str, metric: str) -> str:
+    """The title in words: `train loss (sft)` is `Loss (sft), train`."""
+    split, _, rest = title.partition(" ")
+    return f"{in_words(metric)}{rest.removeprefix(metric)}, {split}"
 
 
 def _pairs(values: Values) -> Table:
@@ -207,7 +272,8 @@ def _columns(names: Sequence[str], rows: Mapping[str, Sequence[Any]]) -> Table:
 def _configuration(config: Values, method: MethodInfo) -> Section:
     if not config:
         return Section("Configuration")
-    return Section("Configuration", _pairs(changed_options(config, method)), folded=Section("All options", _pairs(config)))
+    folded = Section("All options", _pairs(config), is_folded=True)
+    return Section("Configuration", _pairs(changed_options(config, method)), folded=folded)
 
 
 def _answers(rows: Sequence[Values]) -> Table:
@@ -231,7 +297,13 @@ def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
-def _html(title: str, sections: Sequence[Section], subtitle: str = "", stopped: str | None = None) -> str:
+def _html(
+    title: str,
+    sections: Sequence[Section],
+    subtitle: str = "",
+    stopped: str | None = None,
+    figures: Sequence[tuple[str, str]] = (),
+) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -239,4 +311,7 @@ def _html(title: str, sections: Sequence[Section], subtitle: str = "", stopped: 
     )
     environment.filters["text"] = _text
     page = environment.get_template("report.html.jinja")
-    return page.render(title=title, sections=sections, subtitle=subtitle, stopped=stopped, colors=COLORS) + "\n"
+    script = (Path(__file__).parent / "report.js").read_text(encoding="utf-8").strip()
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    shown = {"title": title, "sections": sections, "subtitle": subtitle, "stopped": stopped, "figures": figures}
+    return page.render(**shown, colors=COLORS, script=script, allowed=allowed) + "\n"

@@ -41,6 +41,18 @@ def metric_text(name: str, value: Any) -> str:
     return f"{value:#.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
 
 
+def amount(number: float) -> str:
+    """A large number in three digits.
+
+    >>> amount(512), amount(596_049_920), amount(1_230_000_000)
+    ('512', '596M', '1.23B')
+    """
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:#.3g}".rstrip(".") + unit
+    return f"{number:,.0f}"
+
+
 def duration(seconds: float) -> str:
     """Formats seconds as hours, minutes and seconds.
 

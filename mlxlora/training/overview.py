@@ -8,6 +8,7 @@ from ..config.given import storable
 from ..config.options import AdapterOptions, Training
 from ..distributed.sharding import count, is_sharded
 from ..reporting.card import portable
+from ..reporting.text import amount
 from ..utils.device import device_name, memory_limit
 from .inputs import Run
 from .prepared import Prepared
@@ -31,18 +32,6 @@ def overview(run: Run, prepared: Prepared) -> dict[str, str]:
         "device": f"{device_name() or 'CPU'}, memory limit {memory_limit() / 1e9:.1f} GB",
         "folder": str(options.directory),
     }
-
-
-def amount(number: float) -> str:
-    """A large number in three digits.
-
-    >>> amount(512), amount(596_049_920), amount(1_230_000_000)
-    ('512', '596M', '1.23B')
-    """
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:#.3g}".rstrip(".") + unit
-    return f"{number:,.0f}"
 
 
 def rate_text(training: Training, steps: int) -> str:

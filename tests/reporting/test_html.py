@@ -1,5 +1,7 @@
 """report.html and `mlxlora report`: self-contained, whole, and true to the files of the runs."""
 
+import base64
+import hashlib
 import json
 import re
 import subprocess
@@ -47,9 +49,12 @@ def check(text):
     tags = Tags()
     tags.feed(text)
     assert not tags.open
-    assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in tags.seen}
+    assert not {"link", "img", "iframe"} & {tag for tag, _ in tags.seen}
     assert not any({"href", "src"} & attrs.keys() for _, attrs in tags.seen)
-    assert "url(" not in text and "@import" not in text and "http" not in text
+    assert "url(" not in text and "@import" not in text and "http:" not in text and "https:" not in text
+    (script,) = re.findall(r"<script[^>]*>(.*?)</script>", text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in text, "no other script runs"
     for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
         ElementTree.fromstring(svg)
     return tags
@@ -67,8 +72,9 @@ def test_a_run_leaves_its_page(tmp_path, eager):
     results = ml.sft(**OPTIONS, adapter_path=str(folder))
     text = (folder / "report.html").read_text(encoding="utf-8")
     tags = check(text)
-    charts = [attrs["aria-label"] for tag, attrs in tags.seen if tag == "svg"]
-    assert charts == [*charts[:1], *charts[1:]] and {"loss", "grad_norm", "learning_rate", "perplexity", "tokens"} <= set(charts)
+    charts = [attrs["data-metric"] for tag, attrs in tags.seen if tag == "svg"]
+    assert charts[0] == "loss" and {"grad_norm", "perplexity", "tokens"} <= set(charts) and len(set(charts)) == len(charts)
+    assert "learning_rate" not in charts and "equals tokens" in text, "constant and equal metrics have no chart"
     assert "prefers-color-scheme: dark" in text and results["report"] == str(folder / "report.html")
     for title in ("Results", "Before and after", "Configuration", "Environment"):
         assert f"<h2>{title}</h2>" in text
@@ -195,7 +201,7 @@ def test_losses_of_different_methods_stay_apart():
     assert found["valid loss, best (sft)"] == ["1 (step 3)", "", ""] and found["valid loss (grpo)"] == ["", "-0.5", ""]
     assert found["train tokens_per_second"] == ["", "5", "5"]
     page = comparison_page(runs)
-    assert "train loss (sft)" in page and "train loss (grpo)" in page and 'aria-label="train tokens_per_second"' in page
+    assert "Loss (sft), train" in page and "Loss (grpo), train" in page and 'data-metric="train tokens_per_second"' in page
     assert list(reached(runs[:1] * 2)) == ["valid loss, best", "valid loss", "train grad_norm"]
 
 
@@ -229,6 +235,42 @@ def test_the_command(tmp_path, mlxlora):
 def test_no_run_there(tmp_path, mlxlora):
     done = mlxlora("report", tmp_path)
     assert done.code == 2 and done.err == f"mlxlora: error: {tmp_path}: no metrics.jsonl there; name the --adapter-path of a run\n"
+
+
+def test_folders_of_runs_and_others(tmp_path, mlxlora):
+    _, two = runs(tmp_path)
+    (tmp_path / "empty").mkdir()
+    lower = (two / "metrics.jsonl").read_text().replace('"loss": 1.0}', '"loss": 0.5}')
+    (two / "metrics.jsonl").write_text(lower)
+    done = mlxlora("report", tmp_path, tmp_path / "empty", "--output", tmp_path / "page.html")
+    assert done.code == 0 and f"note: {tmp_path / 'empty'} is not a run" in done.out
+    assert done.out.index("learning_rate") < done.out.index("valid loss") and "0.5 (step 3) *" in done.out
+    text = (tmp_path / "page.html").read_text()
+    assert 'class="best">0.5 (step 3)<' in text and text.index("Options that differ") < text.index("Results")
+
+
+def test_the_page_of_a_run_that_goes_on(tmp_path):
+    times = iter([0.0, 5.0, 20.0, 20.5, 21.0, 60.0, 61.0])
+    page = Page(tmp_path, clock=lambda: next(times))
+    page.overview({"trained": "LoRA of rank 8, 2.88M parameters (0.48%)", "data": "12,000 rows, 2M tokens"})
+    file = tmp_path / "report.html"
+    MetricsFile(tmp_path / "metrics.jsonl").record({"step": 5, "split": "train", "loss": 1.0})
+    seen = []
+    for _ in range(4):
+        page.record({"step": 5, "split": "train"})
+        seen.append(file.exists() and file.stat().st_mtime_ns)
+    assert not seen[0] and seen[1] and seen[1] == seen[2] < seen[3]
+    text = file.read_text()
+    check(text)
+    assert "<b>2.88M</b><span>parameters trained (0.48%)</span>" in text and "<b>12,000</b>" in text
+
+
+def test_a_chart_is_drawn_so_that_its_course_is_seen():
+    noisy = [(i, 1.0 + (i % 2) + i / 100) for i in range(1, 80)]
+    svg = chart("Loss", [Line("train", noisy), Line("valid", [(0, 90.0), (40, 1.5), (79, 1.2)], 1, dotted=True)], "loss")
+    assert 'class="line raw line0"' in svg and svg.count("dotted") == 1 and "outside" in svg
+    assert ">step<" in svg and 'data-metric="loss"' in svg and "log axis" not in svg
+    assert "log axis" in chart("Perplexity", [Line("valid", [(1, 900.0), (2, 30.0), (3, 3.0)])])
 
 
 class Axes:
