@@ -14,7 +14,7 @@ import yaml
 
 from mlxlora.config import mlx_lm_compat as compat
 from mlxlora.config.config_file import ALIASES, TRAIN
-from mlxlora.config.fields import dashed, flag_type, is_list, panel_of, plain_type
+from mlxlora.config.fields import dashed, flag_type, is_list, is_mapping, panel_of, plain_type
 from mlxlora.config.method_options import build, fields_of
 from mlxlora.config.mlx_lm_keys import Key
 from mlxlora.config.options import Training
@@ -194,8 +194,8 @@ def _value(key: Key, text: str) -> Any:
 def _typed(ctx: typer.Context, fields: Mapping[str, attrs.Attribute], values: Mapping[str, Any]) -> Typed:
     """The flags that were given, as Typer read them, and those of peers."""
     given = {name: value for name, value in values.items() if _is_given(ctx, name)}
-    lists = {name for name, field in fields.items() if is_list(field.type)}
-    return Typed(given, lists, ctx.meta.get(_PEERS, {}))
+    written = {name for name, field in fields.items() if is_list(field.type) or is_mapping(field.type)}
+    return Typed(given, written, ctx.meta.get(_PEERS, {}))
 
 
 def _is_given(ctx: typer.Context, name: str) -> bool:

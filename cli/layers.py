@@ -52,12 +52,12 @@ class Typed:
 
     Attributes:
         given: by parameter, as Typer read them.
-        lists: the options that take several values.
+        written: the options that are written as text: lists with commas, objects as JSON.
         others: flags that only mlx-lm and mlx-lm-lora have.
     """
 
     given: Mapping[str, Any]
-    lists: Collection[str]
+    written: Collection[str]
     others: Mapping[str, Any]
 
 
@@ -89,7 +89,7 @@ def _options(typed: Typed, fields: Mapping[str, attrs.Attribute]) -> dict[str, A
     for name, value in typed.given.items():
         option = name if name in fields else ALIASES.get(name, name)
         if option in fields:
-            named[option] = _split(fields[option], value) if option in typed.lists else value
+            named[option] = _split(fields[option], value) if option in typed.written else value
         elif name != TRAIN:
             named[name.removeprefix(OFF)] = False
     if named.get("report_to") in (("none",), ("None",)):  # as in mlx-lm
@@ -97,12 +97,13 @@ def _options(typed: Typed, fields: Mapping[str, attrs.Attribute]) -> dict[str, A
     return named
 
 
-def _split(field: attrs.Attribute, parts: list[str]) -> tuple[Any, ...]:
-    """The values of a flag that was given several times, with commas, or both."""
+def _split(field: attrs.Attribute, given: str | list[str]) -> Any:
+    """The object of a flag; or the values of one that was given several times, with commas, or both."""
+    text = given if isinstance(given, str) else ",".join(given)
     try:
-        return coerce(",".join(parts), field.type)
+        return coerce(text, field.type)
     except ValueError as error:
-        raise InputError(f"{dashed(field.name)} must be {error}, got {','.join(parts)!r}") from None
+        raise InputError(f"{dashed(field.name)} must be {error}, got {text!r}") from None
 
 
 def _of_run(layers: Layers, values: Mapping[str, Any]) -> dict[str, Any]:

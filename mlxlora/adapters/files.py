@@ -27,7 +27,14 @@ _CHECKSUM, _CONFIG_CHECKSUM = "crc32", "config_crc32"  # in the header of a safe
 _BUILT_FROM = ("fine_tune_type", "num_layers", "lora_parameters", "quantize")  # without the model's name, which people change
 
 
-def save(model: nn.Module, directory: str | Path, options: AdapterOptions, name: str = "", quantize: str | None = None) -> None:
+def save(
+    model: nn.Module,
+    directory: str | Path,
+    options: AdapterOptions,
+    name: str = "",
+    quantize: str | None = None,
+    more: Mapping[str, Any] = {},
+) -> None:
     """Writes adapters.safetensors and adapter_config.json in mlx-lm's format, each through a temporary name.
 
     Adapters with several ranks or scales, and PiSSA adapters, become updates of one rank and one scale on the unchanged weights.
@@ -38,6 +45,7 @@ def save(model: nn.Module, directory: str | Path, options: AdapterOptions, name:
         options: of the adapters.
         name: of the model, a folder or hub name, which mlx-lm stores, too.
         quantize: how the model was quantized as it was loaded.
+        more: further entries of the configuration.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -49,6 +57,7 @@ def save(model: nn.Module, directory: str | Path, options: AdapterOptions, name:
         "num_layers": layers_to_train(model, options),
         "lora_parameters": None if options.train_type == "full" else lora_parameters(with_paths(model, options), size),
         **({"quantize": quantize} if quantize else {}),
+        **more,
     }
     with atomic_file(directory / CONFIG) as path:
         path.write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))

@@ -14,6 +14,7 @@ from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from mlx_lm.tuner.utils import load_adapters
 
 from ..config.options import AdapterOptions, BaseOptions, ModelOptions
+from ..data.own_template import template_of_run
 from ..errors import InputError, listed, quoted
 from ..models.loading import load_with_config, model_options
 from ..models.modes import exact, freeze, round_weights
@@ -189,6 +190,8 @@ def load(options: str | ModelOptions, adapter_path: str | None = None) -> tuple[
 def base_of(options: BaseOptions, adapter_path: str | Path) -> ModelOptions:
     """The model that `options` name or, if none, the base of the adapters, quantized as it was for their training.
 
+    Its chat template is that of the training, unless `options` name one.
+
     Raises:
         InputError: there are no adapters, or they do not name their base.
     """
@@ -197,10 +200,16 @@ def base_of(options: BaseOptions, adapter_path: str | Path) -> ModelOptions:
         trust_remote_code=options.trust_remote_code,
         eos_token=options.eos_token,
         quantize=getattr(options, "quantize", None),
+        chat_template=options.chat_template,
+        chat_template_args=options.chat_template_args,
     )
-    if named.model:
+    if named.model and not (Path(adapter_path) / CONFIG).is_file():
         return named
     config = read_adapter_config(adapter_path)
+    of_run = template_of_run(config, Path(adapter_path))
+    named = evolve(named, **{name: getattr(named, name) or value for name, value in of_run.items()})
+    if named.model:
+        return named
     if not config.get("model"):
         raise InputError(f"{adapter_path} does not name the model it was trained on; add --model NAME")
     check_settings(config, Path(adapter_path) / CONFIG)

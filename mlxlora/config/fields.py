@@ -6,7 +6,7 @@ This module imports neither mlx nor transformers, so that `mlxlora --help` stays
 import math
 import re
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin
 
@@ -103,7 +103,7 @@ def flag_type(kind: Any) -> Any:
     >>> flag_type(str | list | None), flag_type(int | list)
     (str | None, <class 'int'>)
     """
-    plain = plain_type(kind)
+    plain = str if is_mapping(kind) else plain_type(kind)
     return plain | None if type(None) in get_args(kind) else plain
 
 
@@ -143,6 +143,11 @@ def _settled(value: Any, field: Any) -> Any:
     if not is_list(field.type) or value is None:
         return value
     return (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
+
+
+def is_mapping(kind: Any) -> bool:
+    """Whether the value of an option is an object, which flags give as JSON."""
+    return get_origin(plain_type(kind)) is Mapping
 
 
 def is_list(kind: Any) -> bool:

@@ -78,6 +78,8 @@ def storable(value: Any) -> Any:
         return str(value)
     if isinstance(value, list | tuple):
         return [storable(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(name): storable(item) for name, item in value.items()}
     return f"{name_of(value)} {GIVEN})"
 
 

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
-from .fields import choices, is_list, names_in, plain_type
+import orjson
+
+from .fields import choices, is_list, is_mapping, names_in, plain_type
 
 
 def coerce(value: Any, kind: Any) -> Any:
@@ -18,6 +20,8 @@ def coerce(value: Any, kind: Any) -> Any:
     kind = plain_type(kind)
     if offered := choices(kind):
         return _choice(value, offered)
+    if is_mapping(kind):
+        return _mapping(value)
     if is_list(kind):
         return _tuple(value, get_args(kind)[0])
     return _PARSERS[kind](value)
@@ -27,6 +31,16 @@ def _choice(value: Any, offered: tuple[Any, ...]) -> Any:
     if value not in offered:
         raise ValueError(names_in(offered))
     return value
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    try:
+        value = orjson.loads(value) if isinstance(value, str) else value
+    except orjson.JSONDecodeError:
+        value = None
+    if not isinstance(value, Mapping):
+        raise ValueError('a JSON object, such as {"enable_thinking": false}')
+    return dict(value)
 
 
 def _tuple(value: Any, kind: Any) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ from .conversation import common_prefix as common_prefix
 from .messages import Message
 from .python_template import located_turns
 from .template_habits import Template, adapted, habits, role_for, template_of, with_arguments
+from .template_habits import template_args as variables_of
 
 RENDER_SECONDS = 60.0
 """Most time for one conversation; templates take milliseconds."""
@@ -48,10 +49,8 @@ def render(
     with rendering(tokenizer, location):
         template = template_of(tokenizer, tools, template_args)
         if template is None:
-            how = {"tools": tools} if tools else {}
-            return list(
-                tokenizer.apply_chat_template(messages, add_generation_prompt=generation_prompt, **how, **(template_args or {}))
-            )
+            how = {**({"tools": tools} if tools else {}), **variables_of(tokenizer), **(template_args or {})}
+            return list(tokenizer.apply_chat_template(messages, add_generation_prompt=generation_prompt, **how))
         chat = Conversation(template, _accepted(template, messages, location), tools, location)
         if generation_prompt or continue_final:
             return token_ids(template.inner, chat.prompt(continue_final))

@@ -252,4 +252,9 @@ def template_of(tokenizer: Any, tools: list[Message] | None = None, variables: M
     custom = getattr(type(inner), "apply_chat_template", None) is not PreTrainedTokenizerBase.apply_chat_template
     if tokenizer._chat_template is not None or custom or inner.chat_template is None:
         return None
-    return Template(inner, inner.get_chat_template(None, tools), json.dumps(dict(variables or {})))
+    return Template(inner, inner.get_chat_template(None, tools), json.dumps({**template_args(tokenizer), **(variables or {})}))
+
+
+def template_args(tokenizer: Any) -> dict[str, Any]:
+    """The variables that every conversation of a tokenizer gets, such as `enable_thinking`; those of a row win."""
+    return tokenizer._tokenizer.__dict__.setdefault("_mlxlora_template_args", {})

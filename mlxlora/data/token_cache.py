@@ -19,6 +19,7 @@ from ..utils.files import cache_folder
 from ..utils.safetensors import NumpyArrays, read_checked, write_arrays
 from . import tokenize
 from .rows import Row
+from .template_habits import template_args
 from .tokenize import Counts, Example, Pair
 
 WORTH_KEEPING = 1 << 20  # bytes of rows, which take about half a second to tokenize
@@ -79,6 +80,7 @@ def tokenizer_identity(tokenizer: Any) -> bytes | None:
     settings = {
         "class": type(inner).__qualname__,
         "template": template,
+        "variables": template_args(tokenizer),
         "own template": getattr(own, "__module__", None) and f"{own.__module__}.{own.__qualname__}",
         "special": {name: str(token) for name, token in inner.special_tokens_map.items()},
         "ends": sorted(tokenizer.eos_token_ids),

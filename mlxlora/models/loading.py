@@ -9,6 +9,7 @@ from attrs import evolve
 
 from ..config.given import is_path
 from ..config.options import BaseOptions, ModelOptions
+from ..data.own_template import use_template
 from ..data.stop_tokens import use_stop_tokens
 from ..errors import InputError, described, reason
 from ..utils.patches import Slot
@@ -29,6 +30,7 @@ def load_tokenizer(options: BaseOptions) -> Any:
 
     def load(folder: str) -> Any:
         tokenizer = read(folder, {"trust_remote_code": options.trust_remote_code})
+        use_template(tokenizer, options)
         use_stop_tokens(tokenizer, Path(folder), options.eos_token or ())
         return tokenizer
 
@@ -78,12 +80,14 @@ def model_and_tokenizer(options: ModelOptions, lazy: bool = False) -> tuple[nn.M
             raise InputError(f"--quantize {options.quantize} is for models that are loaded here; quantize this one before")
     named = options.tokenizer
     if named is not None:
-        tokenizer = load_tokenizer(ModelOptions(model=str(named))) if is_path(named) else named
+        by_name = BaseOptions(model=str(named), trust_remote_code=options.trust_remote_code)
+        tokenizer = load_tokenizer(by_name) if is_path(named) else named
     if tokenizer is None:
         raise InputError("model is a model alone; pass its tokenizer too: model=(model, tokenizer), or tokenizer=...")
     tokenizer = wrapped(tokenizer)
-    if options.eos_token:
-        use_stop_tokens(tokenizer, extra=options.eos_token)
+    use_template(tokenizer, options)
+    if options.eos_token or options.chat_template:
+        use_stop_tokens(tokenizer, extra=options.eos_token or ())
     return model, tokenizer
 
 
@@ -104,6 +108,7 @@ def load_with_config(options: ModelOptions, lazy: bool = False) -> tuple[nn.Modu
 
     def load(folder: str) -> Any:
         loaded = load_model(folder, lazy=lazy or bool(form), return_config=True, **how)
+        use_template(loaded[1], options)
         use_stop_tokens(loaded[1], Path(folder), options.eos_token or ())
         return loaded
 
@@ -131,7 +136,7 @@ def _loaded(options: BaseOptions, read: Callable[[str], Any], patterns: list[str
         return read(str(folder))
     except Exception as error:  # the hub, the network, any file of the model: users can act on all of these messages
         told = reason(error, 1000)
-        if told.startswith((flag, "--eos-token")):
+        if told.startswith((flag, "--eos-token", "--chat-template")):
             raise
         if "trust_remote_code" in told:
             remedy = "read it, then allow it with --trust-remote-code"

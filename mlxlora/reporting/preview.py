@@ -1,6 +1,5 @@
 """Shows rows before training: their tokens, which of them are trained, and how many rows are cut or dropped."""
 
-import sys
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -60,7 +59,7 @@ def read_preview(source: Source, parse: Parse, tokenizer: Any) -> Preview:
     """
     source = evolve(source, live=False)  # there is no policy to measure with
     data = source.data
-    whole, lengths = evolve(source, data=evolve(data, max_seq_length=sys.maxsize)), []
+    whole, lengths = evolve(source, data=evolve(data, max_seq_length=2**31 - 1)), []
 
     def encode(row: Row, _: Any) -> Any:
         """The item of a row. Records its whole length; only a row that is too long is encoded twice."""

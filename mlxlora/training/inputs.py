@@ -7,7 +7,7 @@ from typing import Any
 import mlx.nn as nn
 from attrs import field, frozen
 
-from ..config.options import AdapterOptions, Output, Training
+from ..config.options import AdapterOptions, BaseOptions, Output, Training
 from ..data.sources import Source, Split
 from ..distributed.ranks import Ranks, current_ranks
 from ..models.logprobs import Scorer
@@ -26,6 +26,7 @@ class RunOptions:
         output: which files and reports to write.
         config: every option by name; saved in the folder of the run.
         method: what reports say of the method.
+        template: the chat template of the run, as text, and its variables, where they are not the model's.
     """
 
     training: Training = Training()
@@ -33,6 +34,7 @@ class RunOptions:
     output: Output = Output()
     config: Mapping[str, Any] = field(factory=dict)
     method: MethodInfo = CUSTOM
+    template: BaseOptions = BaseOptions()
 
     @property
     def directory(self) -> Path:

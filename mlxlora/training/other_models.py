@@ -33,7 +33,7 @@ def load_other(path: str, model: ModelOptions, flag: str, read: Callable[[ModelO
         InputError: there is no such model, or it is damaged.
     """
     try:
-        return (read or load)(evolve(model, model=path, quantize=None, tokenizer=None))
+        return (read or load)(evolve(model, model=path, quantize=None, tokenizer=None, chat_template=None, chat_template_args=None))
     except InputError as error:
         raise InputError(str(error).replace("--model", flag, 1)) from None
 

@@ -1,6 +1,7 @@
 """What a run returns: its results as a mapping, and the trained model with what one does next with it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mlx_lm import stream_generate
@@ -11,6 +12,7 @@ from ..adapters.fuse import fuse
 from ..adapters.prepare import base_of
 from ..config.given import Data, PathOrName
 from ..config.options import ModelOptions
+from ..data.own_template import stored_template
 from ..data.prompts import question
 from ..data.rows import Row
 from ..errors import InputError
@@ -145,7 +147,10 @@ class RunResult(Mapping[str, Any]):
     def save(self, path: PathOrName | None = None) -> str:
         """Writes the adapters, or the trained weights, to a folder; default: that of the run. Returns the folder."""
         run, folder = self._run, str(path or self.adapter_path)
-        save(run.model, folder, run.options.adapter, run.options.model_name, run.options.config.get("quantize"))
+        options = run.options
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        more = stored_template(options.template, Path(folder))
+        save(run.model, folder, options.adapter, options.model_name, options.config.get("quantize"), more)
         return folder
 
     def fuse(self, path: PathOrName, **options: Any) -> str:

@@ -11,6 +11,7 @@ import yaml
 from attrs import frozen
 
 from ..adapters.files import WEIGHTS, save
+from ..data.own_template import stored_template
 from ..distributed.ranks import Ranks
 from ..distributed.watchdog import nothing
 from ..errors import InputError, LostError, RunError, SharedError
@@ -157,7 +158,8 @@ class Saver:
 
     def _adapters(self) -> None:
         options = self.options
-        save(self.model, self.directory, options.adapter, options.model_name, options.config.get("quantize"))
+        more = stored_template(options.template, self.directory)
+        save(self.model, self.directory, options.adapter, options.model_name, options.config.get("quantize"), more)
 
     def _checkpoint(self, progress: Progress) -> None:
         output = self.options.output

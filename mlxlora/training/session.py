@@ -18,6 +18,7 @@ from ..config.method_options import dump, gather
 from ..config.options import AdapterOptions, DataOptions, ModelOptions, Output, Training
 from ..data import sources
 from ..data.memory import stored_rows
+from ..data.own_template import fixed_template
 from ..data.rows import Row
 from ..data.sources import Context, Source
 from ..distributed.ranks import current_ranks
@@ -186,7 +187,7 @@ def _run(recipe: Recipe, model: nn.Module, tokenizer: Any, rows: dict[str, list[
     stored = dump(recipe.method, *groups.values())
     stored |= _of_objects(model, rows, groups[ModelOptions], source)
     config = {name: value for name, value in stored.items() if name not in ("resume", "overwrite")}
-    options = RunOptions(training, adapter, output, config, method)
+    options = RunOptions(training, adapter, output, config, method, fixed_template(groups[ModelOptions]))
     whole = Run(model, tokenizer, recipe.objective, source, splits, options, ranks=ranks, callbacks=callbacks, **recipe.extras)
     if is_trained(model) and not output.resume:
         reporter.note(_TRAINED[adapter.adapter])

@@ -1,6 +1,6 @@
 """Options of the model and of what is trained in it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from attrs import validators as v
@@ -18,6 +18,10 @@ class BaseOptions:
     trust_remote_code: bool = option(False, "Run Python code that comes with the model or its tokenizer.")
     eos_token: Sequence[str] | None = option(
         None, "Tokens, or their ids, at which generation stops too, such as <|im_end|>; the model's own always count."
+    )
+    chat_template: PathOrName | None = option(None, "Jinja file of a chat template, in place of the model's.")
+    chat_template_args: Mapping[str, Any] | None = option(
+        None, 'Variables of the chat template, such as {"enable_thinking": false}; a row may have its own chat_template_kwargs.'
     )
 
 
