@@ -42,5 +42,6 @@ def evaluate(model: ModelOptions, data: DataOptions, evaluation: EvalOptions) ->
         batch_size=evaluation.batch_size,
         seed=evaluation.seed,
     )
-    for name, value in metrics.items() if current_ranks().leads else ():
+    shown = {name: value for name, value in metrics.items() if name != "nll" or value != metrics["loss"]}
+    for name, value in shown.items() if current_ranks().leads else ():
         echo(f"{name} {value:.6g}")

@@ -99,6 +99,7 @@ class Method(Generic[P, O]):
         record: the function of `data.formats` that reads a row, for `preview`.
         starter: what the bundled starter has.
         extras: options -> further fields of `Run`, such as the reference.
+        implied: options -> others that follow from them.
         check: raises InputError if options do not fit together.
         modes: mlx-lm-lora's names of the method.
         columns: of the table while it trains, the most important first; names of `reporting.columns.TABLE_COLUMNS`.
@@ -114,6 +115,7 @@ class Method(Generic[P, O]):
     record: str = field(kw_only=True)
     starter: Starter = field(kw_only=True)
     extras: Callable[[O], Mapping[str, Any]] = field(default=lambda _: {}, kw_only=True)
+    implied: Callable[[O], Mapping[str, Any]] = field(default=lambda _: {}, kw_only=True)
     check: Callable[[O], None] = field(default=lambda _: None, kw_only=True)
     modes: tuple[str, ...] = field(default=(), kw_only=True)
     columns: tuple[str, ...] = field(kw_only=True)
@@ -150,6 +152,8 @@ class Method(Generic[P, O]):
         from .training.user_objective import user_objective
 
         chosen: Any = self.kinds(*groups, **options)
+        if others := self.implied(chosen):
+            chosen = self.kinds(*chosen.parts().values(), **others)
         self.check(chosen)
         objective = user_objective(chosen.objective) or self.objective(chosen)
         extras = self.extras(chosen)
@@ -282,6 +286,7 @@ ONLINE_DPO = Method(
     columns=("reward", "valid reward", "loss", "length", "no signal", "tok/s"),
     starter=Starter("grpo", "online-dpo"),
     extras=lambda o: {"reference": _models().live_reference(o.part(ModelOptions), o.reference_model_path)},
+    implied=lambda o: {"val_batches": 0} if o.judge_model else {},  # a judge compares two, validation samples one per prompt
     check=lambda o: _check_pairs(o),
     modes=("online_dpo", "xpo"),
 )
@@ -386,5 +391,3 @@ def _check_pairs(o: OnlineDPORun) -> None:
         raise InputError("--xpo-alpha: the reference that answers is the policy before training; leave out --reference-model-path")
     if o.judge_model and o.group_size != 2:
         raise InputError(f"--judge-model compares two completions: use --group-size 2, got {o.group_size}")
-    if o.judge_model and o.val_batches:
-        raise InputError("--judge-model compares two completions, but validation samples one per prompt: use --val-batches 0")

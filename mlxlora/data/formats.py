@@ -111,6 +111,9 @@ def supervised_record(row: Row, keys: Mapping[str, str] = KEYS) -> SupervisedRec
     readers: tuple[_Reader, ...] = (_chat, _completion, _text, _alpaca)
     record = next((record for read in readers if (record := read(row, names)) is not None), None)
     if record is None:
+        if {"chosen", "rejected"} <= row.fields.keys():
+            pair = "'chosen' and 'rejected' make a preference pair"
+            raise InputError(f"{row.location}: {pair}, which `mlxlora dpo`, orpo and cpo train")
         raise _unrecognized(
             row,
             f"'{names['messages']}', 'conversations', '{names['prompt']}' + '{names['completion']}', '{names['text']}', "
@@ -226,15 +229,27 @@ def _alpaca(row: Row, names: Mapping[str, str]) -> CompletionRecord | None:
     return CompletionRecord(_alpaca_prompt(row), completion, row.location, _optional_string(row, "system"))
 
 
-def _alpaca_prompt(row: Row) -> str:
+class FramedPrompt(str):
+    """A prompt that a format frames for models without a chat template; `asked` is what a user's turn has of it."""
+
+    asked: str
+
+    def __new__(cls, text: str, asked: str) -> "FramedPrompt":
+        made = super().__new__(cls, text)
+        made.asked = asked
+        return made
+
+
+def _alpaca_prompt(row: Row) -> FramedPrompt:
     """The prompt of Stanford Alpaca's train.py; the answer follows it directly."""
     instruction, extra = _string(row, "instruction"), _optional_string(row, "input")
     task = "Below is an instruction that describes a task"
     asked = "Write a response that appropriately completes the request."
     if not extra:
-        return f"{task}. {asked}\n\n### Instruction:\n{instruction}\n\n### Response:"
+        return FramedPrompt(f"{task}. {asked}\n\n### Instruction:\n{instruction}\n\n### Response:", instruction)
     context = f"{task}, paired with an input that provides further context. {asked}"
-    return f"{context}\n\n### Instruction:\n{instruction}\n\n### Input:\n{extra}\n\n### Response:"
+    framed = f"{context}\n\n### Instruction:\n{instruction}\n\n### Input:\n{extra}\n\n### Response:"
+    return FramedPrompt(framed, f"{instruction}\n\n{extra}")
 
 
 def _with_candidates(row: Row) -> Row:

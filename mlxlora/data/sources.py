@@ -115,6 +115,13 @@ class Source(ABC):
     def rebuild(self, item: Any, examples: Sequence[Example]) -> Any:
         """The item with other sequences, such as those that know their `ref_logps`."""
 
+    def check_rows(self, rows: Mapping[str, Sequence[Row]]) -> None:  # noqa: B027 most sources need nothing of rows
+        """Checks what needs no model, before one is loaded.
+
+        Raises:
+            InputError: a row lacks what the source reads later.
+        """
+
     def expected(self, item: Any) -> Sequence[Example]:
         """The sequences that an item is expected to become, to estimate the work."""
         return self.examples(item)

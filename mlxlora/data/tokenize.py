@@ -19,6 +19,7 @@ from .formats import (
     KEYS,
     ChatRecord,
     CompletionRecord,
+    FramedPrompt,
     PairRecord,
     PromptRecord,
     SupervisedRecord,
@@ -310,7 +311,7 @@ def _prompt(tokenizer: Any, record: _Prompted, use_chat_template: bool, system: 
 
 
 def _as_conversation(record: _Prompted, system: str | None) -> list[Message]:
-    prompt = record.prompt
+    prompt = record.prompt.asked if isinstance(record.prompt, FramedPrompt) else record.prompt
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return with_system(messages, record.system or system)
 

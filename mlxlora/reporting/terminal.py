@@ -9,6 +9,7 @@ from rich.text import Text
 
 from ..utils.console import safe_console
 from ..utils.terminal_text import printable
+from .columns import is_tie
 from .ending import Improvement, next_commands
 from .reporter import Reporter, Values
 from .text import duration, metric_text, runs_of_text, shorten
@@ -137,7 +138,8 @@ def telling(rows: Sequence[Values]) -> list[Values]:
     if not rewarded:
         return list(rows)
     best, worst = rewarded[-1], rewarded[0]
-    return [best] if best == worst else [best, worst]
+    alike = all(best.get(name) == worst.get(name) for name in ("prompt", "completion", "reward"))
+    return [best] if alike else [best, worst]
 
 
 def answer_names(row: Values) -> list[str]:
@@ -171,7 +173,8 @@ def record_line(row: Values, total: int = 0, left: str = "") -> str:
     width = len(str(total))
     place = f"step {row['step']:>{width}}/{total}" if total else f"step {row['step']}"
     names = sorted((name for name in row if not _NOT_SHOWN.fullmatch(name)), key="reward".__ne__)  # the reward first
-    others = [f"{_SHORT.get(name, name)} {metric_text(name, row[name])}" for name in names]
+    tie = {"rewards/accuracies": "tie"} if is_tie(row) else {}
+    others = [f"{_SHORT.get(name, name)} {tie.get(name) or metric_text(name, row[name])}" for name in names]
     parts = [place, f"{row['split']:<5}", f"loss {metric_text('loss', row['loss'])}", *others, *([f"left {left}"] if left else [])]
     return "  ".join(parts)
 

@@ -281,6 +281,17 @@ def combine(matrix: np.ndarray, weights: Sequence[float]) -> np.ndarray:
     return np.where(np.isnan(matrix).all(axis=0), np.nan, total)
 
 
+def check_columns(rewards: Sequence[NamedReward], columns: Mapping[str, Any], location: str) -> None:
+    """Checks that a row has the columns that the reward functions name.
+
+    Raises:
+        InputError: it has not.
+    """
+    base = {"prompts": [], "completions": [], "completion_ids": []}
+    for reward in rewards:
+        _arguments(reward, {**{name: [value] for name, value in columns.items()}, **base}, [location])
+
+
 def _arguments(reward: NamedReward, available: Mapping[str, list[Any]], locations: Sequence[str]) -> dict[str, Any]:
     """All columns for a function with **kwargs, else those that it names."""
     try:

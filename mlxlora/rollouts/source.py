@@ -1,7 +1,7 @@
 """Batches that the policy samples: prompts -> groups of completions -> rewards -> advantages -> batch."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,15 +14,16 @@ from ..config.given import Data
 from ..config.options import PromptData, RewardOptions
 from ..data.batching import Make, MicroBatch, as_padding, collate, singles
 from ..data.dialogue import sampled_turns
-from ..data.formats import field_names
+from ..data.formats import field_names, prompt_record
 from ..data.pooled import Pooled
+from ..data.rows import Row
 from ..data.sources import Context, Encoder, Source, check_examples
 from ..data.tokenize import Example, Prompt, prompt_example
 from ..objectives.advantages import Advantage, group_relative
 from .engine import Completion, Decoding, sample
 from .groups import CompletionGroup, NoneWatch, completion_metrics, gathered, reward_metrics, samples, stand_in
 from .kv_cache import Route, find_route
-from .rewards import NamedReward, call_rewards, combine
+from .rewards import NamedReward, call_rewards, check_columns, combine
 from .sampling import Sampling
 
 _ROUNDS = 4  # of dynamic sampling; then the batch keeps its silent groups
@@ -113,6 +114,12 @@ class PromptSource(Source):
             system=data.system,
             keys=field_names(data),
         )
+
+    def check_rows(self, rows: Mapping[str, Sequence[Row]]) -> None:
+        """The first row of each split must have the columns that the rewards name."""
+        for first in (split[0] for split in rows.values() if split):
+            record = prompt_record(first, field_names(self.data))
+            check_columns(self.rollouts.rewards, record.columns, record.location)
 
     def make(self, context: Context) -> Make:
         """Samples, rewards and batches; validation takes the likeliest completion of each prompt."""

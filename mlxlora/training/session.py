@@ -88,6 +88,7 @@ def train_recipe(recipe: Recipe, groups: Groups) -> RunResult:
                 if isinstance(name := groups[ModelOptions].model, str):
                     terminal_for(recipe.columns, quiet=groups[Output].quiet).note(f"loading {name}")
             rows = sources.load_rows(recipe.source.data, groups[Training].seed)
+            recipe.source.check_rows(rows)
             model, tokenizer = model_and_tokenizer(groups[ModelOptions], lazy=groups[Training].fully_shard)
             layers_to_train(model, groups[AdapterOptions])  # fails before the rows are tokenized
         return _run(recipe, model, tokenizer, rows, groups)

@@ -132,10 +132,14 @@ def introduce(run: Run, reporter: Reporter) -> None:
             reporter.note(f"no trained turn ends in a stop token, so answers will not end; {remedy}", warning=True)
     first = run.source.examples(run.splits["train"].items[0])[0]
     text = run.tokenizer.decode(first.tokens.tolist())
-    if run.tokenizer.has_chat_template and not data.use_chat_template and not is_rendered(text, run.tokenizer):
+    has_parts = run.source.online or first.prompt is not None or not first.loss_mask[1:].all()  # text rows have none to wrap
+    may_wrap = run.tokenizer.has_chat_template and not data.use_chat_template and has_parts
+    if may_wrap and not is_rendered(text, run.tokenizer):
         reporter.note(
             "rows are plain text; the model has a chat template: --use-chat-template would wrap prompts and completions in it"
         )
+    if first.truncated:
+        reporter.note(f"the first example is cut to --max-seq-length {data.max_seq_length}", warning=True)
     reporter.example(first.tokens.tolist(), first.loss_mask.tolist(), run.tokenizer.decode)
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from mlxlora.data.formats import (
     ChatRecord,
     CompletionRecord,
+    FramedPrompt,
     LabeledRecord,
     PairRecord,
     PromptRecord,
@@ -111,6 +112,11 @@ def test_openais_former_calls_and_calls_as_text() -> None:
     )
 
 
+def test_pairs_given_to_sft_name_the_methods_for_pairs() -> None:
+    with pytest.raises(InputError, match="which `mlxlora dpo`, orpo and cpo train"):
+        supervised_record(row(prompt="1+1?", chosen="2", rejected="3"))
+
+
 def test_parts_of_reasoning_and_names_of_roles() -> None:
     parts = [{"type": "thinking", "thinking": "1 and 1"}, {"type": "text", "text": "2"}, {"type": "text", "text": "!"}]
     (message,) = as_messages([{"role": "assistant", "content": parts}], "a.jsonl:7", "messages")
@@ -129,6 +135,7 @@ def test_alpaca_is_stanfords_prompt() -> None:
         "a.jsonl:7",
     )
     extra = supervised_record(row(instruction="Add.", input="1 1", output="2"))
+    assert isinstance(plain, CompletionRecord) and isinstance(plain.prompt, FramedPrompt) and plain.prompt.asked == "Add."
     assert isinstance(extra, CompletionRecord) and "paired with an input" in extra.prompt and "### Input:\n1 1\n\n" in extra.prompt
 
 

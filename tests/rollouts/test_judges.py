@@ -133,7 +133,7 @@ def test_runs_with_a_judge(model_folder: Path, command: tuple, tmp_path: Path, m
     folder = tmp_path / "judge"
     shutil.copytree(model_folder, folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    outcome = mlxlora("online-dpo", *command, "--judge-model", folder, "--val-batches", 0)
+    outcome = mlxlora("online-dpo", *command, "--judge-model", folder)
     assert outcome.code == 0, outcome.err
     found = [orjson.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_bytes().splitlines()]
     assert all(r["rewards/judge/mean"] == pytest.approx(0.5) and r["rewards/judge/std"] > 0 for r in found)
@@ -143,7 +143,7 @@ def test_runs_with_a_judge(model_folder: Path, command: tuple, tmp_path: Path, m
     ("options", "message"),
     [
         (("--judge-model", "./nowhere", "--val-batches", 0), "--judge-model ./nowhere: no such folder"),
-        (("--judge-model", "./nowhere"), "use --val-batches 0"),
+        (("--judge-model", "./nowhere"), "--judge-model ./nowhere: no such folder"),
         (("--judge-model", "./nowhere", "--val-batches", 0, "--group-size", 3), "--judge-model compares two completions"),
         (("--reward-model", "./nowhere"), "--reward-model nowhere: not a model folder"),
     ],

@@ -6,6 +6,7 @@ import math
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -516,3 +517,9 @@ def test_any_names_load_or_raise_one_clear_line(text):
 def test_a_number_survives_its_typography(value, layout):
     assert rf.number(layout.format(value)) == value
     assert rf.last_number(f"so: {layout.format(value) if 'text' not in layout else value}") == value
+
+
+def test_a_missing_column_is_told_before_the_model_is_loaded(tmp_path: Path, mlxlora: Any) -> None:
+    (tmp_path / "train.jsonl").write_text('{"prompt": "1 + 1?", "total": "2"}\n')
+    done = mlxlora("grpo", "--model", tmp_path / "no-model", "--data", tmp_path, "--rewards", "accuracy", "--quiet")
+    assert done.code == 2 and "train.jsonl:1: reward accuracy needs the column 'answer'; the rows have total" in done.err
