@@ -39,6 +39,7 @@ from mlxlora.data.tokenize import Example  # noqa: E402
 from mlxlora.models import attention  # noqa: E402
 from mlxlora.models.grad_checkpoint import checkpointed  # noqa: E402
 from mlxlora.models.logprobs import Scorer, scorer  # noqa: E402
+from mlxlora.models.recurrences import recurrence_by  # noqa: E402
 from mlxlora.models.row_layouts import layout_obstacle, packed_layout  # noqa: E402
 
 STEPS = 4
@@ -216,7 +217,8 @@ def _difference(a: dict[str, mx.array], b: dict[str, mx.array]) -> float:
 
 def _logits(model: nn.Module, batch: Batch) -> mx.array:
     model.eval()
-    logits = model(batch.tokens)
+    with recurrence_by("loop"):  # mlx-lm's own operations, so that equal models give equal bits
+        logits = model(batch.tokens)
     mx.eval(logits)
     model.train()
     return logits

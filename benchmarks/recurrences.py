@@ -6,7 +6,8 @@
   "error" is the largest relative distance of outputs and gradients from the loop's, on the first 256 tokens at most.
 - step: a whole training step of 4 blocks with the widths of Qwen3.5-4B (3 of them recurrent), random weights, bfloat16, LoRA on
   all layers, checkpointing, 1 row, all tokens trained. The peer is mlx-lm's trainer, with its loss and its checkpointing.
-- others: a step of small models of other recurrences, eager, at three lengths. "x2" is what twice the tokens cost.
+- others: a step of small models of other recurrences, eager, at three lengths, CPU time; with --sides peer in mlx-lm's loops.
+  "x2" is what twice the tokens cost. Attention layers beside the recurrence grow with the square of the row.
 
 "first" is the first call, seconds, with tracing and compiling. Good numbers are above 1 for speed and below 1 for memory.
 """
@@ -35,7 +36,9 @@ from mlxlora.data.batching import collate  # noqa: E402
 from mlxlora.data.tokenize import Example  # noqa: E402
 from mlxlora.models.gated_delta import Rule, chunked_delta_rule  # noqa: E402
 from mlxlora.models.grad_checkpoint import checkpointed  # noqa: E402
+from mlxlora.models.logprobs import scorer  # noqa: E402
 from mlxlora.models.recurrences import recurrence_by  # noqa: E402
+from mlxlora.models.row_layouts import use_windows  # noqa: E402
 from mlxlora.training.step import make_step  # noqa: E402
 
 COLUMNS = {
@@ -53,7 +56,7 @@ COLUMNS = {
 }
 GROWTH = {
     "case": "model",
-    "times": "ms at each length",
+    "times": "CPU ms at each length",
     "growth": "time, x2",
     "memories": "MB at each length",
     "memory_growth": "memory, x2",
@@ -239,22 +242,23 @@ def _seconds(call: Call) -> float:
 # --- other recurrences ------------------------------------------------------------------------------
 
 
-def growth(name: str, lengths: Sequence[int], repetitions: int) -> dict[str, Any]:
+def growth(name: str, lengths: Sequence[int], repetitions: int, choice: str = "auto") -> dict[str, Any]:
     """A row of the other table: a training step of a small model at these lengths, without compiling."""
     costs: list[Cost] = []
     remark = ""
     mx.disable_compile()
     try:
         for length in lengths:
-            if costs and costs[-1].wall > ENOUGH:
+            if costs and costs[-1].cpu > ENOUGH:
                 remark = f"{length} not tried"
                 break
-            costs.append(min((_step_of(name, length) for _ in range(repetitions)), key=lambda c: c.cpu))
+            with recurrence_by(choice):
+                costs.append(min((_step_of(name, length) for _ in range(repetitions)), key=lambda c: c.cpu))
     except Exception as error:  # what a model's own code raises
         remark = f"{type(error).__name__}: {str(error)[:60]}"
     finally:
         mx.enable_compile()
-    times, memories = [c.wall for c in costs], [c.peak for c in costs]
+    times, memories = [c.cpu for c in costs], [c.peak for c in costs]
     return {
         "case": name,
         "times": " / ".join(str(round(t * 1e3)) for t in times),
@@ -270,7 +274,9 @@ def _step_of(name: str, length: int) -> Cost:
     model = prepare(build(name), AdapterOptions(num_layers=-1, rank=8)).train()
     tokens = row_of(length, VOCABULARY)
     batch = collate([Example(tokens, np.arange(len(tokens)) > 0, None, "random")])
-    step = make_step(model, optim.Adam(learning_rate=1e-5), objectives.sft())
+    score = scorer(model)
+    use_windows(score.forward, model)
+    step = make_step(model, optim.Adam(learning_rate=1e-5), objectives.sft(), score=score)
     step(collate([Example(tokens[:17], np.arange(17) > 0, None, "random")]))
 
     def call() -> None:
@@ -306,7 +312,8 @@ def main() -> None:
     if "others" in options.what:
         names = ("mamba2", "qwen3_5") if options.quick else OTHERS
         for name in (name for name in names if options.only in name):
-            others.append(growth(name, options.lengths or ((16, 32) if options.quick else (256, 1024, 4096)), repetitions))
+            lengths = options.lengths or ((16, 32) if options.quick else (256, 1024, 4096))
+            others.append(growth(name, lengths, repetitions, "loop" if options.sides == "peer" else "auto"))
             print(*others[-1].values(), flush=True)
     for what in (what for what in ("layer", "step") if what in options.what):
         for length in options.lengths or ((96,) if options.quick else (512,)):
