@@ -1,7 +1,6 @@
 """Where the options of a command come from: its flags, a file, an earlier run, the bundled starter."""
 
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 import attrs
@@ -18,6 +17,7 @@ from mlxlora.reporting.history import SETTINGS, read_settings
 from mlxlora.training.run_folder import check_run
 from mlxlora.utils.launch import launched_rank
 from mlxlora.utils.output import echo, one_line_of
+from mlxlora.utils.paths import checked_path
 
 OFF = "no_"
 """Begins the name of a flag that switches an option off."""
@@ -108,7 +108,7 @@ def _split(field: attrs.Attribute, given: str | list[str]) -> Any:
 
 def _of_run(layers: Layers, values: Mapping[str, Any]) -> dict[str, Any]:
     """The options that the run in --adapter-path stored, so that `--resume` needs no others."""
-    file = Path(values.get("adapter_path", layers.fields["adapter_path"].default)) / SETTINGS
+    file = checked_path(values.get("adapter_path", layers.fields["adapter_path"].default), "--adapter-path") / SETTINGS
     if file.is_file() or not launched_rank():  # other ranks may have no such folder
         check_run(file.parent, layers.command)
     named = {**values, "adapter_path": str(file.parent)}  # where the run is now
@@ -121,7 +121,7 @@ def _rows_of_run(values: Mapping[str, Any], *, seeded: bool) -> dict[str, Any]:
     """The data of the run that wrote the adapters, with its options, if --data names none and the run's rows have text."""
     if values.get("data") is not None:
         return {}
-    file = Path(values["adapter_path"]) / SETTINGS
+    file = checked_path(values["adapter_path"], "--adapter-path") / SETTINGS
     run = read_settings(file)
     name = run.get(METHOD)
     method = METHODS.get(name) if isinstance(name, str) else None

@@ -13,11 +13,10 @@ def push(
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public; default: private.")] = False,
 ) -> None:
     """Upload a finished folder and its card to the Hugging Face hub, without checkpoints and samples."""
-    from pathlib import Path
-
     from mlxlora.adapters.hub import push as run
     from mlxlora.methods import method_info
     from mlxlora.reporting.history import SETTINGS, read_settings
+    from mlxlora.utils.paths import checked_path
 
-    method = method_info(read_settings(Path(folder) / SETTINGS))
+    method = method_info(read_settings(checked_path(folder, "push") / SETTINGS))
     echo(run(folder, repository, public=public, method=method))

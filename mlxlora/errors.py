@@ -8,6 +8,9 @@ from typing import Any, TypeVar
 _BRIEF = reprlib.Repr()
 _BRIEF.maxlevel, _BRIEF.maxlist, _BRIEF.maxtuple, _BRIEF.maxdict = 3, 20, 20, 20
 _BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 100
+_LONGER = reprlib.Repr()
+_LONGER.maxlevel, _LONGER.maxlist, _LONGER.maxtuple, _LONGER.maxdict = 12, 60, 60, 60
+_LONGER.maxstring = _LONGER.maxother = _LONGER.maxlong = 200
 
 
 _OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -61,7 +64,7 @@ def described(value: Any) -> str:
     >>> described(3)
     'int 3'
     """
-    text = repr(value)
+    text = _LONGER.repr(value)  # repr fails for deep values, and takes long for large ones
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 

@@ -14,7 +14,7 @@ import yaml
 from ..errors import InputError, RunError
 from ..reporting.card import CARD, CUSTOM, MethodInfo, card, portable, write_card
 from ..reporting.history import METRICS, SETTINGS, read_record, read_settings
-from ..utils.paths import within
+from ..utils.paths import checked_path, within
 from .files import CONFIG, WEIGHTS
 from .peft import PEFT_WEIGHTS
 
@@ -67,7 +67,7 @@ def push(folder: str | Path, repo: str, *, public: bool = False, method: MethodI
         InputError: nothing to upload, a link that leaves the folder, no such repository, nobody logged in, or no write access.
         RunError: the hub does not answer.
     """
-    folder = Path(folder)
+    folder = checked_path(folder, "push")
     patterns = _patterns(folder)
     api = connect(repo, api)
     with TemporaryDirectory() as temporary, _explained(repo):

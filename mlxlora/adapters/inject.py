@@ -1,5 +1,6 @@
 """Puts adapters on a model: chooses modules and layers as mlx-lm does, and gives each its rank, scale and start."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.nn as nn
@@ -43,6 +44,7 @@ def convert(model: nn.Module, layers: int, options: AdapterOptions) -> None:
     """
     options = with_paths(model, options)
     _check(model, options)
+    _check_rank(_targets(model, layers, options), options)
     if options.train_type == "dora":
         _check_dora(model, layers, options)
     try:
@@ -67,6 +69,31 @@ def _check(model: nn.Module, options: AdapterOptions) -> None:
         raise InputError(f"--init-lora-weights {options.init_lora_weights} needs --train-type lora and --dropout 0")
     if options.init_lora_weights != "default" and options.resume_adapter_file:
         raise InputError("--resume-adapter-file sets the initial adapters; omit --init-lora-weights")
+
+
+def _check_rank(targets: Mapping[str, nn.Module], options: AdapterOptions) -> None:
+    """Refuses a rank above the smaller side of every adapted matrix: it adds nothing, and memory may not hold it.
+
+    A rank that is above the side of some, such as the router of a mixture of experts, is fine, as in mlx-lm.
+    """
+    sides = {name: min(sizes) for name, m in targets.items() if (sizes := _sizes(m))}
+    if sides and options.rank > (most := max(sides.values())):
+        name = max(sides, key=lambda name: sides[name])
+        raise InputError(
+            f"--rank must be at most {most}, the smaller side of {name}, the largest adapted matrix; got {options.rank}"
+        )
+    for name, side in sides.items():
+        if (own := size_of(name, options).rank) > max(side, options.rank):
+            raise InputError(f"--rank-pattern: {name} has a smaller side of {side}, got {own}")
+
+
+def _sizes(module: Any) -> tuple[int, ...]:
+    """Rows and columns of a module's matrix, also of a quantized one; empty if it has none."""
+    weight = getattr(module, "weight", None)
+    if weight is None or weight.ndim < 2:
+        return ()
+    columns = weight.shape[-1] * 32 // module.bits if "scales" in module else weight.shape[-1]
+    return weight.shape[-2], columns
 
 
 def _check_dora(model: nn.Module, layers: int, options: AdapterOptions) -> None:

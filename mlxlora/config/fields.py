@@ -4,6 +4,7 @@ This module imports neither mlx nor transformers, so that `mlxlora --help` stays
 """
 
 import math
+import os
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +14,16 @@ from typing import Any, Literal, TypeVar, Union, dataclass_transform, get_args, 
 import attrs
 
 from ..errors import InputError, quoted
+from ..utils.paths import checked_path
+
+LARGEST_INTEGER, LARGEST_SEED, LARGEST_FLOAT = 2**31 - 1, 2**63 - 1, 1e100
+"""Bounds of every option that has no narrower ones."""
+
+PATHS = frozenset(
+    {"adapter_path", "data", "gguf", "model", "objective", "peft", "reference_model_path", "resume_adapter_file"}
+    | {"judge_model", "reward_file", "reward_model", "save_path", "teacher_model"}
+)
+"""Options that name a file, a folder, or something of the hub."""
 
 GroupClass = TypeVar("GroupClass", bound=type)
 
@@ -58,7 +69,7 @@ def option(default: Any, help: str, *checks: Any, order: int = 0) -> Any:
         checks: attrs validators; their errors name the flag, the rule and the value.
         order: fields of a lower order come first in the help.
     """
-    validators = [_finite, _offered, *map(_reported, checks)]
+    validators = [_finite, _bounded, _sound, _offered, *map(_reported, checks)]
     convert: Any = attrs.Converter(_settled, takes_field=True)  # type: ignore[call-arg]
     return attrs.field(default=default, converter=convert, validator=validators, metadata={"help": help, "order": order})
 
@@ -160,12 +171,43 @@ def is_list(kind: Any) -> bool:
 
 
 def _ordered(_: type, fields: list[attrs.Attribute]) -> list[attrs.Attribute]:
-    return sorted(fields, key=lambda field: field.metadata.get("order", 0))
+    ordered = sorted(fields, key=lambda field: field.metadata.get("order", 0))
+    return [field.evolve(converter=_path_of(field.name)) if field.name in PATHS else field for field in ordered]
+
+
+def _path_of(name: str) -> Callable[[Any], Any]:
+    """Checks the paths of an option and expands `~`; leaves alone what Python passed in place of a path."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+            return type(value)(convert(item) for item in value)
+        if not isinstance(value, str | os.PathLike):
+            return value
+        checked = checked_path(value, dashed(name))
+        return checked if not isinstance(value, str) else str(checked) if value.startswith("~") else value
+
+    return convert
 
 
 def _finite(_: Any, field: Any, value: Any) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{dashed(field.name)} must be a finite number, got {quoted(value)}")
+
+
+def _bounded(_: Any, field: Any, value: Any) -> None:
+    """MLX keeps sizes in 32 bits and computes in 32-bit floating point; seeds have 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    most = LARGEST_SEED if field.name == "seed" else LARGEST_INTEGER if isinstance(value, int) else LARGEST_FLOAT
+    if abs(value) > most:
+        raise InputError(f"{dashed(field.name)} must be at most {most:,}, got {quoted(value)}")
+
+
+def _sound(_: Any, field: Any, value: Any) -> None:
+    """Text that files, paths and messages can hold: UTF-8 without zero bytes."""
+    for text in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(text, str) and ("\0" in text or text.encode(errors="ignore").decode() != text):
+            raise InputError(f"{dashed(field.name)} must be UTF-8 text without zero bytes, got {quoted(text)}")
 
 
 def _offered(_: Any, field: Any, value: Any) -> None:
@@ -252,7 +294,7 @@ class Pattern:
 
     def __call__(self, _: Any, __: Any, value: tuple[str, ...]) -> None:
         for name, _equals, number in (entry.rpartition("=") for entry in value):
-            if not name or not 0 < self.kind(number) < math.inf:
+            if not name or not 0 < self.kind(number) <= LARGEST_INTEGER:
                 raise ValueError
             _check_expression(name)
 

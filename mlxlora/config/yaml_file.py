@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from ..errors import InputError, quoted
+from ..utils.parse import PlainLoader, check_node, yaml_text
 
 
 def entries(path: Path, nested: Collection[str]) -> Iterator[tuple[str, Any, int]]:
@@ -20,8 +21,9 @@ def entries(path: Path, nested: Collection[str]) -> Iterator[tuple[str, Any, int
         InputError: the file cannot be read, or is not a mapping with text keys.
     """
     try:
-        loader = _Loader(path.read_text(encoding="utf-8"))
+        loader = PlainLoader(yaml_text(path, "--config"))
         root = loader.get_single_node()
+        check_node(root, str(path))
         if root is not None and not isinstance(root, yaml.MappingNode):
             raise InputError(f"{path}:1: expected `key: value` lines, got {quoted(_constructed(loader, root, path))}")
         yield from _walk(loader, root, path, nested) if root is not None else ()
@@ -33,12 +35,6 @@ def entries(path: Path, nested: Collection[str]) -> Iterator[tuple[str, Any, int
         raise InputError(f"{path}: lists or mappings are nested too deeply; options need two levels") from None
     except yaml.YAMLError as error:
         raise InputError(_syntax(path, error)) from None
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's own rules; mlx-lm changes those of `SafeLoader` for the whole process, so that `._` becomes a number."""
-
-    yaml_implicit_resolvers = dict(yaml.resolver.Resolver.yaml_implicit_resolvers)  # noqa: RUF012
 
 
 def _walk(

@@ -13,6 +13,7 @@ from attrs import frozen
 
 from ..config.mlx_lm_keys import HUB
 from ..errors import InputError, described, reason
+from ..utils.paths import not_special
 
 _SUFFIXES = (".jsonl", ".json", ".jsonl.gz")
 SPLIT_NAMES = {"train": ("train",), "valid": ("valid", "validation", "dev"), "test": ("test",)}
@@ -99,7 +100,7 @@ def read_splits(data: str | Path, asked: Mapping[str, str] | None = None) -> dic
     Raises:
         InputError: nothing has that name, there are no training rows, or rows are broken.
     """
-    path = Path(data)
+    path = not_special(Path(data), "--data")
     if named := _HUB_ADDRESS.fullmatch(str(data)):
         return _read_with_datasets(named[1], asked)
     if path.is_file():

@@ -11,8 +11,10 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from ..errors import InputError, reason
 from ..utils.folders import check_vacant, written_folder
-from ..utils.paths import check_links
+from ..utils.paths import check_links, checked_path
+from .config_check import check_values
 
+_MOST_PARAMETERS = 2**40
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -47,12 +49,13 @@ def init_model(config_file: str | Path, tokenizer: str | Path, output: str | Pat
     Raises:
         InputError: unusable configuration, a vocabulary too small for the tokenizer, or an output folder in use.
     """
-    config_file, output = Path(config_file), check_vacant(output, "--output", "init", overwrite=None)
-    config = _config(config_file, Path(tokenizer), dtype)
+    config_file, output = checked_path(config_file, "--config-file"), check_vacant(output, "--output", "init", overwrite=None)
+    tokenizer = checked_path(tokenizer, "--tokenizer")
+    config = _config(config_file, tokenizer, dtype)
     mx.random.seed(seed)
     model = _model(config_file, config)
     _randomize(model, config.get("initializer_range", 0.02), getattr(mx, dtype))
-    _write(model, config, Path(tokenizer), output)
+    _write(model, config, tokenizer, output)
     return sum(weight.size for weight in dict(tree_flatten(model.parameters())).values())
 
 
@@ -74,10 +77,13 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; --config-file takes a model's config.json") from None
+    except (UnicodeDecodeError, RecursionError):
+        raise InputError(f"{path}: not UTF-8 text, or nested too deeply; --config-file takes a model's config.json") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
     if not isinstance(config, dict) or not config.get("model_type"):
         raise InputError(f"{path}: no model_type; --config-file takes a model's config.json")
+    check_values(config, f"--config-file {path}", path.name)
     return config
 
 
@@ -99,9 +105,12 @@ def _model(path: Path, config: dict[str, Any]) -> nn.Module:
 
     try:
         model_class, arguments = _get_classes(config)
-        return model_class(arguments.from_dict(config))
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: {error}") from None
+        model = model_class(arguments.from_dict(config))
+    except Exception as error:  # architectures compute with any of these values
+        raise InputError(f"{path}: mlx-lm cannot build this model: {reason(error)}") from None
+    if (count := sum(weight.size for _, weight in tree_flatten(model.parameters()))) > _MOST_PARAMETERS:  # type: ignore[union-attr]
+        raise InputError(f"{path}: a model of {count:,} parameters; {_MOST_PARAMETERS:,} are the limit")
+    return model
 
 
 def _randomize(model: nn.Module, std: float, dtype: mx.Dtype) -> None:

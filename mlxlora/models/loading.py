@@ -13,8 +13,10 @@ from ..data.own_template import use_template
 from ..data.stop_tokens import use_stop_tokens
 from ..errors import InputError, described, reason
 from ..utils.patches import Slot
+from ..utils.paths import checked_path
 from ..utils.safetensors import check_header
 from ..utils.trust import check_model_code
+from .config_check import check_model_config
 from .quantize import quantize_loaded
 
 
@@ -125,12 +127,14 @@ def _loaded(options: BaseOptions, read: Callable[[str], Any], patterns: list[str
 
     if options.model is None:
         raise InputError("--model is missing: a model folder or a hub name such as mlx-community/Qwen3-0.6B-4bit")
-    name = str(options.model)
-    _check_folder(name)
-    flag = f"--model {name}"
+    model = str(options.model)
+    _check_folder(model)
+    flag = f"--model {model}"
     try:
-        folder = _download(name, allow_patterns=patterns)
+        folder = _download(model, allow_patterns=patterns)
         check_model_code(folder, flag, options.trust_remote_code)
+        for name in ("config.json", "generation_config.json"):
+            check_model_config(folder / name, flag)
         for file in () if patterns else folder.glob("model*.safetensors"):
             check_header(file)
         return read(str(folder))
@@ -145,7 +149,7 @@ def _loaded(options: BaseOptions, read: Callable[[str], Any], patterns: list[str
 
 
 def _check_folder(model: str) -> None:
-    path = Path(model)
+    path = checked_path(model, "--model")
     if path.is_dir() and not (path / "config.json").is_file():
         raise InputError(f"--model {model}: no config.json in this folder")
     if not path.exists() and (path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1):

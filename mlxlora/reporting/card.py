@@ -1,17 +1,21 @@
 """The model card of a run: README.md of an adapter folder, with the front matter that the hub reads."""
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from math import inf, isfinite
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import attrs
 from attrs import frozen
 
 from .. import __version__
+from ..config.fields import PATHS
 from ..config.options import AdapterOptions, DataOptions, ModelOptions, Output, PairData, PromptData, Training
+from ..errors import printable
 from ..utils.files import atomic_file
+from ..utils.paths import checked_exists
 from .columns import GENERAL
 from .history import Record, method_of, read_record
 from .reporter import Reporter, Values, numbers
@@ -85,7 +89,7 @@ def card(record: Record, info: MethodInfo = CUSTOM, rows: Mapping[str, int] | No
     head = CardHead(["mlxlora", kind, *([method] if method else [])], kind != "full", title)
     parts = [
         front_matter(name, head, evaluated(config, metrics)),
-        f"# {title}",
+        f"# {markdown(title)}",
         f"{what[0].upper()}{what[1:]}, {trained} on {_data(config, rows or {})}.{_base(config)}"
         + (f" The run was stopped {stopped}." if stopped else ""),
         _usage(name),
@@ -102,8 +106,8 @@ def fused_card(base: str, config: Values) -> str:
     how = f"quantized to {quantized.get('bits')} bits" if quantized else "not quantized"
     lines = (
         front_matter(name, CardHead(["mlxlora"], adapter=False, title=f"{name}, fine-tuned")),
-        f"# {name}, fine-tuned",
-        f"{name} with adapters fused into its weights by mlxlora {__version__}; {how}.",
+        f"# {markdown(name)}, fine-tuned",
+        f"{markdown(name)} with adapters fused into its weights by mlxlora {__version__}; {how}.",
         '```bash\nmlx_lm.generate --model . --prompt "Hello"\n```',
     )
     return "\n\n".join(lines) + "\n"
@@ -189,27 +193,57 @@ def is_hub_name(name: str) -> bool:
     return bool(_HUB.fullmatch(name)) and not name.startswith(".") and not Path(name).exists()
 
 
-def portable(value: Any) -> Any:
-    """Removes the paths of this machine from a value or a tree of values: keeps the last part of a path, the name of a hub cache.
+def portable(value: Any, name: str = "") -> Any:
+    """Removes the paths of this machine from options by name, or from one path: keeps a path's last part, the name of a hub cache.
 
-    >>> portable({"model": "/home/me/models/tiny", "data": "rows.jsonl", "keys": ["~/x/rewards.py"], "iters": 3})
-    {'model': 'tiny', 'data': 'rows.jsonl', 'keys': ['rewards.py'], 'iters': 3}
+    Options that name files or folders lose relative folders too, which may hold a user's name; hub names stay. Other text stays
+    unless it is a path of this machine.
+
+    >>> portable({"model": "/home/me/models/tiny", "data": "me/work/rows.jsonl", "reward_file": "~/x/rewards.py", "iters": 3})
+    {'model': 'tiny', 'data': 'rows.jsonl', 'reward_file': 'rewards.py', 'iters': 3}
+    >>> portable({"model": "org/name", "data": "org/name", "system": "/a b/c"})
+    {'model': 'org/name', 'data': 'org/name', 'system': '/a b/c'}
     >>> portable("/home/me/.cache/huggingface/hub/models--org--name/snapshots/0123abc")
     'org/name'
     """
     if isinstance(value, Mapping):
-        return {key: portable(item) for key, item in value.items()}
+        return {key: portable(item, str(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [portable(item) for item in value]
-    if not isinstance(value, str) or not value.startswith(("/", "~/")) or value == "/":
+        return [portable(item, name) for item in value]
+    if not isinstance(value, str) or not _is_path(value, name):
         return value
     cached = _CACHED.fullmatch(value)
-    return f"{cached[1]}/{cached[2]}" if cached else Path(value).name
+    return f"{cached[1]}/{cached[2]}" if cached else PureWindowsPath(value).name or value
+
+
+def _is_path(text: str, name: str) -> bool:
+    """Whether a value of an option (without a name: any path) has folders that must not be told."""
+    if name and name not in PATHS and not name.endswith(_PATH_ENDS):
+        return text.startswith(("/", "~/")) and (bool(_FILE.search(text)) or checked_exists(text))
+    if text.startswith(("/", "~", ".", "\\")) or "\\" in text:
+        return text != "/"
+    if not name and " " in text:
+        return False
+    return "/" in text and (text.count("/") > 1 or bool(_FILE.search(text)) or not is_hub_name(text)) and "://" not in text
+
+
+_PATH_ENDS = ("_path", "_file", "_dir", "_folder")
+_FILE = re.compile(r"\.(jsonl?|gz|csv|parquet|arrow|py(:\w+)?|safetensors|ya?ml|txt|gguf)$")
+
+
+def markdown(text: Any) -> str:
+    """Text from outside as plain text of Markdown: without HTML, links, code and line ends.
+
+    >>> markdown("<img src=x>\\n# a|b `c`")
+    '&lt;img src=x&gt; # a\\\\|b \\\\`c\\\\`'
+    """
+    escaped = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([|`\[\]*\\])", r"\\\1", printable(escaped))
 
 
 def _data(config: Values, rows: Mapping[str, int]) -> str:
     counted = ", ".join(f"{count} {'rows' if name == 'train' else name}" for name, count in rows.items() if count)
-    return f"{config.get('data') or 'custom data'}{f' ({counted})' if counted else ''}"
+    return f"{markdown(config.get('data') or 'custom data')}{f' ({counted})' if counted else ''}"
 
 
 def _base(config: Values) -> str:
@@ -217,6 +251,7 @@ def _base(config: Values) -> str:
     form = config.get("quantize")
     if not form:
         return ""
+    form = markdown(form)
     kind = form if form.startswith("mx") else f"{form} bits"
     return (
         f" The model was quantized to {kind} as it was loaded (`--quantize {form}`), so the adapters fit the output of "
@@ -225,11 +260,17 @@ def _base(config: Values) -> str:
 
 
 def _usage(name: str | None) -> str:
-    return f'```bash\nmlx_lm.generate --model {name or "MODEL"} --adapter-path . --prompt "Hello"\n```'
+    told = shlex.quote(" ".join(name.replace("`", "'").split())) if name else "MODEL"  # people paste it
+    return f'```bash\nmlx_lm.generate --model {told} --adapter-path . --prompt "Hello"\n```'
 
 
 def _code(values: Values) -> list[tuple[str, str]]:
-    return [(f"`{name}`", f"`{value}`") for name, value in values.items()]
+    return [(_as_code(name), _as_code(value)) for name, value in values.items()]
+
+
+def _as_code(value: Any) -> str:
+    """A value in a code span, which must neither end early nor break the line."""
+    return f"`{' '.join(str(value).split()).replace('`', chr(39))}`"
 
 
 def changed_options(config: Values, info: MethodInfo = CUSTOM) -> dict[str, Any]:
@@ -249,7 +290,7 @@ def _results(metrics: Sequence[Values]) -> tuple[tuple[str, ...], list[tuple[str
     columns = _columns(metrics)
     names = list(dict.fromkeys(name for row in columns.values() for name in numbers(row)))
     head = ("metric", *(f"{title} (step {row.get('step')})" for title, row in columns.items()))
-    return head, [(name, *(_number(row.get(name)) for row in columns.values())) for name in names]
+    return head, [(markdown(name), *(_number(row.get(name)) for row in columns.values())) for name in names]
 
 
 def _columns(metrics: Sequence[Values]) -> dict[str, Values]:
@@ -273,5 +314,10 @@ def _table(title: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> s
     """A section with a Markdown table; empty if there are no lines."""
     if not lines:
         return ""
-    escaped = ([text.replace("|", "\\|") for text in line] for line in (head, ["---"] * len(head), *lines))
+    escaped = ([_cell(text) for text in line] for line in (head, ["---"] * len(head), *lines))
     return "\n".join((f"## {title}\n", *(f"| {' | '.join(line)} |" for line in escaped)))
+
+
+def _cell(text: str) -> str:
+    """A cell of a table; a bar that is not escaped would end it."""
+    return re.sub(r"(?<!\\)\|", r"\\|", text)

@@ -1,8 +1,8 @@
 """Several runs to compare: which folders are runs, and which result is the best of its line."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
+from ..utils.paths import checked_path
 from .history import METRICS, Record, past_run
 
 
@@ -16,7 +16,7 @@ def found_runs(directories: Sequence[str]) -> tuple[list[Record], list[str]]:
     """
     runs, others = [], []
     for directory in directories:
-        folder = Path(directory)
+        folder = checked_path(directory, "report")
         below = [] if (folder / METRICS).is_file() or not folder.is_dir() else sorted(folder.iterdir())
         inner = [str(path) for path in below if (path / METRICS).is_file()]
         if inner or (folder / METRICS).is_file():

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-import yaml
 from attrs import field, frozen
 
 from ..config.config_file import METHOD
-from ..errors import InputError, plain, quoted
-from ..utils.paths import within
+from ..errors import InputError, plain
+from ..utils.parse import MOST_LINES, sound_records, yaml_mapping
+from ..utils.paths import checked_path, within
 from .reporter import Values, numbers
 
 METRICS, SAMPLES, SETTINGS, PAGE, PICTURE = "metrics.jsonl", "samples.jsonl", "config.yaml", "report.html", "metrics.png"
@@ -79,7 +79,7 @@ def past_run(directory: str | Path) -> Record:
     Raises:
         InputError: the folder has no run.
     """
-    if not (Path(directory) / METRICS).is_file():
+    if not (checked_path(directory, "report") / METRICS).is_file():
         raise InputError(f"{directory}: no {METRICS} there; name the --adapter-path of a run")
     return read_record(directory)
 
@@ -87,7 +87,12 @@ def past_run(directory: str | Path) -> Record:
 def read_record(directory: str | Path) -> Record:
     """Reads the files of a run; missing files count as empty."""
     folder = Path(directory)
-    return Record(str(directory), read_settings(folder / SETTINGS), read_lines(folder / METRICS), read_lines(folder / SAMPLES))
+    return Record(
+        str(directory),
+        read_settings(folder / SETTINGS),
+        sound_records(read_lines(folder / METRICS)),
+        sound_records(read_lines(folder / SAMPLES)),
+    )
 
 
 def read_settings(file: Path) -> dict[str, Any]:
@@ -96,19 +101,23 @@ def read_settings(file: Path) -> dict[str, Any]:
     Raises:
         InputError: the file is damaged.
     """
-    within(file)
     try:
-        config = (yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None) or {}
+        config = yaml_mapping(file) if file.is_file() else {}
+    except InputError:
+        raise
     except Exception as error:  # PyYAML raises more than YAMLError: a KeyError for `!!bool x`
         raise InputError(f"{file}: damaged: not the options of a run ({plain(str(error))})") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{file}: damaged: not the options of a run, but {quoted(config)}")
-    return config
+    return {name: value if name not in _TEXTS or value is None else str(value) for name, value in config.items()}
+
+
+_TEXTS = {"model", "data", METHOD, "train_type", "quantize", "adapter_path"}  # others would be no options of a run
 
 
 def read_lines(file: Path) -> list[Values]:
     """Reads the objects of a JSONL file; skips the half line that a killed run left. A missing file has none."""
     rows = []
+    if file.is_file() and file.stat().st_size > MOST_LINES:
+        raise InputError(f"{file}: {file.stat().st_size:,} bytes, {MOST_LINES:,} are the limit")
     for line in within(file).read_bytes().splitlines() if file.is_file() else ():
         try:
             rows.append(orjson.loads(line))
@@ -162,4 +171,4 @@ def differing(records: Sequence[Record]) -> dict[str, list[Any]]:
     return {name: values for name, values in columns.items() if any(value != values[0] for value in values)}
 
 
-_NO_DIFFERENCE = {"adapter_path", "overwrite", "resume", "quiet", "show_config", "plot", "report_to"}
+_NO_DIFFERENCE = {"adapter_path", "overwrite", "resume", "quiet", "show_config", "plot", "report_to", "project_name"}

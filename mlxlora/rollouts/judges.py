@@ -13,7 +13,9 @@ from attrs import frozen
 from ..data.chat_template import rendering
 from ..data.tokenize import check_ids
 from ..errors import InputError, reason
+from ..models.config_check import check_model_config
 from ..models.modes import vocabulary
+from ..utils.paths import checked_path
 from ..utils.safetensors import check_header
 from ..utils.trust import check_model_code
 from .reward_functions import TextOrMessages
@@ -70,8 +72,9 @@ def reward_model(folder: str) -> NamedReward:
     from mlx_lm.utils import load_model
     from mlx_lm.utils import load_tokenizer as tokenizer_of
 
-    path = Path(folder)
+    path = checked_path(folder, "--reward-model")
     check_model_code(path, f"--reward-model {folder}", trusted=None)
+    check_model_config(path / "config.json", f"--reward-model {folder}")
     head = _score_weight(path)
     try:
         model: Any = load_model(path, strict=False)[0]

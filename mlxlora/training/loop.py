@@ -259,6 +259,19 @@ def _warn_of_skipped(result: StepResult, progress: Progress, rows: Sequence[str]
     raise SharedError(f"{problem}{times}; the weights are those of step {good}. Try {remedy}")
 
 
+def check_trained(progress: Progress) -> None:
+    """Checks that a run changed the weights.
+
+    Raises:
+        SharedError: every step was skipped, because no loss or gradient was finite.
+    """
+    if progress.step and progress.skipped == progress.step:
+        raise SharedError(
+            f"every step was skipped ({progress.step} of {progress.step} were not finite), so the weights are as they were. Try "
+            "other rows, a smaller --scale or --learning-rate, or another model"
+        )
+
+
 def _advance(progress: Progress, result: StepResult, seconds: tuple[float, float], done: _Begun) -> None:
     """Counts a step; the metrics of a skipped step count in no mean."""
     window, metrics = progress.window, result.metrics | pooled(micro.metrics for micro in done.micros)

@@ -17,7 +17,7 @@ from .evaluate import Evaluate
 from .hooks import CHECKPOINT, REPORT, VALIDATION, Report, Told, Validation
 from .inputs import Run
 from .interrupt import Interruptible
-from .loop import Every, LoopOptions, train
+from .loop import Every, LoopOptions, check_trained, train
 from .overview import overview
 from .prepared import Prepared, compiled, prepare_run
 from .progress import Progress
@@ -115,6 +115,7 @@ def _train(
     with interrupt, saver.saved_on_exit(progress, reporter):
         told.settle(progress)
         train(step, batches_of_steps(schedule, prepared.train, progress.step), progress, total, hooks, how)
+        check_trained(progress)
 
 
 def _results(progress: Progress, step: Step, run: Run, seconds: float) -> dict[str, Any]:

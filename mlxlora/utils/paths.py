@@ -44,6 +44,18 @@ def _fault(text: str) -> str:
     return f"a path of {len(written)} bytes is too long, {PATH_BYTES} are the limit" if len(written) > PATH_BYTES else ""
 
 
+def not_special(path: Path, flag: str) -> Path:
+    """A path that is read: a file, a folder, or nothing yet.
+
+    Raises:
+        InputError: it is a pipe or a device, which a run would read only once or wait for.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        kind = "a pipe" if path.is_fifo() else "a device or socket"
+        raise InputError(f"{flag} {path} is {kind}, which is read only once; write its content to a file and name that")
+    return path
+
+
 def real(path: str | os.PathLike[str]) -> Path:
     """The path without links; links in a circle stay."""
     return Path(os.path.realpath(path))
@@ -88,3 +100,11 @@ def check_links(folder: Path, named: str, *, apart_from: str = "") -> None:
             raise InputError(
                 f"{named}: {plain(file.name)} is a link that leaves the folder, so it is not read; copy the file there"
             )
+
+
+def checked_exists(path: str) -> bool:
+    """Whether there is something at a path; False for a text that no file system takes."""
+    try:
+        return os.path.exists(checked_path(path, "path"))  # noqa: PTH110 - of a text from a file
+    except InputError:
+        return False

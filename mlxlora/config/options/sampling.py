@@ -12,8 +12,8 @@ from ..fields import group, option
 class SamplingOptions:
     """How completions are sampled."""
 
-    group_size: int = option(4, "Completions of each prompt; a batch has --batch-size prompts.", v.ge(1))
-    max_completion_length: int = option(512, "Longest completion, tokens.", v.ge(1))
+    group_size: int = option(4, "Completions of each prompt; a batch has --batch-size prompts.", v.ge(1), v.le(2**16))
+    max_completion_length: int = option(512, "Longest completion, tokens.", v.ge(1), v.le(2**20))
     temperature: float = option(1.0, "Temperature of sampling and of the loss: logits are divided by it.", v.ge(1e-6))
     top_p: float = option(1.0, "Sample among the likeliest tokens that together have this probability.", v.gt(0), v.le(1))
     top_k: int = option(0, "Sample among this many likeliest tokens; 0 = all.", v.ge(0))
@@ -32,14 +32,14 @@ class SamplingOptions:
 class PairSampling(SamplingOptions):
     """How the completions of on-policy pairs are sampled."""
 
-    group_size: int = option(2, "Completions of each prompt; the best and the worst make a pair.", v.ge(2))
+    group_size: int = option(2, "Completions of each prompt; the best and the worst make a pair.", v.ge(2), v.le(2**16))
 
 
 @group("Sampling")
 class OwnSampling(SamplingOptions):
     """How the student's own completions are sampled."""
 
-    group_size: int = option(1, "Completions of each prompt; a batch has --batch-size prompts.", v.ge(1))
+    group_size: int = option(1, "Completions of each prompt; a batch has --batch-size prompts.", v.ge(1), v.le(2**16))
 
 
 @group("Rewards")

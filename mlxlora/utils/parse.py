@@ -1,0 +1,122 @@
+"""Reads small files of unknown origin within bounds: a few bytes must not become gigabytes, hours or endless recursion."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import InputError, listed
+from .paths import not_special, within
+
+MOST_YAML, MOST_VALUES, MOST_LEVELS = 1 << 19, 100_000, 40
+"""Bytes of a YAML file; values and levels after all aliases are followed."""
+
+MOST_LINES = 1 << 29
+"""Bytes of a JSONL file that a run left."""
+
+_WHOLE, _NAMES = 2**53, 1000
+
+
+class PlainLoader(yaml.SafeLoader):
+    """PyYAML's own rules; mlx-lm changes those of `SafeLoader` for the whole process, so that `._` becomes a number."""
+
+    yaml_implicit_resolvers = dict(yaml.resolver.Resolver.yaml_implicit_resolvers)  # noqa: RUF012
+
+
+def yaml_text(file: Path, flag: str) -> str:
+    """The text of a YAML file.
+
+    Raises:
+        InputError: it is too large, or not a plain file.
+        OSError, UnicodeDecodeError: it cannot be read.
+    """
+    size = not_special(file, flag).stat().st_size
+    if size > MOST_YAML:
+        raise InputError(f"{file}: {size:,} bytes of YAML, {MOST_YAML:,} are the limit")
+    return file.read_text(encoding="utf-8")
+
+
+def check_node(root: yaml.Node | None, named: str) -> None:
+    """Checks how large the value of a YAML node is, before it is made: aliases multiply.
+
+    Raises:
+        InputError: it has too many values or levels, or contains itself.
+    """
+    _measure(root, named, {}, 0)
+
+
+def _measure(node: yaml.Node | None, named: str, known: dict[int, tuple[int, int]], level: int) -> tuple[int, int]:
+    """The number of values and of levels of a node with its aliases."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1, 0
+    if known.get(id(node)) == _BEGUN or level + known.get(id(node), _BEGUN)[1] > MOST_LEVELS:
+        raise InputError(f"{named}: lists or mappings are nested too deeply; {MOST_LEVELS} levels are the limit")
+    if id(node) not in known:
+        known[id(node)] = _BEGUN
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+        found = [_measure(part, named, known, level + 1) for part in parts]
+        known[id(node)] = 1 + sum(values for values, _ in found), 1 + max((levels for _, levels in found), default=0)
+    if known[id(node)][0] > MOST_VALUES:
+        raise InputError(f"{named}: more than {MOST_VALUES:,} values with all aliases; write them out, or leave some out")
+    return known[id(node)]
+
+
+_BEGUN = (0, 0)  # of a node whose parts are being measured: it must not be among them
+
+
+def yaml_mapping(file: Path) -> dict[str, Any]:
+    """The options that a YAML file of unknown origin holds, as JSON has them: dates and other values of YAML become text.
+
+    Raises:
+        InputError: it is too large or deep, or is no mapping.
+        Exception: it is no YAML; PyYAML raises more than its own errors.
+    """
+    loader = PlainLoader(yaml_text(within(file), "--resume"))
+    node = loader.get_single_node()
+    check_node(node, str(file))
+    value = {} if node is None else loader.construct_document(node)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise InputError(f"{file}: damaged: not the options of a run, but {listed([str(value)])}")
+    return {str(name): _as_json(item) for name, item in value.items()}
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _as_json(item) for name, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_as_json(item) for item in value]
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def sound_records(records: list[Any]) -> list[dict[str, Any]]:
+    """Records of a run of unknown origin: objects with a step that is a count, a split that is text, and numbers that are finite.
+
+    Other values of these kinds are left out, and so are metrics past the first thousand.
+
+    >>> sound_records([{"step": 1, "split": "train", "loss": 2.0, "x": 1e999}, {"step": "?"}, 3])
+    [{'step': 1, 'split': 'train', 'loss': 2.0, 'x': None}]
+    """
+    names: dict[str, None] = {}
+    kept = []
+    for record in records:
+        if not isinstance(record, dict) or not _is_step(record.get("step", 0)) or not isinstance(record.get("split", ""), str):
+            continue
+        for name in record:
+            if len(names) < _NAMES:
+                names.setdefault(name)
+        kept.append({name: _number_or_text(value) for name, value in record.items() if name in names})
+    return kept
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _WHOLE
+
+
+def _number_or_text(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value if abs(value) < 1e300 and math.isfinite(value) else None
+    return value
