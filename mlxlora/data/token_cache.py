@@ -5,6 +5,7 @@ options, our code and the versions of the packages that it calls. A change of an
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from datetime import date
 from functools import partial
@@ -84,10 +85,38 @@ def tokenizer_identity(tokenizer: Any) -> bytes | None:
         "own template": getattr(own, "__module__", None) and f"{own.__module__}.{own.__qualname__}",
         "special": {name: str(token) for name, token in inner.special_tokens_map.items()},
         "ends": sorted(tokenizer.eos_token_ids),
-        "adds": [getattr(inner, "add_bos_token", None), getattr(inner, "add_eos_token", None)],
+        "behavior": {name: _plainly(value) for name, value in vars(inner).items() if name not in _NO_BEHAVIOR},
+        "made with": {name: _plainly(value) for name, value in inner.init_kwargs.items() if name not in _NO_BEHAVIOR},
         "today": date.today().isoformat() if "strftime_now" in str(template) else None,  # the template of Llama 3 shows the date
     }
     return orjson.dumps(settings, option=orjson.OPT_SORT_KEYS) + b"\n" + inner.backend_tokenizer.to_str().encode()
+
+
+_NO_BEHAVIOR = {
+    "_tokenizer",
+    "init_kwargs",
+    "init_inputs",
+    "name_or_path",
+    "tokenizer_file",
+    "vocab_file",
+    "merges_file",
+    "verbose",
+}
+_NO_BEHAVIOR |= {"chat_template_file", "deprecation_warnings", "files_loaded", "_in_target_context_manager", "_commit_hash"}
+_NO_BEHAVIOR |= {"is_local", "local_files_only", "backend"}
+"""What says where a tokenizer came from, or what it has told already."""
+
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+def _plainly(value: Any) -> str:
+    """A setting of a tokenizer as text; equal settings have equal texts, also with sets and objects in them."""
+    if isinstance(value, dict):
+        return str(sorted((str(name), _plainly(item)) for name, item in value.items()))
+    if isinstance(value, list | tuple):
+        return str([_plainly(item) for item in value])
+    return str(sorted(map(str, value))) if isinstance(value, set | frozenset) else _ADDRESS.sub("", repr(value))
 
 
 def _prepare_identity(prepare: Callable[..., Any]) -> bytes | None:

@@ -174,12 +174,40 @@ def log_probabilities(examples: Sequence[Example], score: Scorer, batch_size: in
 
 
 def reference_cache_file(model: str, dtype: str) -> Path:
-    """The file that caches the log-probabilities of `model`, in $MLXLORA_CACHE or ~/.cache/mlxlora, by its name and files."""
-    folder = Path(model)
-    files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.json")) if folder.is_dir() else []
-    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    key = hashlib.sha256(repr((str(folder.resolve()) if files else model, dtype, stats)).encode()).hexdigest()
+    """The file that caches the log-probabilities of `model`, in $MLXLORA_CACHE or ~/.cache/mlxlora, by its name and content.
+
+    Of a model of the hub, the name of the snapshot counts, which is its revision.
+    """
+    folder = Path(model) if Path(model).is_dir() else snapshot_of(model)
+    files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.json")) if folder else []
+    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns, sampled_digest(f)) for f in files]
+    key = hashlib.sha256(repr((str(folder.resolve()) if folder and files else model, dtype, stats)).encode()).hexdigest()
     return cache_folder("reference") / f"{key[:24]}.safetensors"
+
+
+def snapshot_of(model: str) -> Path | None:
+    """The folder of a hub model in the hub's cache, as mlx-lm has just loaded it; None if there is none."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(model, "config.json")
+    except (HFValidationError, OSError):
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def sampled_digest(file: Path) -> str:
+    """A digest of a file's beginning, end and blocks between: weights that were exchanged differ there, whatever their date."""
+    size, digest = file.stat().st_size, hashlib.sha256()
+    with file.open("rb") as opened:
+        for start in sorted({0, max(size - _BLOCK, 0), *(size * part // _BLOCKS for part in range(_BLOCKS))}):
+            opened.seek(start)
+            digest.update(opened.read(_BLOCK))
+    return digest.hexdigest()
+
+
+_BLOCK, _BLOCKS = 1 << 14, 64
 
 
 def cache_of_start(cache: Path, model: nn.Module, options: AdapterOptions) -> Path:
