@@ -23,6 +23,7 @@ from ..reporting.history import METRICS, read_lines
 from ..utils.files import atomic_directory, sweep
 from ..utils.rng import restore_random_key
 from .optimizers import put_state
+from .origin import UNKNOWN_ORIGIN, RunOrigin, origin_of_state
 from .progress import Progress, progress_of, state_of
 from .trainable import layout, stored_state
 
@@ -34,7 +35,14 @@ _STEP = re.compile(r"\d{7,}")
 
 
 def save_checkpoint(
-    directory: Path, model: nn.Module, optimizer: optim.Optimizer, progress: Progress, options: AdapterOptions, *, keep: int = 0
+    directory: Path,
+    model: nn.Module,
+    optimizer: optim.Optimizer,
+    progress: Progress,
+    options: AdapterOptions,
+    origin: RunOrigin = UNKNOWN_ORIGIN,
+    *,
+    keep: int = 0,
 ) -> Path:
     """Writes `checkpoints/<step>`, an adapter directory with the optimizer and the state of the run; then removes old ones.
 
@@ -50,7 +58,7 @@ def save_checkpoint(
         if not is_uniform(model):
             save_arrays(temporary / OWN, own_arrays(model))
         save_arrays(temporary / OPTIMIZER, {RANDOM: progress.key, **stored_state(model, optimizer)})
-        state = state_of(progress)
+        state = {**state_of(progress), "origin": origin.state()}
         digests = {name: _digest(temporary / name) for name in _CHECKED if (temporary / name).exists()}
         state["sha256"] = {STATE: _digest_of(state), **digests}
         (temporary / STATE).write_bytes(orjson.dumps(state, option=orjson.OPT_INDENT_2))
@@ -119,6 +127,11 @@ def newest(directory: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
+def read_origin(path: Path) -> RunOrigin:
+    """What the run of a good checkpoint was made of; one of an early version does not say."""
+    return origin_of_state(orjson.loads((path / STATE).read_bytes()).get("origin", {}))
+
+
 def at_best(directory: Path, best: float) -> Path | None:
     """The undamaged checkpoint of the step whose validation loss was the best, if there is one."""
     steps = [row.get("step") for row in read_lines(directory / METRICS) if row.get("split") == "valid" and row.get("loss") == best]
@@ -134,7 +147,7 @@ def _is_good(path: Path) -> bool:
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    """The checked state of a checkpoint, without its digests."""
+    """The checked state of a checkpoint, without its digests and its origin."""
     try:
         state = orjson.loads((path / STATE).read_bytes())
         digests = state.pop("sha256")
@@ -144,6 +157,7 @@ def _read_state(path: Path) -> dict[str, Any]:
             raise ValueError("sha256 must have the digests of the files")
         if links := [name for name in (STATE, *digests) if (path / name).is_symlink()]:
             raise ValueError(f"{links[0]} is a link")
+        origin_of_state(state.pop("origin", {}))
         progress_of(state, mx.zeros(2, mx.uint32))
         damaged += [name for name, digest in digests.items() if _digest(path / name) != digest]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:

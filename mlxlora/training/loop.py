@@ -17,7 +17,7 @@ from ..utils.rng import random_key
 from .interrupt import Abandoned, Interruptible
 from .micro_batch import BatchDivider
 from .progress import Progress
-from .rounding import Rounding
+from .rounding import RunRounding
 from .step import LazyResult, Step, StepResult
 
 Hook = Callable[[Progress, Sequence[MicroBatch]], None]
@@ -44,7 +44,7 @@ class LoopOptions:
 
     repeats: int = 1
     divider: BatchDivider | None = None
-    rounding: Rounding | None = None
+    rounding: RunRounding | None = None
     ranks: Ranks = ALONE
     ahead: bool = False
     skips: int = SKIPS

@@ -36,9 +36,10 @@ from .evaluate import Evaluate, make_evaluate, mean_measures
 from .inputs import Run, RunOptions
 from .micro_batch import BatchDivider, cost_of_position, fixed_size
 from .optimizers import make_optimizer
+from .origin import BASE_WEIGHTS, base_digest, digests_of, weight_samples
 from .rank_sync import check_ranks
 from .reference import CONTINUED, Policy, cache_of_start, policy_at_start, referenced, with_reference
-from .rounding import Rounding
+from .rounding import RunRounding
 from .schedule import Schedule
 from .step import Step, columns_of, make_step
 
@@ -55,15 +56,17 @@ class Prepared:
         train: makes training batches.
         valid: makes batches of validation and test.
         ranks: the processes that train together, each with slices of the parameters if they are sharded.
+        digests: of the rows, the base weights and the tokenizer.
     """
 
     schedule: Schedule
     score: Scorer
-    rounding: Rounding
+    rounding: RunRounding
     optimizer: optim.Optimizer
     train: Make
     valid: Make
     ranks: Ranks
+    digests: Mapping[str, str]
 
 
 def prepare_run(run: Run, reporter: Reporter, only: Mapping[str, Sequence[int]] | None = None) -> Prepared:
@@ -82,12 +85,14 @@ def prepare_run(run: Run, reporter: Reporter, only: Mapping[str, Sequence[int]] 
     schedule = Schedule(run.source, run.splits, training)
     _check_splits(schedule, run.options)
     comparing = compares_rows(run.objective)
-    check_ranks(ranks, comparing, (e for split in run.splits.values() for item in split.items for e in run.source.examples(item)))
+    digests, samples = _made_of(run, comparing)
     rows = fixed_size(training, comparing)
     if training.fully_shard:
         ranks = shard(run.model, ranks)
     limit, saved = limit_memory(training.memory_limit), _saved_by_sharing(schedule, ranks)
     _make_trainable(run, ranks, earlier)
+    if samples:
+        digests[BASE_WEIGHTS] = base_digest(samples, run.model)
     policy, reference_size = _reference_policy(run)
     if policy and not run.source.online:
         together = _sequences_of_item(schedule) if saved is not None else 1
@@ -116,13 +121,23 @@ def prepare_run(run: Run, reporter: Reporter, only: Mapping[str, Sequence[int]] 
         vocabularies=score.others | reference_size,
     )
     divider = BatchDivider(limit, cost, rows, comparing=tuple(comparing))
-    rounding = Rounding(Signatures(), context.shapes, divider, ranks)
+    rounding = RunRounding(Signatures(), context.shapes, divider, ranks)
     train = plain_maker(schedule.source, context, rounding.batches)
     valid = plain_maker(schedule.source, evolve(context, validation=True, shapes=Signatures()))
     if live:  # validation measures rewards, which need no reference
         train = referenced(train, live, run.source.temperature)
     paths = [path for path, _ in tree_flatten(run.model.trainable_parameters())]  # type: ignore[misc]
-    return Prepared(schedule, score, rounding, make_optimizer(training, schedule.steps, paths), train, valid, ranks)
+    optimizer = make_optimizer(training, schedule.steps, paths)
+    return Prepared(schedule, score, rounding, optimizer, train, valid, ranks, digests)
+
+
+def _made_of(run: Run, comparing: Sequence[str]) -> tuple[dict[str, str], dict[str, bytes]]:
+    """Digests of what a run is made of, which ranks compare, and samples of the weights; none of slices, which are read later."""
+    samples = {} if run.options.training.fully_shard else weight_samples(run.model)
+    digests = digests_of(run.splits, run.tokenizer)
+    weights = {BASE_WEIGHTS: base_digest(samples, nn.Module())} if samples else {}
+    check_ranks(run.ranks, comparing, run.options.config, digests | weights)
+    return digests, samples
 
 
 def compiled(run: Run, prepared: Prepared) -> tuple[Step, Evaluate]:

@@ -1,20 +1,19 @@
 """Checks before the first step that the ranks of a run may train together, and gives them one state."""
 
-import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import mlx.nn as nn
+import orjson
 from attrs import fields
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..adapters.files import CONFIG, check_arrays, check_settings, own_arrays, put_arrays, read_adapter_config, read_arrays
 from ..adapters.prepare import load_weights
-from ..data.tokenize import Example
 from ..distributed.ranks import Ranks
 from ..distributed.sharded_files import Sliced, stored
-from ..errors import InputError, LostError, SharedError
+from ..errors import InputError, LostError, SharedError, plain
 from ..utils.rng import random_key, restore_random_key
 from .checkpoint import FOLDER, at_best, initial
 from .optimizers import put_state
@@ -25,12 +24,18 @@ from .trainable import stored_state
 _Result = TypeVar("_Result")
 
 
-def check_ranks(ranks: Ranks, comparing: Sequence[str], examples: Iterable[Example]) -> None:
-    """Checks that every rank has the same rows, and that no term of the objective compares rows.
+def check_ranks(ranks: Ranks, comparing: Sequence[str], config: Mapping[str, Any], digests: Mapping[str, str]) -> None:
+    """Checks that every rank has the same options, rows, weights and tokenizer, and that no term of the objective compares rows.
+
+    Args:
+        ranks: the processes that train together.
+        comparing: names of terms that compare rows.
+        config: the options of this rank by name.
+        digests: of what this rank trains on and with, by name.
 
     Raises:
         InputError: a term compares rows.
-        SharedError: a rank has other rows.
+        SharedError: a rank has other options or files.
     """
     if ranks.size == 1:
         return
@@ -38,10 +43,22 @@ def check_ranks(ranks: Ranks, comparing: Sequence[str], examples: Iterable[Examp
         remedy = "use one process, or another loss (for bnpo dapo, which is the same with one batch a step)"
         refused = InputError if ranks.leads else SharedError
         raise refused(f"{', '.join(comparing)}: this term compares the rows of a batch, which {ranks.size} ranks share; {remedy}")
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(example.tokens.tobytes() + b"|" + example.loss_mask.tobytes())
-    ranks.check_same("rows", digest.digest())
+    options = {name: value for name, value in config.items() if name not in _OF_ONE_RANK}
+    _check_options(ranks.listed([orjson.loads(orjson.dumps(options, default=str, option=orjson.OPT_NON_STR_KEYS))]))
+    for name in sorted({name for known in ranks.listed([sorted(digests)]) for name in known}):
+        ranks.check_same(name, digests.get(name, "").encode())
+
+
+_OF_ONE_RANK = {"model", "data", "adapter_path", "token_cache", "quiet", "show_config", "plot", "report_to", "memory_limit"}
+"""Options that need not be the same on every rank: what is in the files of the first two is compared."""
+
+
+def _check_options(of_ranks: Sequence[Mapping[str, Any]]) -> None:
+    first = of_ranks[0]
+    for rank, own in enumerate(of_ranks):
+        if others := [name for name in sorted(first.keys() | own.keys()) if first.get(name) != own.get(name)]:
+            differences = "; ".join(f"{name} is {plain(own.get(name))}, at rank 0 {plain(first.get(name))}" for name in others)
+            raise SharedError(f"rank {rank} has other options than rank 0 ({differences}); give every rank the same command")
 
 
 def broadcast(ranks: Ranks, step: Step, optimizer: Any, progress: Progress) -> None:

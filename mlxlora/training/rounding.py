@@ -18,7 +18,7 @@ State = Mapping[str, Any]
 
 
 @define(eq=False)
-class Rounding:
+class RunRounding:
     """The histories of one rank, and what it knows about those of the others.
 
     Attributes:

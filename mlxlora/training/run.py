@@ -18,10 +18,12 @@ from .hooks import CHECKPOINT, REPORT, VALIDATION, Report, Told, Validation
 from .inputs import Run
 from .interrupt import Interruptible
 from .loop import Every, LoopOptions, check_trained, train
+from .origin import RunOrigin
 from .overview import overview
 from .prepared import Prepared, compiled, prepare_run
 from .progress import Progress
 from .rank_sync import broadcast, restore_saved
+from .run_folder import fixed_options
 from .saving import Saver
 from .schedule import batches_of_split, batches_of_steps
 from .step import Step
@@ -52,8 +54,10 @@ def execute_run(run: Run, reporter: Reporter, questions: Sequence[Question] = ()
 
 
 def _execute(run: Run, prepared: Prepared, reporter: Reporter) -> dict[str, Any]:
-    saver = Saver(run.model, prepared.optimizer, run.options, prepared.ranks)
-    progress = saver.start(reporter, fixed=REFERENCE_OPTIONS if "ref_logps" in run.objective.needs else ())
+    fixed = REFERENCE_OPTIONS if "ref_logps" in run.objective.needs else ()
+    origin = RunOrigin(fixed_options(run.options.config, fixed), prepared.digests)
+    saver = Saver(run.model, prepared.optimizer, run.options, prepared.ranks, origin)
+    progress = saver.start(reporter, fixed)
     reporter.start(run.options.config)
     if run.ranks.leads:
         reporter.overview(overview(run, prepared))

@@ -40,10 +40,15 @@ def check_same(directory: Path, config: Mapping[str, Any], fixed: Collection[str
     """
     file = directory / SETTINGS
     before = read_settings(file)
-    changed = [k for k, v in config.items() if k not in _MAY_DIFFER.difference(fixed) and k in before and before[k] != v]
+    changed = [k for k, v in fixed_options(config, fixed).items() if k in before and before[k] != v]
     if changed:
         differences = "; ".join(f"{k} was {before[k]!r} and is {config[k]!r}" for k in changed)
         raise InputError(f"--resume: {differences}; give the options of {file}, or start another run")
+
+
+def fixed_options(config: Mapping[str, Any], fixed: Collection[str] = ()) -> dict[str, Any]:
+    """The options that a resumed run may not change, and those of `fixed`."""
+    return {name: value for name, value in config.items() if name not in _MAY_DIFFER.difference(fixed)}
 
 
 def check_no_adapters(directory: Path, weights: str, first: int) -> None:
@@ -70,5 +75,17 @@ def check_no_adapters(directory: Path, weights: str, first: int) -> None:
 _MAY_DIFFER = {
     *("iters", "epochs", "steps_per_report", "steps_per_eval", "val_batches", "save_every", "save_total_limit", "keep_best"),
     *("patience", "test", "quiet", "resume", "overwrite", "adapter_path", "resume_adapter_file", "token_cache"),
-    *("micro_batch", "memory_limit", "fully_shard", "dry_run", "show_config", "answers", "plot", "report_to"),
+    *(
+        "micro_batch",
+        "memory_limit",
+        "grad_checkpoint",
+        "fully_shard",
+        "allow_changed",
+        "dry_run",
+        "show_config",
+        "answers",
+        "plot",
+        "report_to",
+        "project_name",
+    ),
 }  # options that a resumed run may change

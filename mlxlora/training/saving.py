@@ -14,15 +14,16 @@ from ..adapters.files import WEIGHTS, save
 from ..data.own_template import stored_template
 from ..distributed.ranks import Ranks
 from ..distributed.watchdog import nothing
-from ..errors import InputError, LostError, RunError, SharedError
+from ..errors import InputError, LostError, RunError, SharedError, listed
 from ..reporting.callbacks import STOPPED
 from ..reporting.history import METRICS, SAMPLES, SETTINGS
 from ..reporting.reporter import Reporter, drop_record, truncate_after
 from ..utils.files import atomic_file
-from .checkpoint import checkpoints, load_checkpoint, newest, save_checkpoint
+from .checkpoint import checkpoints, load_checkpoint, newest, read_origin, save_checkpoint
 from .hooks import VALIDATION
 from .inputs import RunOptions
 from .loop import Abandoned
+from .origin import UNKNOWN_ORIGIN, RunOrigin, check_origin
 from .progress import Progress
 from .rank_sync import on_rank0, repair
 from .run_files import clean, mark_run
@@ -38,12 +39,14 @@ class Saver:
         optimizer: its state is part of a checkpoint.
         options: of the run.
         ranks: the processes that train together.
+        origin: what the run is made of; checkpoints have it.
     """
 
     model: nn.Module
     optimizer: optim.Optimizer
     options: RunOptions
     ranks: Ranks
+    origin: RunOrigin = UNKNOWN_ORIGIN
 
     @property
     def directory(self) -> Path:
@@ -129,6 +132,8 @@ class Saver:
             reporter.note(f"{problem}; an earlier one is used", warning=True)
         if output.resume:
             check_same(self.directory, config, fixed)
+        if path and (changed := check_origin(path, read_origin(path), self.origin, allowed=output.allow_changed)):
+            reporter.note(f"--allow-changed: {listed(changed)} changed since {path} was written", warning=True)
         self.directory.mkdir(parents=True, exist_ok=True)
         mark_run(self.directory)
         progress = self._new_run(reporter) if path is None else self._resumed(path, reporter)
@@ -167,7 +172,7 @@ class Saver:
         stays, begun = output.keep_best and progress.best is not None, bool(checkpoints(self.directory))
         if begun and not stays:  # before the checkpoint: nothing is saved after the last one
             self._adapters()
-        save_checkpoint(self.directory, self.model, self.optimizer, progress, self.options.adapter, keep=keep)
+        save_checkpoint(self.directory, self.model, self.optimizer, progress, self.options.adapter, self.origin, keep=keep)
         if not (begun or stays):  # after the first checkpoint: a run cannot resume from adapters alone
             self._adapters()
 

@@ -187,7 +187,7 @@ def _run(recipe: Recipe, model: nn.Module, tokenizer: Any, rows: dict[str, list[
         reporter = ReporterGroup(*reporter.members, Card(Path(output.adapter_path), rows_of, method))
     stored = dump(recipe.method, *groups.values())
     stored |= _of_objects(model, rows, groups[ModelOptions], source)
-    config = {name: value for name, value in stored.items() if name not in ("resume", "overwrite")}
+    config = {name: value for name, value in stored.items() if name not in ("resume", "overwrite", "allow_changed")}
     options = RunOptions(training, adapter, output, config, method, fixed_template(groups[ModelOptions]))
     whole = Run(model, tokenizer, recipe.objective, source, splits, options, ranks=ranks, callbacks=callbacks, **recipe.extras)
     if is_trained(model) and not output.resume:

@@ -16,6 +16,7 @@ class Output:
     adapter_path: PathOrName = option("adapters", "Folder for adapters, metrics, configuration and checkpoints.")
     overwrite: bool = option(False, "Replace the files of an earlier run in --adapter-path.")
     resume: bool = option(False, "Continue the run in --adapter-path exactly from its last checkpoint.")
+    allow_changed: bool = option(False, "Continue a run whose rows, base weights or tokenizer changed since.")
     steps_per_report: int = option(10, "Steps between two reports.", v.ge(1))
     steps_per_eval: int = option(200, "Steps between two validations; 0 = only after the last step.", v.ge(0))
     val_batches: int = option(25, "Batches of a validation; -1 = all, 0 = none.", v.ge(-1))
