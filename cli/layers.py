@@ -125,10 +125,12 @@ def _rows_of_run(values: Mapping[str, Any], *, seeded: bool) -> dict[str, Any]:
     run = read_settings(file)
     name = run.get(METHOD)
     method = METHODS.get(name) if isinstance(name, str) else None
-    if method is None or method.kinds.kind(RowOptions) is not DataOptions:
+    asks = bool(values.get("rewards") or values.get("judge_model"))  # prompts, which rows of any method may have
+    if method is None or (method.kinds.kind(RowOptions) is not DataOptions and not asks):
         return {}
+    system = {"system": run["system"]} if asks and isinstance(run.get("system"), str) else {}
     seed = {"seed": run["seed"]} if seeded and type(run.get("seed")) is int else {}
-    return read_config(file, Reading(fields_of(DataOptions), strict=False), values, stored=True) | seed
+    return read_config(file, Reading(fields_of(DataOptions), strict=False), values, stored=True) | seed | system
 
 
 def _with_starter(method: str, layers: Layers, values: dict[str, Any]) -> dict[str, Any]:

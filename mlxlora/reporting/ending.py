@@ -80,8 +80,12 @@ def next_commands(config: Values, directory: str, prompt: str = "", *, validated
     folder = shlex.quote(_short_path(directory))
     asked = prompt if prompt and len(prompt) <= 60 and prompt.isprintable() else "Hello"
     commands = [f"mlxlora generate --adapter-path {folder} --prompt {shlex.quote(asked)}"]
-    if config.get("method") in _HAVE_A_LOSS and (validated or config.get("test")):
-        commands.append(f"mlxlora eval --adapter-path {folder} --split {'test' if config.get('test') else 'valid'}")
+    split = "test" if config.get("test") else "valid"
+    if validated and (rewards := config.get("rewards")) and not config.get("reward_model"):
+        own = f" --reward-file {shlex.quote(config['reward_file'])}" if config.get("reward_file") else ""
+        commands.append(f"mlxlora eval --adapter-path {folder} --split {split} --rewards {shlex.quote(','.join(rewards))}{own}")
+    elif config.get("method") in _HAVE_A_LOSS and (validated or config.get("test")):
+        commands.append(f"mlxlora eval --adapter-path {folder} --split {split}")
     commands.append(f"mlx_lm.chat --model {shlex.quote(_short_path(model))} --adapter-path {folder}")
     commands.append(f"mlxlora fuse --adapter-path {folder} --save-path {shlex.quote(_short_path(directory) + '-fused')}")
     return commands

@@ -68,9 +68,18 @@ def ranked_pairs(options: OnlineDPORun) -> Source:
     """Prompts whose best and worst completions make a pair (online DPO, XPO)."""
     judges: tuple[NamedReward, ...] = ()
     if options.judge_model is not None:
-        judges = (judge(*load_other(options.judge_model, options.part(ModelOptions), "--judge-model")),)
+        judges = (judge_of(options.judge_model, options.part(ModelOptions)),)
     rollouts = rollouts_from(options.part(SamplingOptions), options.part(RewardOptions), judges)
     return on_policy_pairs(options.part(PromptData), rollouts, explore=bool(options.xpo_alpha))
+
+
+def judge_of(model: str, options: ModelOptions) -> NamedReward:
+    """The judge that --judge-model names.
+
+    Raises:
+        InputError: no such model, or it cannot judge.
+    """
+    return judge(*load_other(model, options, "--judge-model"))
 
 
 def answers_of_student(options: GKDRun) -> Source:

@@ -282,11 +282,7 @@ def combine(matrix: np.ndarray, weights: Sequence[float]) -> np.ndarray:
 
 
 def check_columns(rewards: Sequence[NamedReward], columns: Mapping[str, Any], location: str) -> None:
-    """Checks that a row has the columns that the reward functions name.
-
-    Raises:
-        InputError: it has not.
-    """
+    """Raises an InputError if a row lacks a column that a reward function names."""
     base = {"prompts": [], "completions": [], "completion_ids": []}
     for reward in rewards:
         _arguments(reward, {**{name: [value] for name, value in columns.items()}, **base}, [location])

@@ -202,7 +202,7 @@ class Roller:
     def __call__(self, items: Sequence[Prompt], index: int) -> MicroBatch:
         """Samples and rewards a batch."""
         began, context, how = time.perf_counter(), self.context, self.how
-        groups = self._rolled(items, (index, 0))
+        groups = self.rolled(items, (index, 0))
         silent = context.ranks.interleaved(np.array([group.silent for group in groups], bool))
         if how.options.dynamic_sampling and not context.validation:
             groups = self._with_signal(groups, index)
@@ -219,7 +219,7 @@ class Roller:
         micro = MicroBatch(batch, tokens, rows, metrics, samples(groups, how.rewards), together)
         return micro if groups else as_padding(micro)
 
-    def _rolled(self, items: Sequence[Prompt], place: tuple[int, int]) -> list[CompletionGroup]:
+    def rolled(self, items: Sequence[Prompt], place: tuple[int, int]) -> list[CompletionGroup]:
         """A group for each of this rank's prompts; the same place of the same run gives the same completions."""
         context, how = self.context, self.how
         seed = np.random.SeedSequence((context.seed, int(context.validation), *place)).generate_state(1, np.uint64)[0]
@@ -248,7 +248,7 @@ class Roller:
                 break
             rng = np.random.default_rng((context.seed, index, attempt))
             others = [context.items[i] for i in rng.integers(len(context.items), size=len(silent))]
-            rolled = self._rolled(others, (index, attempt))
+            rolled = self.rolled(others, (index, attempt))
             signals = np.flatnonzero(~ranks.interleaved(np.array([group.silent for group in rolled], bool))).tolist()
             for place, number in zip(silent, signals, strict=False):
                 placed.pop(place, None)

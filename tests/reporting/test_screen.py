@@ -13,6 +13,7 @@ from rich.text import Text
 
 from mlxlora.methods import METHODS
 from mlxlora.reporting.columns import GENERAL, TABLE_COLUMNS, Layout, short_number
+from mlxlora.reporting.ending import next_commands
 from mlxlora.reporting.reporters import terminal_for
 from mlxlora.reporting.screen import Screen
 from mlxlora.reporting.stage import announced
@@ -209,3 +210,9 @@ def test_the_first_step_says_that_it_compiles():
     seen.progress(0, 600)
     assert any("0/600  compiling, once per run" in line for line in lines(seen))
     seen.finish({})
+
+
+def test_a_run_with_rewards_is_evaluated_by_them():
+    config = {"model": "m", "method": "grpo", "rewards": ["accuracy", "length(20)"], "reward_file": "mine.py"}
+    commands = next_commands(config, "out", validated=True)
+    assert "mlxlora eval --adapter-path out --split valid --rewards 'accuracy,length(20)' --reward-file mine.py" in commands
