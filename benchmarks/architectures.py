@@ -8,7 +8,8 @@ the boundary at which the model was cut into backbone and head, loss and gradien
 disabled: without its adapters the trained model is the base again, bit for bit. checkpoint: the gradient with
 recomputed blocks is that without. faster: what applies to it, each tried out on it: the loss keeps one row of its gradient
 for each scored token, not its logits (rows); a prompt is computed once for its completions (prompts); several examples share
-a row (packing); attention goes in chunks of queries where that pays, with the same gradient (chunks).
+a row (packing); attention goes in chunks of queries where that pays, with the same gradient (chunks); recurrent layers that
+mlx-lm computes token by token go in chunks, with the same gradient (recurrence).
 """
 
 import argparse
@@ -39,7 +40,7 @@ from mlxlora.data.tokenize import Example  # noqa: E402
 from mlxlora.models import attention  # noqa: E402
 from mlxlora.models.grad_checkpoint import checkpointed  # noqa: E402
 from mlxlora.models.logprobs import Scorer, scorer  # noqa: E402
-from mlxlora.models.recurrences import recurrence_by  # noqa: E402
+from mlxlora.models.recurrences import recurrence_by, recurrence_told  # noqa: E402
 from mlxlora.models.row_layouts import layout_obstacle, packed_layout  # noqa: E402
 
 STEPS = 4
@@ -170,6 +171,7 @@ def _faster(model: nn.Module) -> str:
         "prompts": layout_obstacle(score.forward, model) is None,
         "packing": layout_obstacle(score.forward, model, packed_layout) is None,
         "chunks": attention.hook(model) > 0 and _chunks(model, score),
+        "recurrence": recurrence_told(model) is not None and _recurrence(model, score),
     }
     return ", ".join(name for name, holds in found.items() if holds) or "none"
 
@@ -180,6 +182,13 @@ def _chunks(model: nn.Module, score: Scorer) -> bool:
         chunked = _gradient(model, score)
     with attention.using("fused"):
         return used.called and _difference(chunked, _gradient(model, score)) < 1e-4
+
+
+def _recurrence(model: nn.Module, score: Scorer) -> bool:
+    """Whether recurrent layers in chunks change no gradient."""
+    with recurrence_by("loop"):
+        loop = _gradient(model, score)
+    return _difference(_gradient(model, score), loop) < 1e-4
 
 
 def _checkpoint(model: nn.Module) -> str:

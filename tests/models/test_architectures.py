@@ -25,7 +25,7 @@ def test_every_claim_holds(name: str) -> None:
     result = examine(name)
     assert [result.lora, result.dora, result.disabled, result.checkpoint] == ["yes"] * 4, result.remark
     assert result.split not in ("", "no", "full logits"), result.remark
-    assert set(result.faster.split(", ")) <= {"rows", "prompts", "packing", "chunks"}, result.remark
+    assert set(result.faster.split(", ")) <= {"rows", "prompts", "packing", "chunks", "recurrence"}, result.remark
     assert "rows" in result.faster
 
 
