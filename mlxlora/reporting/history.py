@@ -9,7 +9,7 @@ from attrs import field, frozen
 
 from ..config.config_file import METHOD
 from ..errors import InputError, plain
-from ..utils.parse import MOST_LINES, sound_records, yaml_mapping
+from ..utils.parse import MOST_LINES, sound_records, sound_samples, yaml_mapping
 from ..utils.paths import checked_path, within
 from .reporter import Values, numbers
 
@@ -91,7 +91,7 @@ def read_record(directory: str | Path) -> Record:
         str(directory),
         read_settings(folder / SETTINGS),
         sound_records(read_lines(folder / METRICS)),
-        sound_records(read_lines(folder / SAMPLES)),
+        sound_samples(read_lines(folder / SAMPLES)),
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, plain
 
 _BEFORE = ".before.tmp"  # suffix of a folder that is being replaced
 
@@ -38,22 +38,23 @@ def atomic_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def check_replaceable(path: Path) -> None:
+def check_replaceable(path: Path, flag: str = "") -> None:
     """Checks that a file may appear at a path, in place of a file or a link if there is one.
 
     Raises:
         InputError: there is something else.
     """
+    named = f"{flag} " if flag else ""
     place = os.path.realpath(path.parent)
     if place == "/dev" or place.startswith(_OF_THE_SYSTEM):  # also a link there: /dev/stdout leads to a file or a terminal
-        raise InputError(f"{path} is a device, which a file cannot replace; name a file")
+        raise InputError(f"{named}{plain(str(path))} is a device, which a file cannot replace; name a file")
     try:
         mode = path.lstat().st_mode
     except OSError:  # nothing there, or the writer reports it
         return
     if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
         kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "device")
-        raise InputError(f"{path} is a {kind}, which a file cannot replace; name a file")
+        raise InputError(f"{named}{plain(str(path))} is a {kind}, which a file cannot replace; name a file")
 
 
 _OF_THE_SYSTEM = ("/dev/fd", "/proc", "/sys")

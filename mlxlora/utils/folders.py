@@ -113,7 +113,7 @@ def check_new_file(path: str | os.PathLike[str], flag: str, *, overwrite: bool) 
     file = checked_path(path, flag)
     if file.exists() and not file.is_file():
         raise InputError(f"{flag} {path} is {'a folder' if file.is_dir() else 'no plain file'}; name a file")
-    check_replaceable(file)
+    check_replaceable(file, flag)
     parent = next(folder for folder in file.absolute().parents if os.path.lexists(folder))
     if not parent.is_dir():
         raise InputError(f"{flag} {path}: {parent} is a file; name another place")

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import InputError, listed
+from ..errors import InputError, listed, quoted
 from .paths import not_special, within
 
 MOST_YAML, MOST_VALUES, MOST_LEVELS = 1 << 19, 100_000, 40
@@ -23,6 +23,20 @@ class PlainLoader(yaml.SafeLoader):
     """PyYAML's own rules; mlx-lm changes those of `SafeLoader` for the whole process, so that `._` becomes a number."""
 
     yaml_implicit_resolvers = dict(yaml.resolver.Resolver.yaml_implicit_resolvers)  # noqa: RUF012
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._level = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Stops at a depth that is refused anyway: PyYAML's time is quadratic in it."""
+        if self._level > 2 * MOST_LEVELS:
+            raise RecursionError
+        self._level += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._level -= 1
 
 
 def yaml_text(file: Path, flag: str) -> str:
@@ -93,30 +107,49 @@ def _as_json(value: Any) -> Any:
 
 
 def sound_records(records: list[Any]) -> list[dict[str, Any]]:
-    """Records of a run of unknown origin: objects with a step that is a count, a split that is text, and numbers that are finite.
+    """Metrics of a run of unknown origin: a step that is a count, a split that is text, and numbers that are finite.
 
-    Other values of these kinds are left out, and so are metrics past the first thousand.
+    Other values become None. Names that are empty are left out, and so are those past the first thousand.
 
     >>> sound_records([{"step": 1, "split": "train", "loss": 2.0, "x": 1e999}, {"step": "?"}, 3])
     [{'step': 1, 'split': 'train', 'loss': 2.0, 'x': None}]
     """
     names: dict[str, None] = {}
     kept = []
-    for record in records:
-        if not isinstance(record, dict) or not _is_step(record.get("step", 0)) or not isinstance(record.get("split", ""), str):
-            continue
+    for record in filter(_is_placed, records):
         for name in record:
-            if len(names) < _NAMES:
+            if len(names) < _NAMES and name.strip():
                 names.setdefault(name)
-        kept.append({name: _number_or_text(value) for name, value in record.items() if name in names})
+        kept.append({name: value if name == "split" else _number(value) for name, value in record.items() if name in names})
     return kept
 
 
-def _is_step(value: Any) -> bool:
-    return type(value) is int and 0 <= value < _WHOLE
+def sound_samples(samples: list[Any]) -> list[dict[str, Any]]:
+    """Completions of a run of unknown origin: text, numbers and messages; what is something else becomes text."""
+    return [{name: _text_or_messages(value) for name, value in sample.items()} for sample in filter(_is_placed, samples)]
 
 
-def _number_or_text(value: Any) -> Any:
+def _is_placed(record: Any) -> bool:
+    if not isinstance(record, dict) or not isinstance(record.get("split", ""), str):
+        return False
+    step = record.get("step", 0)
+    return type(step) is int and 0 <= step < _WHOLE
+
+
+def _number(value: Any) -> Any:
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 and math.isfinite(value)
+    return value if fits else None
+
+
+def _text_or_messages(value: Any) -> Any:
+    if value is None or isinstance(value, str):
+        return value
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return value if abs(value) < 1e300 and math.isfinite(value) else None
-    return value
+        return _number(value)
+    flat = isinstance(value, list) and all(isinstance(item, str | int | float) for item in value)
+    messages = isinstance(value, list) and value and all(map(_is_message, value))
+    return value if flat or messages else quoted(value)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("content"), str | None)

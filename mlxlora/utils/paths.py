@@ -5,8 +5,8 @@ from pathlib import Path
 
 from ..errors import InputError, plain
 
-NAME_BYTES, PATH_BYTES = 230, 4000
-"""File systems take 255 and 4,096; while a result is written, its name is up to 25 bytes longer."""
+NAME_BYTES, PATH_BYTES = 230, 1000
+"""File systems take 255 and 1,024; while a result is written, its name is up to 25 bytes longer."""
 
 
 def checked_path(path: str | os.PathLike[str], flag: str) -> Path:
@@ -16,7 +16,7 @@ def checked_path(path: str | os.PathLike[str], flag: str) -> Path:
     'a/b'
 
     Raises:
-        InputError: no file system takes it: it is empty, too long, has a zero byte or is not UTF-8.
+        InputError: no file system takes it: it is empty, too long, has control characters or is not UTF-8.
     """
     text = os.fspath(path)
     fault = _fault(text)
@@ -36,8 +36,8 @@ def _fault(text: str) -> str:
         return "the name is not UTF-8"
     if not text.strip():
         return "the name is empty"
-    if b"\0" in written:
-        return "the name has a zero byte"
+    if any(byte < 32 or byte == 127 for byte in written):
+        return "the name has a control character"
     longest = max(map(len, written.split(b"/")))
     if longest > NAME_BYTES:
         return f"a name of {longest} bytes is too long, {NAME_BYTES} are the limit"
@@ -71,7 +71,7 @@ def within(file: Path) -> Path:
         InputError: it is a link that leaves the folder.
     """
     if leaves_folder(file):
-        raise InputError(f"{file} is a link that leaves its folder, so it is not read; copy the file there")
+        raise InputError(f"{plain(str(file))} is a link that leaves its folder, so it is not read; copy the file there")
     return file
 
 

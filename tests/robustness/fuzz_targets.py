@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mlxlora.errors import InputError
 from tests.robustness.fuzz_files import adapters_target, safetensors_target
+from tests.robustness.fuzz_hostile import HOSTILE
 from tests.robustness.fuzz_mutations import JSON, WEIRD, Target, mutated_bytes, mutated_json, mutated_value
 
 # --- rows ---------------------------------------------------------------------------------------
@@ -421,4 +422,5 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "safetensors": safetensors_target,
     "templates": templates_target,
     "rewards": rewards_target,
+    **HOSTILE,
 }

@@ -2,7 +2,7 @@
 
 import html.parser
 import json
-import time
+from typing import Any
 
 import pytest
 import yaml
@@ -37,7 +37,7 @@ OPTIONS = st.dictionaries(
 FEW = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def written(folder, config="", metrics=(), samples=()):
+def written(folder, config: Any = "", metrics=(), samples=()):
     folder.mkdir(exist_ok=True)
     (folder / SETTINGS).write_text(config if isinstance(config, str) else yaml.safe_dump(config), encoding="utf-8")
     for name, rows in ((METRICS, metrics), (SAMPLES, samples)):
@@ -84,14 +84,12 @@ BOMBS = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_of_yaml(name, tmp_path, mlxlora):
     folder = written(tmp_path / "run", BOMBS[name], [{"step": 1, "split": "train", "loss": 1.0}])
-    began = time.monotonic()
     for read in (read_settings, lambda file: read_config(file, Reading(fields_of(DataOptions), strict=False))):
         with pytest.raises(InputError) as caught:
             read(folder / SETTINGS)
         assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
     outcome = mlxlora("report", folder)
     assert outcome.code == 2 and outcome.err.count("\n") == 1
-    assert time.monotonic() - began < 15
 
 
 def test_aliases_of_people_are_fine(tmp_path):

@@ -1,4 +1,4 @@
-"""A sample of tests/fuzz.py, and that it finds what it looks for."""
+"""A sample of fuzz.py, and that it finds what it looks for."""
 
 import random
 import time
@@ -10,6 +10,7 @@ from mlxlora.errors import InputError
 from tests.robustness import fuzz
 
 CASES = {"rows": 2000, "yaml": 1000, "adapters": 400, "safetensors": 3000, "templates": 300, "rewards": 1500}
+CASES |= {"paths": 1500, "links": 800, "models": 800, "numbers": 2000, "text": 300, "runs": 300}
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def folder(tmp_path):
 def test_a_sample(name, folder):
     tally = fuzz.fuzz(name, CASES[name], 0, folder)
     assert tally.cases == CASES[name] and not tally.examples, tally.examples
-    assert tally.accepted > CASES[name] / 50 and tally.refused > CASES[name] / 50
+    assert tally.accepted > CASES[name] / 50 and (tally.refused > CASES[name] / 50 or name == "text")  # any text prints
 
 
 def lost(_folder, _case):
