@@ -23,7 +23,7 @@ from ..errors import InputError, LostError, RunError, SharedError
 from ..utils.device import out_of_memory
 from ..utils.launch import is_launched, launched_rank
 from ..utils.rng import random_key, restore_random_key
-from .watchdog import Watch, timeout
+from .watchdog import Watch, arriving, timeout
 
 _Item = TypeVar("_Item")
 Tree = Any
@@ -226,11 +226,14 @@ def current_ranks() -> Ranks:
 
     Raises:
         RunError: the other ranks are unreachable.
+        InputError: the time to wait for them is no number.
     """
     if not is_launched():
         return ALONE
+    limit = timeout()
     try:
-        group = mx.distributed.init()
+        with arriving(launched_rank(), limit):
+            group = mx.distributed.init()
     except RuntimeError as error:
         raise RunError(f"rank {launched_rank()} cannot reach the other ranks ({error})") from error
     if group.size() == 1:
@@ -239,7 +242,7 @@ def current_ranks() -> Ranks:
                 "launched as one of several ranks, but this MLX finds no others; choose a --backend of mlx.launch that it supports"
             )
         return ALONE
-    watch = Watch(group.rank(), timeout())
+    watch = Watch(group.rank(), limit)
     watch.start()
     return Ranks(group.rank(), group.size(), group, watch)
 

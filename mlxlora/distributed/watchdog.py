@@ -1,16 +1,22 @@
 """Saves and ends a rank that waits too long for the others."""
 
+import json
+import math
 import os
 import select
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from attrs import define, field
 
+from ..errors import InputError, printable, quoted
 from ..utils.output import say
 
 TIMEOUT = "MLXLORA_RANK_TIMEOUT"
@@ -21,9 +27,63 @@ _GRACE = 60.0  # seconds for the current step to finish
 _GRACE_OF_NOTHING = 5.0  # seconds if there is nothing to save, so that a message can finish
 
 
+_LONGEST = 1e7  # seconds: 115 days
+
+
 def timeout() -> float:
-    """Seconds that a rank waits for the others at most."""
-    return float(os.environ.get(TIMEOUT) or _DEFAULT_TIMEOUT)
+    """Seconds that a rank waits for the others at most.
+
+    Raises:
+        InputError: the environment variable is no such number.
+    """
+    text = os.environ.get(TIMEOUT) or str(_DEFAULT_TIMEOUT)
+    with suppress(ValueError):
+        seconds = float(text)
+        if math.isfinite(seconds) and 0 < seconds <= _LONGEST:
+            return seconds
+    raise InputError(f"{TIMEOUT} must be seconds above 0 and at most {_LONGEST:,.0f}, got {quoted(text)}")
+
+
+_WATCHER = """
+import json, os, select, signal, socket, sys
+parent, limit, rank, addresses = json.loads(sys.argv[1])
+if not select.select([sys.stdin], [], [], limit)[0]:
+    silent = []
+    for other, (host, port) in addresses:
+        try:
+            socket.create_connection((host, port), 2).close()
+        except OSError:
+            silent.append(f"rank {other} ({host}:{port})")
+    who = ", ".join(silent) or "the others"
+    text = f"mlxlora: error: rank {rank} waited {limit:.0f} s for the other ranks; no answer from {who}"
+    print(text, file=sys.stderr, flush=True)
+    os.kill(parent, signal.SIGTERM)
+"""
+
+
+@contextmanager
+def arriving(rank: int, limit: float) -> Iterator[None]:
+    """Ends this process with a message if it still connects to the other ranks after `limit` seconds.
+
+    MLX holds Python's lock while it connects, so that no thread can watch: another process does.
+    """
+    order = json.dumps([os.getpid(), limit, rank, [pair for pair in enumerate(_addresses()) if pair[0] != rank]])
+    watcher = subprocess.Popen([sys.executable, "-I", "-S", "-c", _WATCHER, order], stdin=subprocess.PIPE)
+    try:
+        yield
+    finally:
+        assert watcher.stdin
+        watcher.stdin.close()  # which the watcher sees, also after a kill
+        watcher.wait()
+
+
+def _addresses() -> list[tuple[str, int]]:
+    """Host and port of each rank of the ring; none with other backends."""
+    with suppress(OSError, ValueError, TypeError, IndexError, AttributeError):
+        hosts = json.loads(Path(os.environ["MLX_HOSTFILE"]).read_bytes()) if "MLX_HOSTFILE" in os.environ else []
+        parts = [own[0].rpartition(":") for own in hosts]
+        return [(printable(host), int(port)) for host, _, port in parts]
+    return []
 
 
 def nothing() -> None:
