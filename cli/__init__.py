@@ -14,6 +14,7 @@ from mlxlora.errors import InputError, RunError, SharedError
 from mlxlora.utils.launch import launched_rank
 from mlxlora.utils.output import echo, guard_streams, say
 
+from .chat import chat
 from .command import Command
 from .compare import compare
 from .doctor import doctor
@@ -49,6 +50,7 @@ _COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
         "report": (report, "adapters adapters-2 --output comparison.html"),
         "eval": (evaluate, f"{_TRAINED} --adapter-path adapters --mask-prompt --split test"),
         "generate": (generate, '--adapter-path adapters --prompt "What is MLX?" --max-tokens 200'),
+        "chat": (chat, '--adapter-path adapters --system "You are brief."'),
         "compare": (compare, "--adapter-path adapters --data my-data --num 5"),
         "doctor": (doctor, ""),
     },

@@ -59,7 +59,7 @@ def write_help(ctx: Any, command: Any, *, short: bool) -> None:
     last = [named[name] for name in _LAST if name in named]
     if short:
         _print_options(console, "", [*most_used(named), named["config"]], short=True)
-        console.print(Text(f"\n{ALL} shows all {len(shown) - len(last)} options."))
+        console.print(Text(f"{ALL} shows all {len(shown) - len(last)} options."))
     else:
         for title, options in _grouped([*(p for p in shown if p not in last), *last]):
             _print_options(console, title, options)
@@ -112,12 +112,12 @@ def _described(option: Any) -> str:
 
 
 def _first_clause(text: str) -> str:
-    """The first sentence without its full stop; of one that takes more than a line, what stands before a semicolon or bracket.
+    """A short text, else its first sentence, without its full stop; of more than a line, what stands before a semicolon or bracket.
 
-    >>> _first_clause("Steps between two validations; 0 = only after the last step. More.")
+    >>> _first_clause("Steps between two validations; 0 = only after the last step.")
     'Steps between two validations'
     """
-    sentence = text.split(". ")[0].rstrip(".")
+    sentence = (text if len(text) <= 85 else text.split(". ")[0]).rstrip(".")
     clause = sentence if len(sentence) <= _LINE else sentence.split("; ")[0]
     return clause if len(clause) <= _LINE else re.sub(r" \([^)]*\)$", "", clause)
 
