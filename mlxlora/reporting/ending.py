@@ -86,7 +86,10 @@ def next_commands(config: Values, directory: str, prompt: str = "", *, validated
         commands.append(f"mlxlora eval --adapter-path {folder} --split {split} --rewards {shlex.quote(','.join(rewards))}{own}")
     elif config.get("method") in _HAVE_A_LOSS and (validated or config.get("test")):
         commands.append(f"mlxlora eval --adapter-path {folder} --split {split}")
-    commands.append(f"mlx_lm.chat --model {shlex.quote(_short_path(model))} --adapter-path {folder}")
+    if Path(model).is_absolute():  # long; the adapters know it
+        commands.append(f"mlxlora chat --adapter-path {folder}")
+    else:
+        commands.append(f"mlx_lm.chat --model {shlex.quote(model)} --adapter-path {folder}")
     commands.append(f"mlxlora fuse --adapter-path {folder} --save-path {shlex.quote(_short_path(directory) + '-fused')}")
     return commands
 

@@ -169,7 +169,7 @@ class Screen(Terminal):
     def _print_sample(self, sample: Values) -> None:
         """Prompt, answer, reward: on one line if they fit, else below each other."""
         prompt, answer, expected = (self._shown(sample.get(name)) for name in ("prompt", "completion", "expected"))
-        reward = "" if sample.get("reward") is None else f"reward {short_number(float(sample['reward']))}"
+        reward = "" if sample.get("reward") is None else f"reward {float(sample['reward']):.3g}"
         line = f"    {prompt} {'→' if self._unicode else '->'} {answer}"
         more = "; ".join(part for part in (reward, f"expected {expected}" if expected else "") if part)
         line += f"  ({more})" if more else ""

@@ -129,7 +129,7 @@ def took(seconds: float, done: int) -> str:
 
 
 def telling(rows: Sequence[Values]) -> list[Values]:
-    """The samples to show: of rewarded ones the best and the worst, or one if they are alike; else all.
+    """The samples to show: of rewarded ones the best and the worst, or one if all rewards are equal; else all.
 
     >>> telling([{"completion": "a", "reward": 1.0}, {"completion": "a", "reward": 1.0}])
     [{'completion': 'a', 'reward': 1.0}]
@@ -138,8 +138,7 @@ def telling(rows: Sequence[Values]) -> list[Values]:
     if not rewarded:
         return list(rows)
     best, worst = rewarded[-1], rewarded[0]
-    alike = all(best.get(name) == worst.get(name) for name in ("prompt", "completion", "reward"))
-    return [best] if alike else [best, worst]
+    return [best] if best["reward"] == worst["reward"] else [best, worst]
 
 
 def answer_names(row: Values) -> list[str]:

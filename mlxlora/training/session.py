@@ -28,7 +28,7 @@ from ..models.logprobs import scorer
 from ..models.modes import vocabulary
 from ..objectives.objective import Objective
 from ..reporting.callbacks import Callbacks
-from ..reporting.card import Card, MethodInfo
+from ..reporting.card import Card, MethodInfo, portable
 from ..reporting.columns import GENERAL
 from ..reporting.history import StoredMethod
 from ..reporting.reporter import ReporterGroup
@@ -86,7 +86,7 @@ def train_recipe(recipe: Recipe, groups: Groups) -> RunResult:
             if ranks.leads:
                 held.enter_context(claimed(groups[Output], recipe.method.method))
                 if isinstance(name := groups[ModelOptions].model, str):
-                    terminal_for(recipe.columns, quiet=groups[Output].quiet).note(f"loading {name}")
+                    terminal_for(recipe.columns, quiet=groups[Output].quiet).note(f"loading {portable(name)}")
             rows = sources.load_rows(recipe.source.data, groups[Training].seed)
             recipe.source.check_rows(rows)
             model, tokenizer = model_and_tokenizer(groups[ModelOptions], lazy=groups[Training].fully_shard)
