@@ -202,4 +202,5 @@ def show_example(
         shown = shorten(printable(part), limit)
         marked = f"[[{shown}]]" if is_trained and not console.is_terminal else shown
         text.append(marked, style="bold green" if is_trained else "dim")
+    text.rstrip()
     console.print(text, soft_wrap=True)
