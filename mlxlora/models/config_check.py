@@ -27,16 +27,38 @@ def check_model_config(file: Path, named: str) -> None:
     Raises:
         InputError: a value has another type or is out of bounds; the message names it.
     """
+    check_values(_object(file, named), named, file.name)
+
+
+def check_tokenizer_config(file: Path, named: str) -> None:
+    """Checks the names of chat templates in a tokenizer_config.json: a saved tokenizer has a file of each name.
+
+    Args:
+        file: the tokenizer_config.json.
+        named: what a message calls the model.
+
+    Raises:
+        InputError: a name would lead elsewhere, or is no text.
+    """
+    templates = _object(file, named).get("chat_template")
+    entries = [entry.get("name") for entry in templates if isinstance(entry, dict)] if isinstance(templates, list) else []
+    for name in [*entries, *(templates if isinstance(templates, dict) else ())]:
+        if not isinstance(name, str) or not _KIND.fullmatch(name):
+            raise InputError(f"{named}: a chat template in its {file.name} must have a name such as tool_use, got {quoted(name)}")
+
+
+def _object(file: Path, named: str) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is none."""
     try:
-        if file.stat().st_size > MOST_BYTES:
-            raise InputError(f"{named}: {file.name} has {file.stat().st_size:,} bytes, {MOST_BYTES:,} are the limit")
-        config = json.loads(within(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        return
-    if isinstance(config, dict):
-        check_values(config, named, file.name)
+        size = file.stat().st_size
+        if size > MOST_BYTES:
+            raise InputError(f"{named}: {file.name} has {size:,} bytes, {MOST_BYTES:,} are the limit")
+        found = json.loads(within(file).read_text(encoding="utf-8"))
+    except InputError:
+        raise
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def check_values(config: Mapping[str, Any], named: str, file: str = "config.json") -> None:

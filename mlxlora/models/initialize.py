@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from ..errors import InputError, reason
 from ..utils.folders import check_vacant, written_folder
 from ..utils.paths import check_links, checked_path
-from .config_check import check_values
+from .config_check import check_tokenizer_config, check_values
 
 _MOST_PARAMETERS = 2**40
 TOKENIZER_FILES = (
@@ -94,6 +94,7 @@ def _tokenizer(folder: Path) -> Any:
     if not folder.is_dir():
         raise InputError(f"--tokenizer {folder} is not a folder")
     check_links(folder, f"--tokenizer {folder}")
+    check_tokenizer_config(folder / "tokenizer_config.json", f"--tokenizer {folder}")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:

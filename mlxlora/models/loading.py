@@ -16,7 +16,7 @@ from ..utils.patches import Slot
 from ..utils.paths import checked_path
 from ..utils.safetensors import check_header
 from ..utils.trust import check_model_code
-from .config_check import check_model_config
+from .config_check import check_model_config, check_tokenizer_config
 from .quantize import quantize_loaded
 
 
@@ -135,6 +135,7 @@ def _loaded(options: BaseOptions, read: Callable[[str], Any], patterns: list[str
         check_model_code(folder, flag, options.trust_remote_code)
         for name in ("config.json", "generation_config.json"):
             check_model_config(folder / name, flag)
+        check_tokenizer_config(folder / "tokenizer_config.json", flag)
         for file in () if patterns else folder.glob("model*.safetensors"):
             check_header(file)
         return read(str(folder))

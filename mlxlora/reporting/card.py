@@ -190,7 +190,7 @@ def is_hub_name(name: str) -> bool:
     >>> is_hub_name("mlx-community/Qwen3-0.6B-4bit"), is_hub_name("models/mine/best"), is_hub_name("./mine")
     (True, False, False)
     """
-    return bool(_HUB.fullmatch(name)) and not name.startswith(".") and not Path(name).exists()
+    return bool(_HUB.fullmatch(name)) and len(name) <= 200 and not name.startswith(".") and not checked_exists(name)
 
 
 def portable(value: Any, name: str = "") -> Any:

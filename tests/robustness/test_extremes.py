@@ -243,6 +243,15 @@ def test_configurations_of_models(name, sft, place, mlxlora):
     assert outcome.code == 2 and f"{key} in its config.json must be" in outcome.err and not (place / "new").exists()
 
 
+@pytest.mark.parametrize("templates", [[{"name": "../../x", "template": "a"}], {"../../x": "a"}, [{"name": 3, "template": "a"}]])
+def test_names_of_chat_templates(templates, sft, place):
+    """A tokenizer that is saved would write a file of that name."""
+    shutil.copytree(starter.model_path(), place / "model")
+    file = place / "model" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": templates}))
+    assert "a chat template in its tokenizer_config.json must have a name" in sft(model="model")
+
+
 def test_no_heads(place, mlxlora):
     (place / "config.json").write_text(json.dumps({**SIZES, "num_attention_heads": 0}))
     outcome = mlxlora("init", "--config-file", "config.json", "--tokenizer", starter.model_path(), "--output", "new")
