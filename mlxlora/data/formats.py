@@ -15,8 +15,9 @@ from .dialogue import check_answers, dialogue_prompt, divided, unweighted, weigh
 from .messages import Message, as_messages, as_tools, with_system
 from .rows import Row
 
-KEYS: Mapping[str, str] = {"text": "text", "messages": "messages", "prompt": "prompt", "completion": "completion"}
-"""The names of the fields that --text-key, --messages-key, --prompt-key and --completion-key rename."""
+_NAMED = ("text", "messages", "prompt", "completion", "answer")
+KEYS: Mapping[str, str] = dict(zip(_NAMED, _NAMED, strict=True))
+"""The names of the fields that --text-key, --messages-key, --prompt-key, --completion-key and --answer-key rename."""
 
 
 def field_names(data: RowOptions) -> dict[str, str]:
@@ -184,6 +185,8 @@ def prompt_record(row: Row, keys: Mapping[str, str] = KEYS) -> PromptRecord:
     if not isinstance(prompt, str):
         prompt, system = with_system(unweighted(prompt), system), None
     columns = {name: value for name, value in row.fields.items() if name not in (field, "system", *_TEMPLATE_FIELDS)}
+    if names["answer"] != "answer" and names["answer"] in columns:
+        columns["answer"] = columns[names["answer"]]
     return PromptRecord(prompt, columns, row.location, system, _tools(row), _arguments(row))
 
 

@@ -129,14 +129,14 @@ def took(seconds: float, done: int) -> str:
 
 
 def telling(rows: Sequence[Values]) -> list[Values]:
-    """The samples to show: of rewarded ones the best and the worst, or one if all rewards are equal; else all.
+    """The samples to show: of rewarded ones the best and the worst, or one if all rewards are equal; else the first three.
 
     >>> telling([{"completion": "a", "reward": 1.0}, {"completion": "a", "reward": 1.0}])
     [{'completion': 'a', 'reward': 1.0}]
     """
     rewarded = sorted((row for row in rows if row.get("reward") is not None), key=lambda row: row["reward"])
     if not rewarded:
-        return list(rows)
+        return list(rows[:3])
     best, worst = rewarded[-1], rewarded[0]
     return [best] if best["reward"] == worst["reward"] else [best, worst]
 

@@ -522,4 +522,6 @@ def test_a_number_survives_its_typography(value, layout):
 def test_a_missing_column_is_told_before_the_model_is_loaded(tmp_path: Path, mlxlora: Any) -> None:
     (tmp_path / "train.jsonl").write_text('{"prompt": "1 + 1?", "total": "2"}\n')
     done = mlxlora("grpo", "--model", tmp_path / "no-model", "--data", tmp_path, "--rewards", "accuracy", "--quiet")
+    named = mlxlora("grpo", "--model", tmp_path / "no-model", "--data", tmp_path, "--answer-key", "total", "--quiet")
+    assert "no-model: no such folder" in named.err, "the column is found"
     assert done.code == 2 and "train.jsonl:1: reward accuracy needs the column 'answer'; the rows have total" in done.err

@@ -68,5 +68,6 @@ class PairData(GroupOptions):
 class PromptData(GroupOptions):
     """Rows of prompts, whose completions are sampled."""
 
+    answer_key: str = option("answer", "Name of the field that rewards read as the answer.")
     system: str | None = option(None, "System message for rows that have none.")
     use_prompt: bool = option(False, "Also count the prompt's tokens in the loss.")
