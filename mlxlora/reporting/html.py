@@ -168,8 +168,9 @@ _NOT_SHOWN = ("report", "shapes compiled")
 def figures(record: Record, more: PageParts = FILES_ALONE) -> list[tuple[str, str]]:
     """The headline of a page: (figure, what it is), as many as are known."""
     curves, reached_now = record.curves(), outcome(record)
-    best = [(value.split(" ", 1), name) for name, value in reached_now.items() if name.endswith(", best")]
-    found = [(value, f"best {name.removesuffix(', best')} {step}") for (value, step), name in best[:2]]
+    best = [(value.split(" ", 1), name.split()[1].rstrip(",")) for name, value in reached_now.items() if name.endswith(", best")]
+    best = [entry for entry in best if entry[1] != "loss" or "reward" not in curves]  # of sampled runs, its negative
+    found = [(value, f"best validation, {in_words(name).split(',')[0].lower()} {step}") for (value, step), name in best[:2]]
     if trained := str(more.facts.get("trained", "")).rpartition(", ")[2]:
         found.append((trained.split()[0], f"parameters trained {trained.partition(' parameters ')[2]}"))
     for metric, what, shown in (("tokens", "tokens read", amount), ("peak_memory_gb", "peak memory", "{:.2f} GB".format)):

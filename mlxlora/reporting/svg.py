@@ -16,6 +16,7 @@ from .history import compact
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 240, 56, 14, 42, 38
 MOST = 400  # points of a line; more are averaged in groups of neighbors
 _FEW = 30  # points of a line that is not smoothed
+_LINEAR = ("learning_rate", "tokens", "num_tokens")  # metrics that are never on a logarithmic axis
 _FACTORS = 50.0  # between the lowest and the highest value of a logarithmic axis
 
 Point = tuple[float, float]
@@ -50,6 +51,7 @@ def chart(title: str, lines: Sequence[Line], metric: str = "") -> str:
     if not points:
         return ""
     low, high, log = bounds(points)
+    log = log and metric not in _LINEAR
     across = _Scale.of([x for x, _ in points], LEFT, WIDTH - RIGHT)
     up = _Scale.of([low, high], HEIGHT - BOTTOM, TOP + 6, log=log)
     label = f'aria-label="{escape(title)}" data-metric="{escape(metric or title)}"'

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import mlxlora as ml
 from mlxlora import starter
 from mlxlora.reporting.history import Record, compact, curves, differing, outcome, past_run, read_record
-from mlxlora.reporting.html import Page, PageParts, comparison_page, reached, run_page
+from mlxlora.reporting.html import Page, PageParts, comparison_page, figures, reached, run_page
 from mlxlora.reporting.plot import Plot
 from mlxlora.reporting.reporter import MetricsFile, numbers
 from mlxlora.reporting.svg import Line, chart, thinned, ticks
@@ -263,6 +263,12 @@ def test_the_page_of_a_run_that_goes_on(tmp_path):
     text = file.read_text()
     check(text)
     assert "<b>2.88M</b><span>parameters trained (0.48%)</span>" in text and "<b>12,000</b>" in text
+
+
+def test_figures_of_a_sampled_run_lead_with_its_reward():
+    rows = [{"step": s, "split": "valid", "loss": -r, "reward": r} for s, r in ((0, 0.1), (5, 0.5))]
+    told = [what for _, what in figures(Record("run", {"method": "grpo"}, rows))]
+    assert told[0] == "best validation, reward (step 5)" and not any("loss" in what for what in told)
 
 
 def test_a_chart_is_drawn_so_that_its_course_is_seen():
