@@ -87,7 +87,7 @@ def taken_off(model: nn.Module, options: AdapterOptions) -> Earlier | None:
     return Earlier(arrays, size and size.scale)
 
 
-def put_back(model: nn.Module, earlier: Earlier) -> None:
+def continue_from(model: nn.Module, earlier: Earlier) -> None:
     """Gives the new adapters of a model the values of earlier ones.
 
     Raises:

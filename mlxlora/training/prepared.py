@@ -11,7 +11,7 @@ import mlx.optimizers as optim
 from attrs import evolve, frozen
 from mlx.utils import tree_flatten
 
-from ..adapters.detach import Earlier, put_back, taken_off
+from ..adapters.detach import Earlier, continue_from, taken_off
 from ..adapters.prepare import load_weights, prepare
 from ..config.options import AdapterOptions
 from ..data.batching import Make, read_positions, spread
@@ -168,7 +168,7 @@ def _make_trainable(run: Run, ranks: Ranks, earlier: Earlier | None) -> None:
     if options.adapter.resume_adapter_file:
         load_weights(run.model, str(options.adapter.resume_adapter_file))
     if earlier:
-        put_back(run.model, earlier)
+        continue_from(run.model, earlier)
         CONTINUED.put(run.model, True)
     if _recomputes(options.training.grad_checkpoint, ranks):
         checkpointed(run.model)
