@@ -26,9 +26,11 @@ from .generate import generate
 from .import_ import import_adapters
 from .init import init
 from .merge import merge
+from .nearest import with_nearest
 from .preview import preview
 from .push import push
 from .report import report
+from .sweep import sweep
 from .train import TRAINING
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # click's; raised for unknown flags and values that do not parse
@@ -36,6 +38,7 @@ _UsageError: Any = typer.BadParameter.__mro__[1]  # click's; raised for unknown 
 app = typer.Typer(
     pretty_exceptions_show_locals=False,
     rich_markup_mode="rich",
+    context_settings={"help_option_names": ["--help", "-h"]},
     epilog="Start with `mlxlora sft`: without options it trains a bundled model. Then `mlxlora sft --help`.",
 )
 
@@ -43,6 +46,7 @@ _TRAINED = "--model mlx-community/Qwen3-0.6B-4bit --data my-data"
 _COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
     "Train": {
         **TRAINING,
+        "sweep": (sweep, f"sft {_TRAINED} --learning-rate 1e-5,1e-4 --rank 4,16"),
         "init": (init, "--config-file config.json --tokenizer some-model --output new-model --dtype bfloat16"),
     },
     "Inspect": {
@@ -64,7 +68,13 @@ _COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
 }
 for _panel, _commands in _COMMANDS.items():
     for _name, (_command, _example) in _commands.items():
-        app.command(_name, cls=Command, rich_help_panel=_panel, epilog=f"Example: mlxlora {_name} {_example}".rstrip())(_command)
+        app.command(
+            _name,
+            cls=Command,
+            rich_help_panel=_panel,
+            epilog=f"Example: mlxlora {_name} {_example}".rstrip(),
+            context_settings={"ignore_unknown_options": True, "allow_extra_args": True} if _command is sweep else None,
+        )(_command)
 
 
 def _version(asked: bool) -> None:
@@ -94,7 +104,7 @@ def main() -> None:
 
         _fail(str(error), 1, said_elsewhere=not current_ranks().says(error))
     except (InputError, RunError) as error:
-        _fail(str(error), 1 if isinstance(error, RunError) else 2)
+        _fail(with_nearest(str(error)), 1 if isinstance(error, RunError) else 2)
     except _UsageError as error:
         command = error.ctx.command_path if error.ctx else "mlxlora"
         _fail(f"{usage(error)}; see `{command} --help`", 2)

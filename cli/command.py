@@ -9,6 +9,7 @@ from mlxlora.methods import METHODS
 
 from .flags import without_peers
 from .help_text import ALL, write_help
+from .spellings import spelled
 
 
 class Command(TyperCommand):
@@ -19,6 +20,7 @@ class Command(TyperCommand):
             write_help(ctx, self, short=False)
             ctx.exit()
         own = {flag for parameter in self.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+        args = spelled(ctx.info_name or "", self.params, args)
         return super().parse_args(ctx, without_peers(ctx, own, args))
 
     def format_help(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]

@@ -25,6 +25,7 @@ from mlxlora.utils.output import echo
 
 from .completion import completer
 from .layers import OFF, Layers, Typed, resolved
+from .nearest import nearest_command, nearest_flag, with_nearest
 
 _CONFIG = Annotated[str | None, typer.Option("--config", "-c", help="YAML file of options by name; flags win over it.")]
 _TRAIN = Annotated[bool, typer.Option(f"--{TRAIN}", hidden=True)]
@@ -94,7 +95,13 @@ def _list_rewards() -> None:
 
 def usage(error: Any) -> str:
     """An error of Typer's in one line, without pydantic's prefix."""
-    text = error.format_message().rstrip(".").replace("Value error, ", "")
+    text = with_nearest(error.format_message().rstrip(".").replace("Value error, ", ""))
+    params = error.ctx.command.params if error.ctx else ()
+    if (flag := getattr(error, "option_name", "")) and "No such option" in text:
+        known = [name for param in params for name in param.opts if name.startswith("--")]
+        text = f"No such option: {flag}{nearest_flag(flag, known)}"
+    if unknown := re.fullmatch(r"No such command '([^']*)'.*", text):
+        text = f"No such command '{unknown[1]}'{nearest_command(unknown[1], error.ctx.command.list_commands(error.ctx))}"
     named = re.search(r"--train-type': '([\w-]+)'", text)
     if named and (command := commands().named(named[1])):
         text += f"; that is a command: `mlxlora {command}`"
@@ -175,7 +182,7 @@ def without_peers(ctx: typer.Context, own: Collection[str], args: Sequence[str])
         if key is None:
             left.append(argument)
         elif key.switch and not equals:
-            found[name] = True
+            found[name] = rest.pop(0).lower() == "true" if rest and rest[0].lower() in ("true", "false") else True
         elif key.switch or not (equals or (rest and not rest[0].startswith("--"))):
             raise InputError(f"{flag} {'takes no' if key.switch else 'needs a'} value; see `mlxlora {ctx.info_name} --help`")
         else:

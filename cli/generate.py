@@ -35,6 +35,9 @@ class Generation(Answering):
 
     adapter_path: str | None = option(None, "Folder of adapters; default: the model as it is.")
     prompt: str | None = option(None, "Text to continue or answer; - reads it from standard input.")
+    top_k: int = option(0, "Sample among this many likeliest tokens; 0 = all.", v.ge(0))
+    min_p: float = option(0.0, "Sample among tokens at least this likely, relative to the likeliest.", v.ge(0), v.le(1))
+    draft_model: str | None = option(None, "A small model with the same vocabulary that proposes tokens: the same answer, sooner.")
 
 
 @flags(texts={"model": f"{BASE[:-1]}; without adapters the bundled starter."})
@@ -70,7 +73,7 @@ def _stream(model: ModelOptions, generation: Generation) -> Iterator[str]:
 
     network, tokenizer = load(model, generation.adapter_path)
     mx.random.seed(generation.seed)
-    sampler = make_sampler(generation.temperature, generation.top_p)
+    sampler = make_sampler(generation.temperature, generation.top_p, generation.min_p, top_k=generation.top_k)
     text = sys.stdin.read() if generation.prompt == "-" else generation.prompt
     row = Row({"prompt": text}, "--prompt", 1)
     how: dict[str, Any] = {
@@ -79,5 +82,12 @@ def _stream(model: ModelOptions, generation: Generation) -> Iterator[str]:
         "vocabulary": vocabulary(network),
     }
     prompt = question(row, tokenizer, **how).tokens
-    for response in stream_generate(network, tokenizer, prompt, generation.max_tokens, sampler=sampler):
+    more: dict[str, Any] = {"draft_model": _draft(generation.draft_model, model, tokenizer)} if generation.draft_model else {}
+    for response in stream_generate(network, tokenizer, prompt, generation.max_tokens, sampler=sampler, **more):
         yield response.text
+
+
+def _draft(name: str, model: ModelOptions, tokenizer: Any) -> Any:
+    from mlxlora.training.other_models import loader
+
+    return loader(model, name, "--draft-model")(tokenizer)

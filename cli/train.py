@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 from mlxlora.methods import METHODS, Method
@@ -11,11 +12,19 @@ from .flags import flags
 _DATA = "--model mlx-community/Qwen3-0.6B-4bit --data my-data"
 
 
+COLLECTED: ContextVar[list[tuple[Any, ...]] | None] = ContextVar("collected", default=None)
+"""Gets the options of training commands in place of their methods, for a sweep; None: they train."""
+
+
 def training_command(method: Method[Any, Any]) -> Callable[..., None]:
     """The command that trains by a method, with a flag for each of its options."""
 
     def train(**groups: Any) -> None:
-        method(*groups.values())
+        collected = COLLECTED.get()
+        if collected is None:
+            method(*groups.values())
+        else:
+            collected.append(tuple(groups.values()))
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     groups = [inspect.Parameter(kind.__name__, keyword, annotation=kind) for kind in method.kinds.kinds()]

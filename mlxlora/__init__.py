@@ -94,12 +94,15 @@ if TYPE_CHECKING:
     from .rollouts.source import Rollouts as Rollouts
     from .rollouts.source import own_answers as own_answers
     from .rollouts.source import prompts as prompts
+    from .training import sweep as _sweep
     from .training.results import RunResult as RunResult
     from .training.session import evaluate_split as evaluate_split
     from .training.session import run as run
     from .training.step import make_step as make_step
+    from .training.sweep import SweepResult as SweepResult
     from .training.unpaired import unpaired as unpaired
 
+    sweep = _sweep.sweep_over
     sft = _methods.SFT
     dpo = _methods.DPO
     orpo = _methods.ORPO
@@ -175,11 +178,12 @@ _NAMES = {
     "training.results": ("RunResult",),
     "training.session": ("evaluate_split", "run"),
     "training.step": ("make_step",),
+    "training.sweep": ("SweepResult",),
     "training.unpaired": ("unpaired",),
 }
 _HOME = {name: (module, name) for module, names in _NAMES.items() for name in names}
 _METHODS = ("sft", "dpo", "orpo", "cpo", "kto", "grpo", "online_dpo", "distill", "gkd")
-_HOME |= {name: ("methods", name.upper()) for name in _METHODS}
+_HOME |= {name: ("methods", name.upper()) for name in _METHODS} | {"sweep": ("training.sweep", "sweep_over")}
 """Where each public name is defined, and under which name. The test of the public names compares this with the imports above."""
 
 __all__ = sorted([*_HOME, *_MODULES])  # pyright: ignore[reportUnsupportedDunderAll]

@@ -27,6 +27,7 @@ from .yaml_file import entries
 
 ALIASES = {
     "num_epochs": "epochs",
+    "lr": "learning_rate",
     "temp": "temperature",
     "dpo_loss_type": "loss_type",
     "lora_parameters.rank": "rank",

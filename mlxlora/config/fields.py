@@ -176,7 +176,7 @@ def _ordered(_: type, fields: list[attrs.Attribute]) -> list[attrs.Attribute]:
 
 
 def _path_of(name: str) -> Callable[[Any], Any]:
-    """Checks the paths of an option and expands `~`; leaves alone what Python passed in place of a path."""
+    """Checks the paths of an option, as text, and expands `~`; leaves alone what Python passed in place of a path."""
 
     def convert(value: Any) -> Any:
         if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
@@ -184,7 +184,7 @@ def _path_of(name: str) -> Callable[[Any], Any]:
         if not isinstance(value, str | os.PathLike):
             return value
         checked = checked_path(value, dashed(name))
-        return checked if not isinstance(value, str) else str(checked) if value.startswith("~") else value
+        return str(checked) if not isinstance(value, str) or value.startswith("~") else value
 
     return convert
 

@@ -1,4 +1,4 @@
-"""Reads files and flags written for mlx-lm and mlx-lm-lora, called peers; `mlx_lm_keys` has their tables."""
+"""Reads files and flags written for mlx-lm, mlx-lm-lora and TRL, called peers; `mlx_lm_keys` and `trl_keys` have their tables."""
 
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -6,8 +6,12 @@ from typing import Any
 from attrs import frozen
 
 from ..errors import plain
-from .mlx_lm_keys import MLX_LM_LORA, PEERS, Key, Options, Peer
+from .mlx_lm_keys import MLX_LM, MLX_LM_LORA, Key, Options, Peer
 from .mlx_lm_keys import optimizer_options as optimizer_options
+from .trl_keys import TRL, settled_alpha
+
+PEERS = (TRL, MLX_LM_LORA, MLX_LM)
+"""The libraries whose files and flags are understood, those with the clearest signs first."""
 
 
 @frozen
@@ -84,6 +88,8 @@ def settle(values: Mapping[str, Any], peer: Peer | None, keys: Mapping[str, Any]
     >>> settle(dpo, MLX_LM_LORA, {"train_mode": "dpo", "loss_type": "hinge", "delta": 50.0}, dpo)  # our key, so our delta
     {'loss_type': 'hinge', 'delta': 50.0}
     """
+    if peer is TRL:
+        return settled_alpha(values, keys, int(whole.get("rank") or 8))
     if peer is not MLX_LM_LORA:
         return dict(values)
     works = {
@@ -126,8 +132,9 @@ def notes(peer: Peer, location: str, values: Mapping[str, Any], has: Collection[
         "CPO adds the NLL of the chosen (alpha 0 = off)": "gamma" in has and "alpha" not in values,
         "dpop's penalty is inside the sigmoid, as published": values.get("loss_type") == "dpop",
     }
-    told = "; ".join(text for text, holds in differences.items() if holds)
-    yield f"{location} is {peer.name}'s. Different in mlxlora: {told}. More in docs/from-{peer.name}.md"
+    told = "; ".join(text for text, holds in differences.items() if holds and not text.startswith(peer.alike or ("-",)))
+    different = f" Different in mlxlora: {told}." if told else ""
+    yield f"{location} is {peer.name}'s.{different} More in docs/from-{peer.name.lower()}.md"
     decays = optimizer in ("adamw", "muon")
     defaults = {name: value for name, value in peer.defaults.items() if name in has and (name != "weight_decay" or decays)}
     covered = {"iters"} if values.get("epochs") is not None else set()

@@ -49,12 +49,14 @@ class Peer:
         keys: its keys and flags.
         signs: keys that no other library has, which show whose file it is.
         defaults: those that differ from mlxlora's.
+        alike: beginnings of the differences between mlxlora and other peers that this one does not have.
     """
 
     name: str
     keys: Mapping[str, Key]
     signs: frozenset[str]
     defaults: Mapping[str, Any]
+    alike: tuple[str, ...] = ()
 
 
 def _same(*names: str) -> dict[str, Key]:
@@ -163,7 +165,8 @@ def _hub_data(value: Any) -> Options:
     return {"data": path, **splits, **{ours: value[key] for key, ours in _FEATURES.items() if value.get(key) is not None}}
 
 
-def _trackers(value: Any) -> Options:
+def trackers(value: Any) -> Options:
+    """The trackers that a list or a text names; `none` is none."""
     names = value.split(",") if isinstance(value, str) else value
     return {"report_to": names} if names and names not in (["none"], ["None"]) else {}
 
@@ -222,8 +225,8 @@ _MLX_LM = {
     "grad_accumulation_steps": Key(option="grad_accumulation_steps"),
     "trust_remote_code": Key(option="trust_remote_code", switch=True),
     "clear_cache_threshold": Key("memory is bounded by `memory_limit`"),
-    "report_to": Key("`report_to`; `none` switches it off", convert=_trackers),
-    "project_name": Key("set WANDB_PROJECT or SWANLAB_PROJECT in the environment instead", fate="noted"),
+    "report_to": Key("`report_to`; `none` switches it off", convert=trackers),
+    "project_name": Key(option="project_name"),
 }
 
 
@@ -303,4 +306,3 @@ MLX_LM_LORA = Peer(
     - {"top_p", "top_k", "min_p", "use_prompt", "beta", "delta", "alpha", "reward_weights"},
     {"iters": 100, "num_layers": -1, "batch_size": 1, "scale": 10.0, "weight_decay": 0.01, "epsilon": 1e-4},
 )
-PEERS = (MLX_LM_LORA, MLX_LM)

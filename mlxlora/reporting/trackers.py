@@ -50,7 +50,7 @@ class _Hosted:
 
     def __init__(self, name: str, directory: Path, config: Mapping[str, Any]) -> None:
         self._module = import_module(name)
-        project = os.environ.get(f"{name.upper()}_PROJECT", "mlxlora")
+        project = config.get("project_name") or os.environ.get(f"{name.upper()}_PROJECT", "mlxlora")
         self._module.init(project=project, config=dict(config), **{_RUN_NAME[name]: directory.name})
 
     def log(self, values: Mapping[str, float], step: int) -> None:

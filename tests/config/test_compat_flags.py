@@ -13,7 +13,7 @@ from mlxlora.rollouts.reward_functions import BUILT_IN
 from tests.config.test_mlx_lm_compat import GROUPS, KEYS, LORA, flags_of
 
 SPECIAL = {"model", "data", "config", "train", "train_mode", "delta", "alpha", "epochs", "qat_bits", "list_reward_functions"}
-FLAGS = sorted({name for peer in peers.PEERS for name in peer.keys if peers.flag(name)} - SPECIAL)
+FLAGS = sorted({name for peer in (peers.MLX_LM_LORA, peers.MLX_LM) for name in peer.keys if peers.flag(name)} - SPECIAL)
 WORDS = {
     "optimizer": "adamw",
     "train_type": "dora",

@@ -24,7 +24,7 @@ from mlxlora.training.optimizers import learning_rate, make_optimizer
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
-PAGES = {"mlx-lm": ROOT / "docs" / "from-mlx-lm.md", "mlx-lm-lora": ROOT / "docs" / "from-mlx-lm-lora.md"}
+PAGES = {name: ROOT / "docs" / f"from-{name.lower()}.md" for name in ("mlx-lm", "mlx-lm-lora", "TRL")}
 DATA = Path(__file__).parent / "switch"
 GROUPS = {name: row.kinds.kinds() for name, row in METHODS.items() if row.modes}
 """The groups of options of the methods that mlx-lm-lora has too."""
@@ -38,6 +38,7 @@ def flags_of(parser):
 KEYS = {
     "mlx-lm": {*mlx_lm.lora.CONFIG_DEFAULTS, *flags_of(mlx_lm.lora.build_parser())} - {"help"},
     "mlx-lm-lora": {*LORA["keys"], *LORA["flags"]},
+    "TRL": {*yaml.safe_load((DATA / "trl.yaml").read_text(encoding="utf-8"))},
 }
 
 
@@ -62,7 +63,7 @@ def refused(text, tmp_path, command="sft"):
 @pytest.mark.parametrize("peer", peers.PEERS, ids=lambda peer: peer.name)
 def test_every_key_and_flag_has_its_place(peer):
     assert KEYS[peer.name] <= peer.keys.keys(), KEYS[peer.name] - peer.keys.keys()
-    options = settings.fields_of(*(group for groups in GROUPS.values() for group in groups))
+    options = settings.fields_of(*(group for row in METHODS.values() for group in row.kinds.kinds()))
     assert {key.option for key in peer.keys.values()} - {None} <= options.keys()
     assert all(key.option or key.text for key in peer.keys.values())
 
@@ -121,7 +122,7 @@ def test_all_that_the_file_of_mlx_lm_shows(tmp_path):
     splits = (values["data"], values["train_split"], values["valid_split"])
     assert splits == ("hf://datasets/billsum", "train[:1000]", "train[-100:]")
     assert (values["prompt_key"], values["completion_key"], values["report_to"]) == ("text", "summary", ("wandb", "swanlab"))
-    assert "WANDB_PROJECT" in notes[0] and "iters (1000)" in notes[-1]
+    assert values["project_name"] == "Your-awesome-mlx-project-name" and "iters (1000)" in notes[-1]
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ class Output:
         "Send metrics to wandb, swanlab, trackio or tensorboard (pip install 'mlxlora[wandb]', ...).",
         EachOf("wandb", "swanlab", "trackio", "tensorboard"),
     )
+    project_name: str | None = option(None, "Project of --report-to in wandb, swanlab and trackio; default: mlxlora.")
     callbacks: Sequence[Any] = python_option(
         (), "Functions (step, metrics), or objects with on_start, on_step, on_evaluate, on_sample, on_checkpoint or on_end."
     )

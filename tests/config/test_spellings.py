@@ -1,0 +1,208 @@
+"""Command lines of TRL, mlx-lm and mlx-lm-lora's first release, as they were typed but for the command's name."""
+
+import shlex
+import sys
+import types
+
+import pytest
+import yaml
+from mlxlora_cli import app
+from mlxlora_cli.nearest import nearest_command, nearest_flag, with_nearest
+from typer.main import get_command
+
+from mlxlora.config import config_file as settings
+from mlxlora.config import mlx_lm_compat as peers
+from mlxlora.errors import InputError
+from mlxlora.methods import METHODS, Method
+from tests.config.test_mlx_lm_compat import DATA, PAGES
+
+TRL = yaml.safe_load((DATA / "trl.yaml").read_text(encoding="utf-8"))
+OTHERWISE = {
+    "lr_scheduler_type": ("lr_schedule", "cosine"),
+    "optim": ("optimizer", "adamw"),
+    "max_steps": ("iters", 50),
+    "eval_steps": ("steps_per_eval", 9),
+    "use_dora": ("train_type", "dora"),
+    "load_in_4bit": ("quantize", "4"),
+    "lora_alpha": ("scale", 1.0),
+    "report_to": ("report_to", ["wandb"]),
+    "rank_pattern": ("rank_pattern", ["q_proj=2"]),
+    "alpha_pattern": ("alpha_pattern", ["q_proj=4"]),
+    "loss_type": ("loss_type", "nll"),
+}
+LOSSES = {"dpo": "hinge", "cpo": "hinge", "kto": "kto", "grpo": "dapo", "online-dpo": "hinge"}
+BUILT = get_command(app).commands  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def typed(monkeypatch, capsys):
+    """What a command line comes to: the options that its method gets, and what it prints."""
+    seen = []
+    monkeypatch.setattr(Method, "__call__", lambda _, *groups: seen.append(groups))
+
+    def run(command, *arguments):
+        seen.clear()
+        BUILT[command].main([*map(str, arguments)], prog_name=command, standalone_mode=False)
+        return settings.dump(*seen[0]) if seen else {}, capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("command", METHODS)
+def test_every_name_of_trl(typed, command, tmp_path):
+    """As a key and as a flag: it becomes its option, or is told about."""
+    options = settings.fields_of(*METHODS[command].kinds.kinds())
+    start = ("--model-name-or-path", "m", "--dataset-name", "d")
+    for name, value in TRL.items():
+        value = LOSSES.get(command, value) if name == "loss_type" else value
+        key = peers.TRL.keys[name]
+        option, expected = OTHERWISE.get(name, (key.option, value))
+        if name == "loss_type":
+            expected = value
+        flag = f"--{name.replace('_', '-')}"
+        text = [] if key.switch else [str(value) if not isinstance(value, dict) else yaml.safe_dump(value, default_flow_style=True)]
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump({"model_name_or_path": "m", "dataset_name": "d", name: value}))
+        ways = [(*start, flag, *text), ("-c", tmp_path / "c.yaml")]
+        for arguments in (
+            ways[: 1 + (name not in ("model_name_or_path", "dataset_name"))] if not isinstance(value, dict) else ways[1:]
+        ):
+            if key.fate == "refused":
+                with pytest.raises(InputError, match=f"has no counterpart here: {key.text}"):
+                    typed(command, *arguments)
+                continue
+            found, out = typed(command, *arguments)
+            if option in options and peers.applies(key, command):
+                assert said(found[option]) == said(expected), (name, found[option])
+            elif key.fate == "noted":
+                assert f"{key.text}" in out, name
+            else:
+                assert found["model"] == "m", name
+
+
+def said(value):
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return str(value).lower() if not isinstance(value, dict) else value
+
+
+def test_a_file_of_trl(typed, tmp_path):
+    text = "model_name_or_path: m\ndataset_name: d\nlora_r: 16\nlora_alpha: 32\nper_device_train_batch_size: 2\nmax_steps: -1\n"
+    (tmp_path / "c.yaml").write_text(text)
+    options, out = typed("sft", "-c", tmp_path / "c.yaml", "--lr", "1e-4")
+    assert (options["scale"], options["rank"], options["learning_rate"], options["iters"]) == (2.0, 16, 1e-4, 600)
+    told = out.splitlines()
+    assert told[0].endswith("is TRL's. Different in mlxlora: plain-text rows are wrapped in the chat template only with "
+        "use_chat_template. More in docs/from-trl.md")  # fmt: skip
+    assert told[1].startswith("note: not set, so they have mlxlora's defaults instead of TRL's: epochs (3), ")
+    assert PAGES["TRL"].is_file()
+
+
+def test_counts_of_grpo_are_told(typed):
+    options, out = typed("grpo", "--model", "m", "--data", "d", "--per-device-train-batch-size", 8, "--num-generations", 4)
+    assert options["batch_size"] == 4 and options["group_size"] == 4
+    assert "in `grpo`, `online-dpo` and `gkd` it counts completions there" in out or "per_device_train_batch_size" in out
+
+
+SEED = [
+    "sft --model m --train --data d --iters 600",
+    "sft --model m --train --data d --fine-tune-type lora --use-chat-template True --mask-prompt",
+    'sft --model m --data d --train --fine-tune-type full --lora-parameters \'{"rank": 4, "scale": 10.0, "dropout": 0.0}\'',
+    "orpo --model m --train --data d --beta 0.1 --fine-tune-type orpo",
+    "dpo --model m --train --data d --beta 0.1 --dpo-loss-type sigmoid --delta 50.0 --reference-model-path r",
+    "cpo --model m --train --data d --beta 0.1 --dpo-loss-type hinge --delta 50.0",
+    "grpo --model m --train --data d --fine-tune-type grpo --group-size 4 --use-chat-template True --use-prompt False "
+    "--reward-weights 1.0 1.0 --rewards accuracy length --epsilon 0.0001 --max-completion-length 512 --temperature 1.0",
+    "grpo --model m --train --data d --reward-weights '[1.0, -0.5]' --rewards accuracy,length",
+]
+
+
+@pytest.mark.parametrize("line", SEED)
+def test_commands_of_the_seed(typed, line):
+    command, *arguments = shlex.split(line)
+    options, _ = typed(command, *arguments)
+    assert options["model"] == "m" and options["data"] == "d"
+
+
+def test_values_of_the_seed(typed):
+    start = ("grpo", "--model", "m", "--data", "d")
+    options, _ = typed(
+        *start, "--use-chat-template", "True", "--use-prompt", "False", "--reward-weights", "1.0", "-0.5", "--rewards", "a", "b"
+    )
+    assert (options["use_chat_template"], options["use_prompt"]) == (True, False)
+    assert (options["reward_weights"], options["rewards"]) == ([1.0, -0.5], ["a", "b"])
+    options, _ = typed("sft", *start[1:], "--lora-parameters", "{rank: 4, alpha: 8, dropout: 0.1, keys: [q_proj, v_proj]}")
+    assert (options["rank"], options["scale"], options["dropout"], options["lora_keys"]) == (4, 2.0, 0.1, ["q_proj", "v_proj"])
+    assert typed("sft", *start[1:], "--shuffle", "False")[0]["shuffle"] is False
+    assert typed("sft", *start[1:], "--project-name", "mine")[0]["project_name"] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train",), "No such command 'train'; a method is a command: sft, dpo, "),
+        (("lora",), "No such command 'lora'; it is `mlxlora sft`; see `mlxlora --help`"),
+        (("xpo",), "No such command 'xpo'; it is `mlxlora online-dpo`; see `mlxlora --help`"),
+        (("sft", "--batchsize", 3), "No such option: --batchsize; did you mean --batch-size?; see `mlxlora sft --help`"),
+        (("dpo", "--loss-type", "sigmod"), "got 'sigmod'; did you mean sigmoid?"),
+        (
+            ("cpo", "--loss-type", "hing"),
+            "'hing' is not one of 'sigmoid', 'hinge', 'ipo', 'dpop', 'simpo'; did you mean hinge?; see ",
+        ),
+        (("sft", "--lora-parameters", "[1]"), '--lora-parameters must be an object, such as {"rank": 8, "scale": 20.0}, got [1]'),
+        (("sft", "--lora-parameters", "{ranks: 1}"), "--lora-parameters has no ranks; it has rank, scale, dropout, keys and alpha"),
+        (("sft", "--lora-alpha", "x", "--model", "m", "--data", "d"), "lora_alpha must be a number, got x"),
+    ],
+)
+def test_nearest_names(mlxlora, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    done = mlxlora(*arguments)
+    assert done.code == 2 and message in done.err
+
+
+def test_nearest_names_are_near():
+    assert nearest_command("zzz", ["sft"]) == nearest_flag("--zzz", ["--rank"]) == ""
+    assert with_nearest("--x must be one of a, b, got 'zzz'") == "--x must be one of a, b, got 'zzz'"
+
+
+@pytest.mark.parametrize("command", [(), ("sft",), ("fuse",), ("generate",)])
+def test_h_is_help(mlxlora, command):
+    short, long = mlxlora(*command, "-h"), mlxlora(*command, "--help")
+    assert short.code == 0 and short.out == long.out != ""
+
+
+def test_generation_of_mlx_lm(mlxlora, model_folder):
+    """Its flags, and a draft model: the same answer."""
+    plain = mlxlora("generate", "--model", model_folder, "--prompt", "hi", "--max-tokens", 6)
+    theirs = ("generate", "--model", model_folder, "-p", "hi", "-m", 6, "--temp", 0, "--ignore-chat-template", "--top-k", 9)
+    assert mlxlora(*theirs, "--min-p", 0.1).out == plain.out != ""
+    drafted = mlxlora(*theirs, "--draft-model", model_folder)
+    assert drafted.out == plain.out, drafted.err
+    config = mlxlora(*theirs, "--system-prompt", "be brief", "--chat-template-config", '{"enable_thinking": false}')
+    assert config.code == 0, config.err
+
+
+def test_fusing_of_mlx_lm(mlxlora, monkeypatch, tmp_path):
+    seen = []
+    module = sys.modules["mlxlora_cli.fuse"]  # the package has the command under this name
+    monkeypatch.setattr(module, "ready", lambda hub: seen.append(hub.push_to_hub))
+    monkeypatch.setattr(module, "upload", lambda *_: None)
+    monkeypatch.setattr("mlxlora.adapters.prepare.base_of", lambda *_: None)
+    monkeypatch.setattr("mlxlora.adapters.fuse.fuse", lambda *_, **how: seen.append(how["gguf"]))
+    start = ("fuse", "--model", "m", "--save-path", "out")
+    for more in (("--export-gguf",), ("--export-gguf", "--gguf-path", "x.gguf"), ("--gguf-path=y.gguf", "--upload-repo", "a/b")):
+        assert mlxlora(*start, *more).code == 0
+    assert seen == [None, "out/ggml-model-f16.gguf", None, "out/x.gguf", "a/b", "out/y.gguf"]
+
+
+def test_the_project_reaches_the_tracker(monkeypatch, tmp_path):
+    from mlxlora.reporting.trackers import Tracker
+
+    projects = []
+    fake = types.SimpleNamespace(init=lambda project, **_: projects.append(project), log=None, finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    for config in ({"project_name": "mine"}, {"project_name": None}):
+        Tracker("wandb", tmp_path, print).start(config)
+    assert projects == ["mine", "theirs"]
