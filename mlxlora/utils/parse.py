@@ -146,9 +146,9 @@ def _text_or_messages(value: Any) -> Any:
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):
         return _number(value)
-    flat = isinstance(value, list) and all(isinstance(item, str | int | float) for item in value)
-    messages = isinstance(value, list) and value and all(map(_is_message, value))
-    return value if flat or messages else quoted(value)
+    if isinstance(value, list) and all(isinstance(item, str | int | float) for item in value):
+        return ", ".join(map(str, value))
+    return value if isinstance(value, list) and all(map(_is_message, value)) else quoted(value)
 
 
 def _is_message(value: Any) -> bool:

@@ -97,6 +97,16 @@ def test_aliases_of_people_are_fine(tmp_path):
     assert read_settings(folder / SETTINGS) == {"lora_keys": ["q_proj", "v_proj"], "rank_pattern": ["q_proj", "v_proj"]}
 
 
+def test_samples_are_text_or_messages(tmp_path):
+    """A page shows the last message of a conversation, which must be one."""
+    samples = [
+        {"step": 1, "prompt": value, "completion": value} for value in (["a", 1], [[1]], [], {"a": 1}, [{"content": 3}], True)
+    ]
+    shown = read_record(written(tmp_path / "run", samples=samples)).samples
+    assert [row["prompt"] for row in shown] == ["a, 1", "[[1]]", "", "{'a': 1}", "[{'content': 3}]", "True"]
+    run_page(read_record(tmp_path / "run"))
+
+
 @given(RECORDS)
 def test_records_are_sound(records):
     for record in sound_records(records):

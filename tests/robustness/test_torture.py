@@ -394,6 +394,6 @@ def test_the_table_is_of_this_script_and_nothing_was_lost():
     table = Path(__file__).with_name("TORTURE.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("| ")][1:]
     found = {name: tuple(map(int, numbers)) for name, *numbers, _ in rows if name != "---"}
-    assert found.keys() - {"all"} == torture_faults.FAULTS.keys()
+    assert found.keys() - {"all"} == torture.FAULTS.keys()
     assert all(lost == 0 and tried == survived > 0 for tried, survived, lost in found.values())
     assert sum(tried for name, (tried, *_) in found.items() if name.startswith("kill -9")) >= 200

@@ -22,7 +22,12 @@ from pathlib import Path
 
 from attrs import define, field
 
-from tests.robustness.torture_faults import FAULTS, GROWTH, LIMIT, MODES, OTHERS, Lab, Skipped, lab_notes
+from tests.robustness import torture_faults
+from tests.robustness.torture_faults import GROWTH, LIMIT, MODES, Lab, Skipped, lab_notes
+from tests.robustness.torture_hostile import PLANTED
+
+OTHERS = torture_faults.OTHERS | PLANTED
+FAULTS = torture_faults.FAULTS | {name: trial for name, (trial, _) in PLANTED.items()}
 
 
 def counts(points: int) -> dict[str, int]:
