@@ -22,7 +22,7 @@ from mlxlora.utils.paths import NAME_BYTES, checked_path
 
 MODEL = starter.model_path()
 QUICK = ("--num-layers", 1, "--batch-size", 1, "--val-batches", 0, "--answers", 0, "--quiet")
-GROUPS = {kind for method in METHODS.values() for kind in method.kinds.kinds()}
+GROUPS = sorted({kind for method in METHODS.values() for kind in method.kinds.kinds()}, key=lambda kind: kind.__name__)
 FIELDS = [(group, field) for group in GROUPS for field in attrs.fields(group) if plain_type(field.type) in (int, float)]
 
 
