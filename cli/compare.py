@@ -33,8 +33,8 @@ def compare(model: ModelOptions, comparison: CompareOptions) -> None:
         raise InputError("use either --prompt or --data")
     if not comparison.adapter_path:
         raise InputError("--adapter-path is missing: name one or more folders of adapters")
-    from mlxlora.adapters import compare as library
     from mlxlora.adapters.prepare import base_of, load
+    from mlxlora.rollouts import compare as library
 
     network, tokenizer = load(base_of(model, comparison.adapter_path[0]))
     how = library.Generation(comparison.max_tokens, comparison.temperature, comparison.top_p, comparison.seed)

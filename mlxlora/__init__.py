@@ -11,8 +11,6 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from . import methods as _methods
     from . import objectives as objectives
-    from .adapters.compare import Generation as Generation
-    from .adapters.compare import compare as compare
     from .adapters.detach import detach as detach
     from .adapters.files import save as save
     from .adapters.fuse import fuse as fuse
@@ -85,6 +83,8 @@ if TYPE_CHECKING:
     from .objectives.terms import nll as nll
     from .objectives.terms import preference as preference
     from .reporting.reporter import Reporter as Reporter
+    from .rollouts.compare import Generation as Generation
+    from .rollouts.compare import compare as compare
     from .rollouts.engine import Decoding as Decoding
     from .rollouts.engine import sample as sample
     from .rollouts.pairs import on_policy_pairs as on_policy_pairs
@@ -118,7 +118,6 @@ _MODULES = {
     **{name: f"objectives.{name}" for name in ("advantages", "losses", "objective", "scores", "terms")},
 }
 _NAMES = {
-    "adapters.compare": ("Generation", "compare"),
     "adapters.detach": ("detach",),
     "adapters.files": ("save",),
     "adapters.fuse": ("fuse",),
@@ -170,6 +169,7 @@ _NAMES = {
     "objectives.surrogates": ("clipped_surrogate", "kl"),
     "objectives.terms": ("dft", "nll", "preference"),
     "reporting.reporter": ("Reporter",),
+    "rollouts.compare": ("Generation", "compare"),
     "rollouts.engine": ("Decoding", "sample"),
     "rollouts.pairs": ("on_policy_pairs",),
     "rollouts.rewards": ("load_rewards", "NamedReward"),

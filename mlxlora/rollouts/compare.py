@@ -1,4 +1,4 @@
-"""Generates answers from a model and from its adapters to the same prompts."""
+"""Answers of a model and of its adapters to the same prompts, sampled in batches."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -7,12 +7,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from attrs import frozen
-from mlx_lm import generate
-from mlx_lm.sample_utils import make_sampler
 
+from ..adapters.prepare import attached
 from ..data.prompts import Question
-from ..models.modes import evaluating
-from .prepare import attached
+from .engine import Completion, Decoding, sample
+from .sampling import Sampling
 
 BASE = "base"
 
@@ -35,12 +34,14 @@ class Generation:
         temperature: of sampling; 0 = always the most likely token.
         top_p: sample from the most likely tokens that together have this probability.
         seed: of sampling, the same for every answer.
+        batch: prompts that are answered at once.
     """
 
     max_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    batch: int = 16
 
 
 GREEDY = Generation()
@@ -68,16 +69,14 @@ def compare(
     Raises:
         InputError: adapters that do not fit the model.
     """
-    sampler = make_sampler(generation.temperature, generation.top_p)
+    sampling = Sampling(temperature=generation.temperature, top_p=generation.top_p, max_tokens=generation.max_tokens)
+    how = Decoding(sampling, tokenizer.eos_token_ids, batch=generation.batch)
+    keys = mx.repeat(mx.random.key(generation.seed)[None], max(len(questions), 1), axis=0)
 
     def answers(name: str) -> list[str]:
         note(name)
-        with evaluating(model):
-            return [_answer(question) for question in questions]
-
-    def _answer(question: Question) -> str:
-        mx.random.seed(generation.seed)
-        return generate(model, tokenizer, question.tokens, max_tokens=generation.max_tokens, sampler=sampler).strip()
+        found = sample(model, [question.tokens for question in questions], how, key=keys)
+        return [_said(tokenizer, group[0]) for group in found]
 
     columns = {BASE: answers(BASE)}
     for path in adapter_paths:
@@ -87,3 +86,13 @@ def compare(
         Comparison(question.text, question.expected, {name: column[i] for name, column in columns.items()})
         for i, question in enumerate(questions)
     ]
+
+
+def _said(tokenizer: Any, completion: Completion) -> str:
+    """The text of an answer, as mlx-lm streams it, without the token that ended it."""
+    words = tokenizer.detokenizer
+    words.reset()
+    for token in (completion.tokens[:-1] if completion.finished else completion.tokens).tolist():
+        words.add_token(token)
+    words.finalize()
+    return words.text.strip()

@@ -9,13 +9,13 @@ import pytest
 from mlx_lm import generate
 
 from mlxlora import starter
-from mlxlora.adapters.compare import Generation, compare
 from mlxlora.adapters.files import save
 from mlxlora.adapters.prepare import attached, load, prepare
 from mlxlora.config.options import AdapterOptions, ModelOptions
 from mlxlora.data.prompts import question, read_questions
 from mlxlora.data.rows import Row
 from mlxlora.errors import InputError
+from mlxlora.rollouts.compare import Generation, compare
 from tests.support.tiny import dense, experts, quantized, same, shaken, snapshot
 
 TOKENS = mx.array([[5, 3, 9, 1, 7, 2]])
