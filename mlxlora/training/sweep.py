@@ -24,7 +24,7 @@ FINISHED = "sweep.json"
 Train = Callable[..., RunResult]
 _Options = Mapping[str, Any]
 _HOW = {"overwrite", "resume", "quiet", "adapter_path", "adapter", "callbacks", "token_cache", "show_config", "plot", "report_to"}
-"""_Options that change no result."""
+"""Options that change no result."""
 
 
 class SweepResult(Sequence[dict[str, Any]]):

@@ -18,6 +18,7 @@ from mlxlora_cli import app
 from typer.main import get_command
 
 from mlxlora import starter
+from mlxlora.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
 README = "README.md"
@@ -125,6 +126,7 @@ FLAGS = {
 }
 
 
+FLAGS["sweep"] = set().union(*(FLAGS[name] for name in METHODS))  # those of the method that it runs
 COMMANDS = "\n".join(block.text for page in PAGES for block in BLOCKS[page])
 
 
