@@ -8,7 +8,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import attrs
-from attrs import frozen
+from attrs import field, frozen
 
 from .. import __version__
 from ..config.fields import PATHS
@@ -19,6 +19,7 @@ from ..utils.paths import checked_exists
 from .columns import GENERAL
 from .history import Record, method_of, read_record
 from .reporter import Reporter, Values, numbers
+from .text import duration, shorten
 
 CARD = "README.md"
 _MARK = "<!-- Written by mlxlora after every run; remove this line to keep a text of your own. -->"
@@ -57,10 +58,39 @@ class Card(Reporter):
 
     def __init__(self, directory: Path, rows: Mapping[str, int], method: MethodInfo = CUSTOM) -> None:
         self._directory, self._rows, self._method = directory, rows, method
+        self._facts: Values = {}
+        self._answers: Sequence[Values] = ()
+
+    def overview(self, facts: Values) -> None:
+        self._facts = facts
+
+    def answers(self, rows: Sequence[Values]) -> None:
+        self._answers = rows
 
     def finish(self, summary: Values) -> None:
         """Reads the files of the run, so that the card of a resumed run covers all of it."""
-        write_card(self._directory, card(read_record(self._directory), self._method, self._rows, summary.get("stopped", "")))
+        seconds = summary.get("seconds")
+        told = {"trained": self._facts.get("trained"), "time": None if seconds is None else duration(seconds)}
+        more = CardMore(summary.get("stopped", ""), {name: text for name, text in told.items() if text}, self._answers)
+        write_card(self._directory, card(read_record(self._directory), self._method, self._rows, more))
+
+
+@frozen
+class CardMore:
+    """What a card says besides the files of the run.
+
+    Attributes:
+        stopped: where the run stopped early, "after step 3".
+        facts: what was trained, and the time it took.
+        answers: prompts with the model's answers before and after training.
+    """
+
+    stopped: str = ""
+    facts: Values = field(factory=dict)
+    answers: Sequence[Values] = ()
+
+
+_FILES = CardMore()
 
 
 def write_card(directory: Path, text: str) -> None:
@@ -72,14 +102,14 @@ def write_card(directory: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def card(record: Record, info: MethodInfo = CUSTOM, rows: Mapping[str, int] | None = None, stopped: str = "") -> str:
+def card(record: Record, info: MethodInfo = CUSTOM, rows: Mapping[str, int] | None = None, more: CardMore = _FILES) -> str:
     """The text of the card of a run; absolute paths in its options are shortened to their last part.
 
     Args:
         record: the files of the run.
         info: of its method.
         rows: how many rows each split has.
-        stopped: where the run stopped early, "after step 3".
+        more: what the card says besides.
     """
     config, metrics = portable(record.config), record.metrics
     name, method, kind = config.get("model"), method_of(config), config.get("train_type", "lora")
@@ -91,10 +121,12 @@ def card(record: Record, info: MethodInfo = CUSTOM, rows: Mapping[str, int] | No
         front_matter(name, head, evaluated(config, metrics)),
         f"# {markdown(title)}",
         f"{what[0].upper()}{what[1:]}, {trained} on {_data(config, rows or {})}.{_base(config)}"
-        + (f" The run was stopped {stopped}." if stopped else ""),
+        + "".join(f" {what.capitalize()}: {markdown(told)}." for what, told in more.facts.items())
+        + (f" The run was stopped {more.stopped}." if more.stopped else ""),
         _usage(name),
         _table("Options that differ from the defaults", ("option", "value"), _code(changed_options(config, info))),
         _table("Metrics", *_results(metrics)),
+        _table("Answers", *_samples(more.answers)),
         _MARK,
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -260,8 +292,15 @@ def _base(config: Values) -> str:
 
 
 def _usage(name: str | None) -> str:
-    told = shlex.quote(" ".join(name.replace("`", "'").split())) if name else "MODEL"  # people paste it
+    if name and not is_hub_name(name):  # a folder here, which the adapters know
+        return '```bash\nmlxlora generate --adapter-path . --prompt "Hello"\n```'
+    told = shlex.quote(name) if name else "MODEL"  # people paste it
     return f'```bash\nmlx_lm.generate --model {told} --adapter-path . --prompt "Hello"\n```'
+
+
+def _samples(answers: Sequence[Values]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    names = ("prompt", "before", "after")
+    return names, [tuple(markdown(shorten(str(row.get(name, "")), 200)) for name in names) for row in answers]
 
 
 def _code(values: Values) -> list[tuple[str, str]]:

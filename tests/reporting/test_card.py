@@ -9,7 +9,7 @@ import yaml
 from mlxlora.config.method_options import dump
 from mlxlora.config.options import AdapterOptions, DataOptions, ModelOptions, Output, Training
 from mlxlora.methods import METHODS, method_info
-from mlxlora.reporting.card import Card, card, portable, write_card
+from mlxlora.reporting.card import Card, CardMore, card, portable, write_card
 from mlxlora.reporting.history import Record, method_of
 
 METRICS = [
@@ -65,6 +65,16 @@ def test_what_it_says() -> None:
     assert "| metric | before (step 0) | best (step 10) | last (step 20) | test (step 20) |" in body
     assert "| loss | 2 | 1 | 1.25 | 1.125 |" in body
     assert "/home" not in text and "secret" not in text
+
+
+def test_samples_time_parameters_and_a_command_that_works() -> None:
+    facts = {"trained": "LoRA of rank 8, 2.88M parameters (0.48%)", "time": "12:34"}
+    answers = [{"prompt": "2 | 2?", "before": "<b>5", "after": "4"}]
+    told = Record("run", config() | {"model": "models/mine/best"}, METRICS)
+    text = card(told, more=CardMore(facts=facts, answers=answers))
+    assert "Trained: LoRA of rank 8, 2.88M parameters (0.48%). Time: 12:34." in text
+    assert "| 2 \\| 2? | &lt;b&gt;5 | 4 |" in text
+    assert "mlxlora generate --adapter-path . --prompt" in text and "mlx_lm.generate" not in text
 
 
 @pytest.mark.parametrize("method", METHODS)
