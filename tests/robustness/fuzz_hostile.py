@@ -157,7 +157,7 @@ def make_configurations(rng: random.Random) -> bytes:
     config = json.loads(json.dumps(rng.choice(configurations())))
     for _ in range(rng.choice((0, 1, 1, 2))):
         inner = config["text_config"] if isinstance(config.get("text_config"), dict) and rng.random() < 0.5 else config
-        inner[rng.choice(list(inner))] = copy.deepcopy(rng.choice(NUMBERS))
+        inner[rng.choice([*inner, "hidden_size"])] = copy.deepcopy(rng.choice(NUMBERS))
     return mutated_json(rng, config) if rng.random() < 0.5 else json.dumps(config).encode()
 
 
