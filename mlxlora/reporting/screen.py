@@ -221,10 +221,8 @@ class Screen(Terminal):
 
     def _bar(self) -> Text:
         """`━━━━ 40/600  1:05 left  0.05 GB  loss ▁▂▃`, as much of it as fits; the first three always."""
-        if self._stage is not None:
-            return self._stage_bar(*self._stage)
         if self._began is None:
-            return Text()
+            return Text() if self._stage is None else self._stage_bar(*self._stage)
         left = self.seconds_left()
         parts = [f"{self.step}/{self.total}", self._beginning() if left is None else f"{duration(left)} left"]
         if self._gigabytes is not None:

@@ -194,6 +194,18 @@ def test_long_work_before_the_first_step_has_a_bar_and_a_line(monkeypatch):
         assert "tokenizing rows: 8 in" in lines(seen)[-1] or any("tokenizing rows: 8 in" in line for line in bars)
 
 
+def test_the_bar_of_a_run_stays_while_prompts_are_answered():
+    seen = screen(80)
+    seen.progress(0, 600)
+    seen.progress(20, 600)
+    before = len(lines(seen))
+    with announced(seen, "answering prompts", 3):
+        pass
+    shown = [line for line in lines(seen)[before:] if line.strip()]
+    seen.finish({})
+    assert shown and all("20/600" in line and "left" in line for line in shown)
+
+
 def test_a_log_gets_one_line_for_work_of_more_than_a_second():
     for step, told in ((0.01, ""), (1.0, "tokenizing rows: 3.0 s\n")):
         made = Console(file=io.StringIO(), width=80)
