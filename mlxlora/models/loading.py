@@ -82,8 +82,9 @@ def model_and_tokenizer(options: ModelOptions, lazy: bool = False) -> tuple[nn.M
             raise InputError(f"--quantize {options.quantize} is for models that are loaded here; quantize this one before")
     named = options.tokenizer
     if named is not None:
-        by_name = BaseOptions(model=str(named), trust_remote_code=options.trust_remote_code)
-        tokenizer = load_tokenizer(by_name) if is_path(named) else named
+        tokenizer = named
+    if named is not None and is_path(named):
+        tokenizer = load_tokenizer(BaseOptions(model=str(named), trust_remote_code=options.trust_remote_code))
     if tokenizer is None:
         raise InputError("model is a model alone; pass its tokenizer too: model=(model, tokenizer), or tokenizer=...")
     tokenizer = wrapped(tokenizer)
