@@ -113,7 +113,7 @@ def supervised_record(row: Row, keys: Mapping[str, str] = KEYS) -> SupervisedRec
     record = next((record for read in readers if (record := read(row, names)) is not None), None)
     if record is None:
         if {"chosen", "rejected"} <= row.fields.keys():
-            pair = "'chosen' and 'rejected' make a preference pair"
+            pair = "fields not recognized: 'chosen' and 'rejected' make a preference pair"
             raise InputError(f"{row.location}: {pair}, which `mlxlora dpo`, orpo and cpo train")
         raise _unrecognized(
             row,
