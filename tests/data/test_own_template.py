@@ -75,7 +75,17 @@ def test_a_run_stores_its_template_and_its_readers_use_it(mlxlora, model_folder,
     assert found.code == 0 and found.out.startswith("loss "), found.err
 
 
-def test_compare(mlxlora, model_folder, template, data, tmp_path, asked):
+def test_compare(mlxlora, model_folder, template, data, tmp_path, monkeypatch):
+    from mlxlora.data import prompts
+
+    asked, real = [], prompts.record_prompt
+
+    def noted(record, tokenizer, **how):
+        found = real(record, tokenizer, **how)
+        asked.append(tokenizer.decode(found.tokens.tolist()))
+        return found
+
+    monkeypatch.setattr(prompts, "record_prompt", noted)
     options = {"model": model_folder, "data": CHAT, "iters": 2, "batch_size": 2, "num_layers": 1, "quiet": True, "answers": 0}
     ml.sft(adapter_path=tmp_path / "run", chat_template=TEMPLATE, **options)
     asked.clear()
