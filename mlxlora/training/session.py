@@ -22,6 +22,7 @@ from ..data.own_template import fixed_template
 from ..data.rows import Row
 from ..data.sources import Context, Source
 from ..distributed.ranks import current_ranks
+from ..distributed.sharding import is_sharded, ranks_of
 from ..errors import InputError
 from ..models.loading import ORIGIN, model_and_tokenizer, wrapped
 from ..models.logprobs import scorer
@@ -199,7 +200,7 @@ def _run(recipe: Recipe, model: nn.Module, tokenizer: Any, rows: dict[str, list[
     reporter.finish(displayed(results))
     callbacks.settle(ranks.of_rank0)
     if output.keep_best:
-        restore_saved(ranks, model, whole.options.directory)
+        restore_saved(ranks_of(model) if is_sharded(model) else ranks, model, whole.options.directory)
     model.eval()
     return RunResult(results, whole, partial(_again, recipe, model, tokenizer, rows, groups))
 
