@@ -93,7 +93,8 @@ def test_help_ends_with_an_example(name):
     command = COMMANDS[name]
     example = command.epilog.removeprefix("Example: mlxlora ")
     assert example.split()[0] == name
-    flags = {flag for param in command.params for flag in param.opts}
+    takes = COMMANDS.get(example.split()[1], command)  # `sweep sft` has the flags of sft
+    flags = {flag for param in takes.params for flag in param.opts}
     assert {word for word in example.split() if word.startswith("--")} <= flags
     widths = os.environ | {"COLUMNS": "200", "TERM": "dumb"}
     shown = subprocess.run([sys.executable, "-m", "mlxlora_cli", name, "--help"], capture_output=True, text=True, env=widths).stdout
