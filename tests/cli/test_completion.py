@@ -93,7 +93,7 @@ def test_help_ends_with_an_example(name):
     command = COMMANDS[name]
     example = command.epilog.removeprefix("Example: mlxlora ")
     assert example.split()[0] == name
-    takes = COMMANDS.get(example.split()[1], command)  # `sweep sft` has the flags of sft
+    takes = next((COMMANDS[word] for word in example.split()[1:2] if word in COMMANDS), command)  # `sweep sft` has those of sft
     flags = {flag for param in takes.params for flag in param.opts}
     assert {word for word in example.split() if word.startswith("--")} <= flags
     widths = os.environ | {"COLUMNS": "200", "TERM": "dumb"}
