@@ -104,7 +104,7 @@ class RunResult(Mapping[str, Any]):
         try:
             import pandas  # pyright: ignore[reportMissingImports]
         except ImportError:
-            raise InputError("to_frame needs pandas: pip install pandas; .history has the same as a list") from None
+            raise InputError("to_frame needs pandas: pip install 'mlxlora[pandas]'; .history has the same as a list") from None
         return pandas.DataFrame(self.history)
 
     # --- what comes next ------------------------------------------------------------------------
