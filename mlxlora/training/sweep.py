@@ -60,7 +60,9 @@ class SweepResult(Sequence[dict[str, Any]]):
         try:
             import pandas  # pyright: ignore[reportMissingImports]
         except ImportError:
-            raise InputError("to_frame needs pandas: pip install 'mlxlora[pandas]'; the sweep itself is a list of dictionaries") from None
+            raise InputError(
+                "to_frame needs pandas: pip install 'mlxlora[pandas]'; the sweep itself is a list of dictionaries"
+            ) from None
         return pandas.DataFrame(self._rows)
 
 

@@ -58,7 +58,9 @@ def test_history(run, monkeypatch):
     assert places == [(0, "valid"), (2, "train"), (2, "valid"), (4, "train"), (4, "valid"), (4, "test")]
     assert run.best["loss"] == run["best_valid_loss"] and run.best["step"] in (2, 4)
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(InputError, match=r"^to_frame needs pandas: pip install 'mlxlora\[pandas\]'; \.history has the same as a list$"):
+    with pytest.raises(
+        InputError, match=r"^to_frame needs pandas: pip install 'mlxlora\[pandas\]'; \.history has the same as a list$"
+    ):
         run.to_frame()
     monkeypatch.setitem(sys.modules, "pandas", types.SimpleNamespace(DataFrame=tuple))
     assert run.to_frame() == tuple(run.history)
