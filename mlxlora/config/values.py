@@ -11,7 +11,7 @@ from .fields import choices, is_list, is_mapping, names_in, plain_type
 def coerce(value: Any, kind: Any) -> Any:
     """Converts a value to the type of an option; reads text as a flag does, so that YAML's `1e-5` is a number.
 
-    >>> coerce("1e-5", float), coerce("q_proj, v_proj", Sequence[str]), coerce([1, 2], Sequence[float] | None)
+    >>> coerce("1e-5", float), coerce("q_proj, v_proj", tuple[str, ...]), coerce([1, 2], tuple[float, ...] | None)
     (1e-05, ('q_proj', 'v_proj'), (1.0, 2.0))
 
     Raises:

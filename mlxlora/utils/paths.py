@@ -88,14 +88,14 @@ def check_links(folder: Path, named: str, *, apart_from: str = "") -> None:
     """Checks that the files of a foreign folder lie in it, because their content is copied to results.
 
     Args:
-        folder: of a model or a tokenizer.
+        folder: of a model or a tokenizer; what is no folder passes.
         named: what a message calls it.
         apart_from: the end of the names of files that need not; empty: none.
 
     Raises:
         InputError: a file is a link that leaves the folder.
     """
-    for file in sorted(folder.iterdir()):
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
         if leaves_folder(file) and not (apart_from and file.name.endswith(apart_from)):
             raise InputError(
                 f"{named}: {plain(file.name)} is a link that leaves the folder, so it is not read; copy the file there"

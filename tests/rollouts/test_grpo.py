@@ -215,15 +215,15 @@ def test_second_step_on_a_rollout_is_off_policy(command: tuple[Any, ...], tmp_pa
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every model that is loaded."""
     from mlxlora.adapters import prepare
-    from mlxlora.training import session
+    from mlxlora.models import loading
 
     original, seen = prepare.load_with_config, []
 
-    def counted(options: Any, **how: Any) -> Any:
+    def counted(options: Any, *how: Any, **more: Any) -> Any:
         seen.append(str(options.model))
-        return original(options, **how)
+        return original(options, *how, **more)
 
-    for module in (session, prepare):
+    for module in (loading, prepare):
         monkeypatch.setattr(module, "load_with_config", counted)
     return seen
 

@@ -20,7 +20,7 @@ from mlxlora.config.options import PairData
 from mlxlora.data import sources
 from mlxlora.data.batching import MicroBatch, pair_batch
 from mlxlora.data.tokenize import Pair
-from mlxlora.training import session
+from mlxlora.models import loading
 from mlxlora.training.step import make_step
 from tests.support.loss_types import loss_types
 from tests.support.tiny import byte_tokenizer, dense, distance, example, numbers, snapshot
@@ -382,13 +382,13 @@ def test_names_of_metrics(model_folder: Path, tmp_path: Path, mlxlora: Any) -> N
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The models that were loaded."""
     seen: list[str] = []
-    real = session.load_with_config
+    real = loading.load_with_config
 
-    def watched(options: Any, **how: Any) -> Any:
+    def watched(options: Any, *how: Any, **more: Any) -> Any:
         seen.append(options.model)
-        return real(options, **how)
+        return real(options, *how, **more)
 
-    for module in ("training.session", "adapters.prepare"):  # the policy; other models
+    for module in ("models.loading", "adapters.prepare"):  # the policy; other models
         monkeypatch.setattr(f"mlxlora.{module}.load_with_config", watched)
     return seen
 
