@@ -72,6 +72,7 @@ def evaluate(model: ModelOptions, data: DataOptions, evaluation: EvalOptions, an
 def _rewarded(model: ModelOptions, data: DataOptions, evaluation: EvalOptions, answers: AnswerRewards) -> None:
     if answers.judge_model and not evaluation.adapter_path:
         raise InputError("--judge-model compares answers without and with adapters: name them with --adapter-path")
+    from mlxlora.reporting.card import CUSTOM
     from mlxlora.reporting.reporters import terminal_for
     from mlxlora.reporting.stage import announced
     from mlxlora.rollouts.from_options import judge_of, rollouts_from
@@ -89,7 +90,7 @@ def _rewarded(model: ModelOptions, data: DataOptions, evaluation: EvalOptions, a
     source = PromptSource(**prompt_fields(prompts, rollouts), online=True)
     judge = judge_of(answers.judge_model, model) if answers.judge_model else None
     how = AnswerOptions(evaluation.split, answers.num, evaluation.batch_size, evaluation.seed)
-    with announced(terminal_for((), quiet=answers.json), "answering prompts"):
+    with announced(terminal_for(CUSTOM, quiet=answers.json), "answering prompts"):
         found = answer_split(source, model, evaluation.adapter_path, how, judge)
     for line in map(json_line, found.rows()) if answers.json else _table(found):
         echo(line)

@@ -127,6 +127,14 @@ class Method(Generic[P, O]):
         """The class of its options, which knows their groups."""
         return self.options  # type: ignore[return-value]
 
+    @property
+    def info(self) -> "MethodInfo":
+        """What reports say of it; `mlxlora eval` has its loss if both read the same rows."""
+        from .reporting.card import MethodInfo
+
+        kinds = self.kinds.kinds()
+        return MethodInfo(self.title, kinds, self.columns, evaluated=DataOptions in kinds)
+
     @overload
     def __call__(self, *args: P.args, **options: P.kwargs) -> "RunResult": ...
     @overload
@@ -156,8 +164,7 @@ class Method(Generic[P, O]):
             chosen = self.kinds(*chosen.parts().values(), **others)
         self.check(chosen)
         objective = user_objective(chosen.objective) or self.objective(chosen)
-        extras = self.extras(chosen)
-        recipe = Recipe(StoredMethod(self.name), self.source(chosen, objective), objective, extras, self.title, self.columns)
+        recipe = Recipe(StoredMethod(self.name), self.source(chosen, objective), objective, self.extras(chosen), self.info)
         return train_recipe(recipe, chosen.parts())
 
     def preview(self, tokenizer: Any, **options: Any) -> "Preview":
@@ -333,11 +340,11 @@ def commands() -> Commands:
 
 def method_info(config: Mapping[str, Any]) -> "MethodInfo":
     """What reports say of the method that a run stored in its configuration."""
-    from .reporting.card import CUSTOM, MethodInfo
+    from .reporting.card import CUSTOM
     from .reporting.history import method_of
 
     method = METHODS.get(method_of(config))
-    return MethodInfo(method.title, method.kinds.kinds(), method.columns) if method else CUSTOM
+    return method.info if method else CUSTOM
 
 
 # --- imported when used -------------------------------------------------------------------------

@@ -36,11 +36,13 @@ class MethodInfo:
         title: follows "trained by".
         groups: its groups of options, which have the defaults.
         columns: of the table while it trains, names of `columns.TABLE_COLUMNS`.
+        evaluated: whether `mlxlora eval` has its loss.
     """
 
     title: str = "a custom objective"
     groups: Sequence[type] = (ModelOptions, Training, AdapterOptions, DataOptions, PairData, PromptData)
     columns: Sequence[str] = GENERAL
+    evaluated: bool = False
 
 
 CUSTOM = MethodInfo()

@@ -10,8 +10,6 @@ from .columns import short_number
 from .reporter import Values
 from .text import duration, leading_metric, metric_text
 
-_HAVE_A_LOSS = ("sft", "distill")  # methods whose loss `mlxlora eval` has
-
 
 @define
 class Improvement:
@@ -65,7 +63,9 @@ def outcome_facts(summary: Values) -> dict[str, str]:
     return time | {name: metric_text(name, value) for name, value in others.items()}
 
 
-def next_commands(config: Values, directory: str, prompt: str = "", *, validated: bool = False) -> list[str]:
+def next_commands(
+    config: Values, directory: str, prompt: str = "", *, validated: bool = False, evaluated: bool = False
+) -> list[str]:
     """The commands that use what a run left; none if its model has no name.
 
     Args:
@@ -73,6 +73,7 @@ def next_commands(config: Values, directory: str, prompt: str = "", *, validated
         directory: its folder.
         prompt: to answer.
         validated: whether the run has validation rows.
+        evaluated: whether `mlxlora eval` has the loss of its method.
     """
     model = config.get("model")
     if not isinstance(model, str):
@@ -84,7 +85,7 @@ def next_commands(config: Values, directory: str, prompt: str = "", *, validated
     if validated and (rewards := config.get("rewards")) and not config.get("reward_model"):
         own = f" --reward-file {shlex.quote(config['reward_file'])}" if config.get("reward_file") else ""
         commands.append(f"mlxlora eval --adapter-path {folder} --split {split} --rewards {shlex.quote(','.join(rewards))}{own}")
-    elif config.get("method") in _HAVE_A_LOSS and (validated or config.get("test")):
+    elif evaluated and (validated or config.get("test")):
         commands.append(f"mlxlora eval --adapter-path {folder} --split {split}")
     if Path(model).is_absolute():  # long; the adapters know it
         commands.append(f"mlxlora chat --adapter-path {folder}")

@@ -1,6 +1,5 @@
 """Chooses the reporters of a run."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from ..config.options import Output
@@ -18,7 +17,7 @@ from .trackers import Tracker
 
 def reporters(output: Output, method: MethodInfo = CUSTOM) -> tuple[Reporter, ...]:
     """The terminal and, unless it is a dry run, the files of the run and the trackers of --report-to."""
-    directory, terminal = Path(output.adapter_path), terminal_for(method.columns, quiet=output.quiet or in_notebook())
+    directory, terminal = Path(output.adapter_path), terminal_for(method, quiet=output.quiet or in_notebook())
     if output.dry_run:
         return (terminal,)
     trackers = [Tracker(name, directory, lambda text: terminal.note(text, warning=True)) for name in output.report_to or ()]
@@ -28,7 +27,9 @@ def reporters(output: Output, method: MethodInfo = CUSTOM) -> tuple[Reporter, ..
     return (terminal, *files, *trackers, *pictures)
 
 
-def terminal_for(columns: Sequence[str], *, quiet: bool = False) -> Terminal:
+def terminal_for(method: MethodInfo, *, quiet: bool = False) -> Terminal:
     """A table for a person at a terminal; lines for a pipe or a file."""
     console = safe_console()
-    return Screen(columns, quiet, console) if console.is_terminal else Terminal(quiet)
+    if console.is_terminal:
+        return Screen(method.columns, quiet, console, evaluated=method.evaluated)
+    return Terminal(quiet, evaluated=method.evaluated)

@@ -53,6 +53,7 @@ class Screen(Terminal):
         quiet: print results and warnings only.
         console: where to print; default: stdout.
         clock: current time in seconds, for the time left.
+        evaluated: whether `mlxlora eval` has the loss of the method.
     """
 
     def __init__(
@@ -61,8 +62,10 @@ class Screen(Terminal):
         quiet: bool = False,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        evaluated: bool = False,
     ) -> None:
-        super().__init__(quiet, console or safe_console(), clock)
+        super().__init__(quiet, console or safe_console(), clock, evaluated=evaluated)
         self._columns = columns
         self._layout: Layout | None = None
         self._row, self._above = _Row(), dict[str, float]()

@@ -22,12 +22,20 @@ class Terminal(Reporter):
         quiet: print results and warnings only.
         console: where to print; default: stdout.
         clock: current time in seconds, for the time left.
+        evaluated: whether `mlxlora eval` has the loss of the method.
     """
 
-    def __init__(self, quiet: bool = False, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        quiet: bool = False,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        evaluated: bool = False,
+    ) -> None:
         self.console = console or safe_console(soft_wrap=True)
         self.quiet = quiet
-        self._clock = clock
+        self._clock, self._evaluated = clock, evaluated
         self._began: tuple[int, float] | None = None
         self.step, self.total = 0, 0
         self._config: Values = {}
@@ -95,8 +103,8 @@ class Terminal(Reporter):
         """The commands that come after a run that ended as it should."""
         if self.quiet or "adapters" not in summary:
             return []
-        validated = self._improvement.first is not None
-        return next_commands(self._config, str(summary["adapters"]), self._prompt, validated=validated)
+        known = {"validated": self._improvement.first is not None, "evaluated": self._evaluated}
+        return next_commands(self._config, str(summary["adapters"]), self._prompt, **known)
 
     def example(self, tokens: Sequence[int], loss_mask: Sequence[bool], decode: Callable[[Sequence[int]], str]) -> None:
         """Prints an example, see `show_example`."""

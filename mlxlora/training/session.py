@@ -1,13 +1,13 @@
 """From options to a finished run, the same for every method: claim the folder, load, tokenize, train."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import mlx.nn as nn
-from attrs import frozen
+from attrs import evolve, frozen
 
 from .. import objectives
 from ..adapters.detach import continued, is_trained
@@ -29,8 +29,7 @@ from ..models.logprobs import scorer
 from ..models.modes import vocabulary
 from ..objectives.objective import Objective
 from ..reporting.callbacks import Callbacks
-from ..reporting.card import Card, MethodInfo, portable
-from ..reporting.columns import GENERAL
+from ..reporting.card import CUSTOM, Card, MethodInfo, portable
 from ..reporting.history import StoredMethod
 from ..reporting.reporter import ReporterGroup
 from ..reporting.reporters import reporters, terminal_for
@@ -59,16 +58,14 @@ class Recipe:
         source: turns rows into batches.
         objective: what is minimized.
         extras: further fields of `Run`, such as the reference.
-        title: of the method in the model card.
-        columns: of the table while it trains.
+        info: what reports say of the method.
     """
 
     method: StoredMethod
     source: Source
     objective: Objective
     extras: Mapping[str, Any] = {}
-    title: str = "a custom objective"
-    columns: Sequence[str] = GENERAL
+    info: MethodInfo = CUSTOM
 
 
 def train_recipe(recipe: Recipe, groups: Groups) -> RunResult:
@@ -81,15 +78,12 @@ def train_recipe(recipe: Recipe, groups: Groups) -> RunResult:
         InputError: bad options or data.
         RunError: losses or gradients that are not finite, of five batches in a row; the last good state was saved.
     """
-    ranks = current_ranks()
-    with ExitStack() as held:
-        with ranks.together():
-            if ranks.leads:
-                held.enter_context(claimed(groups[Output], recipe.method.method))
-                if isinstance(name := groups[ModelOptions].model, str):
-                    terminal_for(recipe.columns, quiet=groups[Output].quiet).note(f"loading {portable(name)}")
+    with _held(recipe, groups[Output]):
+        with current_ranks().together():
             rows = sources.load_rows(recipe.source.data, groups[Training].seed)
             recipe.source.check_rows(rows)
+            if current_ranks().leads and isinstance(name := groups[ModelOptions].model, str):
+                terminal_for(recipe.info, quiet=groups[Output].quiet).note(f"loading {portable(name)}")
             model, tokenizer = model_and_tokenizer(groups[ModelOptions], lazy=groups[Training].fully_shard)
             layers_to_train(model, groups[AdapterOptions])  # fails before the rows are tokenized
         return _run(recipe, model, tokenizer, rows, groups)
@@ -123,11 +117,9 @@ def run(
         InputError: bad options or data.
         RunError: losses or gradients that are not finite, of five batches in a row; the last good state was saved.
     """
-    files, ranks, recipe = Output(**output), current_ranks(), Recipe(StoredMethod(None), source, objective)
-    with ExitStack() as held:
-        with ranks.together():
-            if ranks.leads:
-                held.enter_context(claimed(files, None))
+    files, recipe = Output(**output), Recipe(StoredMethod(None), source, objective)
+    with _held(recipe, files):
+        with current_ranks().together():
             rows = sources.load_rows(source.data, training.seed)
         adapter = AdapterOptions(adapter=adapter) if isinstance(adapter, str) else adapter
         groups = {type(group): group for group in (ModelOptions(), source.data, adapter, training, files)}
@@ -155,6 +147,17 @@ def evaluate_split(
     return make_evaluate(model, objective, scorer(model), ranks)(batches_of_split(schedule, make, split))
 
 
+@contextmanager
+def _held(recipe: Recipe, output: Output) -> Iterator[None]:
+    """Rank 0 holds the folder of the run while the context lasts; all ranks end if it cannot."""
+    ranks = current_ranks()
+    with ExitStack() as held:
+        with ranks.together():
+            if ranks.leads:
+                held.enter_context(claimed(output, recipe.method.method, evaluated=recipe.info.evaluated))
+        yield
+
+
 _TRAINED = {
     "continue": "an earlier run trained this model: training continues from there (adapter='fresh' starts from the base)",
     "fresh": "an earlier run trained this model: training starts from the base again (adapter='fresh')",
@@ -175,7 +178,7 @@ def _run(recipe: Recipe, model: nn.Module, tokenizer: Any, rows: dict[str, list[
     training, adapter, output, ranks = groups[Training], groups[AdapterOptions], groups[Output], current_ranks()
     if training.loraplus_lr_ratio is not None and adapter.train_type == "full":
         raise InputError(f"--loraplus-lr-ratio {training.loraplus_lr_ratio} is for adapters; use --train-type lora or dora")
-    source, method = recipe.source, MethodInfo(recipe.title, tuple(groups), recipe.columns)
+    source, method = recipe.source, evolve(recipe.info, groups=tuple(groups))
     callbacks = Callbacks(output.callbacks if ranks.leads and not output.dry_run else ())
     reporter = ReporterGroup(*(reporters(output, method) if ranks.leads else ()), callbacks)
     with ranks.together():
@@ -210,9 +213,5 @@ def _again(
 ) -> RunResult:
     """Resumes a run with other options."""
     groups = gather(tuple(groups), tuple(groups.values()), {"overwrite": False, **changes, "resume": True})
-    ranks = current_ranks()
-    with ExitStack() as held:
-        with ranks.together():
-            if ranks.leads:
-                held.enter_context(claimed(groups[Output], recipe.method.method))
+    with _held(recipe, groups[Output]):
         return _run(recipe, model, tokenizer, rows, groups)

@@ -45,7 +45,7 @@ def check_extras(output: Output) -> None:
 
 
 @contextmanager
-def claimed(output: Output, method: str | None) -> Iterator[None]:
+def claimed(output: Output, method: str | None, *, evaluated: bool = False) -> Iterator[None]:
     """Holds the lock on the folder of a run, and removes files that a killed run left half written.
 
     Enter it before anything expensive.
@@ -53,6 +53,7 @@ def claimed(output: Output, method: str | None) -> Iterator[None]:
     Args:
         output: names the folder.
         method: the method of the run, as `check_run` takes it.
+        evaluated: whether `mlxlora eval` has its loss.
 
     Raises:
         InputError: the folder holds an earlier run, and neither --resume nor --overwrite was given; it holds no run of this method
@@ -66,17 +67,18 @@ def claimed(output: Output, method: str | None) -> Iterator[None]:
     directory = checked_path(output.adapter_path, "--adapter-path")
     _check_writable(directory)
     with locked_folder(directory, "--adapter-path"):
-        _check_unused(directory, output, method)
+        _check_unused(directory, output, method, evaluated)
         sweep(directory, WEIGHTS, CONFIG, METRICS, SAMPLES, SETTINGS, CARD, PAGE, PICTURE, MARKER)
         sweep(directory / FOLDER, "[0-9]*")
         yield
 
 
-def _check_unused(directory: Path, output: Output, method: str | None) -> None:
+def _check_unused(directory: Path, output: Output, method: str | None, evaluated: bool) -> None:
     used = [name for name in (WEIGHTS, METRICS, FOLDER) if (directory / name).exists()]
     if used and not (output.resume or output.overwrite):
+        to_test = _how_to_test(directory, output, method, evaluated)
         raise InputError(
-            f"--adapter-path {directory} already holds a run ({', '.join(used)}); {_how_to_test(directory, output, method)}"
+            f"--adapter-path {directory} already holds a run ({', '.join(used)}); {to_test}"
             "continue it with --resume, replace it with --overwrite, or name another folder"
         )
     if output.resume and output.overwrite:
@@ -86,13 +88,12 @@ def _check_unused(directory: Path, output: Output, method: str | None) -> None:
     check_names(directory, resume=output.resume)
 
 
-def _how_to_test(directory: Path, output: Output, method: str | None) -> str:
+def _how_to_test(directory: Path, output: Output, method: str | None, evaluated: bool) -> str:
     """Suggests `eval` if --test meets a finished run, which should not be trained again for a test."""
     if not output.test or method is None:
         return ""
-    has_eval = method in ("sft", "distill")  # `eval` does not have the loss of the others
     command = (
-        f"eval --adapter-path {directory} --split test" if has_eval else f"{method} --resume --test --adapter-path {directory}"
+        f"eval --adapter-path {directory} --split test" if evaluated else f"{method} --resume --test --adapter-path {directory}"
     )
     return f"to test it, `mlxlora {command}`; to train, "
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mlxlora.methods import METHODS
+from mlxlora.reporting.card import CUSTOM
 from mlxlora.reporting.columns import GENERAL, TABLE_COLUMNS, Layout, short_number
 from mlxlora.reporting.ending import next_commands
 from mlxlora.reporting.reporters import terminal_for
@@ -145,7 +146,7 @@ def test_colors_and_control_need_a_terminal_that_can(monkeypatch):
 
 
 def test_a_pipe_gets_lines():
-    assert not isinstance(terminal_for(GENERAL), Screen)
+    assert not isinstance(terminal_for(CUSTOM), Screen)
 
 
 def test_the_end_says_what_improved_and_what_comes_next(monkeypatch, tmp_path):
@@ -153,7 +154,7 @@ def test_the_end_says_what_improved_and_what_comes_next(monkeypatch, tmp_path):
     told = {}
     for terminal in (True, False):
         made = Console(file=io.StringIO(), force_terminal=terminal, width=60, highlight=False, color_system=None)
-        seen = Screen(console=made) if terminal else Terminal(console=made)
+        seen = Screen(console=made, evaluated=True) if terminal else Terminal(console=made, evaluated=True)
         seen.start({"model": "org/a model", "method": "sft", "test": True})
         for step, loss in ((0, 2.5), (10, 1.25), (20, float("nan")), (30, 1.5)):
             seen.record({"step": step, "split": "valid", "loss": loss})
