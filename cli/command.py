@@ -1,4 +1,4 @@
-"""Commands whose help fits narrow terminals, and which take the flags of mlx-lm and mlx-lm-lora."""
+"""Commands whose help fits narrow terminals, and which take the flags of mlx-lm, mlx-lm-lora and TRL."""
 
 from typing import Any
 

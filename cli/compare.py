@@ -62,8 +62,8 @@ def _print(rows: Sequence[Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from mlxlora.errors import printable
     from mlxlora.utils.console import safe_console
-    from mlxlora.utils.terminal_text import printable
 
     expected = any(row.expected for row in rows)
     table = Table(show_lines=True)

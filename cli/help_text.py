@@ -34,7 +34,7 @@ def most_used(options: Mapping[str, Any]) -> list[Any]:
     panel = [name for name, option in options.items() if option.rich_help_panel in _OWN_PANELS]
     own = sorted(panel, key=lambda name: _OWN.index(name) if name in _OWN else len(_OWN) + _OWN_PANELS.index(_panel(options[name])))
     room = LIMIT - len(first) - len(later)
-    chosen = [*first, *own[: min(room, max(len(_OWN), 1))], *later]
+    chosen = [*first, *own[: min(room, len(_OWN))], *later]
     chosen += [name for name in _MORE if name in options][: LIMIT - len(chosen)]
     return [options[name] for name in chosen]
 

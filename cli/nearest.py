@@ -13,7 +13,6 @@ _ELSEWHERE = {
     "fine-tune": "it is `mlxlora sft`",
     "ppo": "`mlxlora grpo --loss-type reinforce` is nearest",
     "test": "it is `mlxlora eval`",
-    "chat": "it is `mlxlora generate`, or mlx_lm.chat --adapter-path",
     "convert": "it is mlx_lm.convert",
     "server": "it is mlx_lm.server --adapter-path",
 }

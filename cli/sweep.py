@@ -12,6 +12,7 @@ from mlxlora.config.fields import dashed, is_list, is_mapping
 from mlxlora.config.method_options import fields_of
 from mlxlora.errors import InputError, choose
 from mlxlora.methods import METHODS
+from mlxlora.utils.context import assigned
 from mlxlora.utils.output import echo
 
 from .train import COLLECTED
@@ -90,11 +91,8 @@ def _groups(ctx: typer.Context, method: str, args: list[str]) -> tuple[Any, ...]
     from . import app
 
     collected: list[tuple[Any, ...]] = []
-    token = COLLECTED.set(collected)
-    try:
+    with assigned(COLLECTED, collected):
         get_command(app).commands[method].main(args, prog_name=f"mlxlora {method}", standalone_mode=False)  # type: ignore[attr-defined]
-    finally:
-        COLLECTED.reset(token)
     if not collected:
         raise InputError(f"sweep: `mlxlora {method}` was not going to train")
     return collected[0]

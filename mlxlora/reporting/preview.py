@@ -15,9 +15,9 @@ from ..data import formats, sources
 from ..data.rows import Row
 from ..data.sources import Source, Split
 from ..data.tokenize import Counts, Example
+from ..errors import printable
 from ..utils.console import safe_console
 from ..utils.integers import ceil_div
-from ..utils.terminal_text import printable
 from .text import runs_of_text, shorten
 
 Parse = Callable[[Row, Mapping[str, str]], Any]

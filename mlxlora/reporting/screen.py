@@ -12,8 +12,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from ..errors import printable
 from ..utils.console import safe_console
-from ..utils.terminal_text import printable
 from .columns import GENERAL, Layout, short_number
 from .ending import command_lines, outcome_facts
 from .history import curves

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.text import Text
 
+from ..errors import printable
 from ..utils.console import safe_console
-from ..utils.terminal_text import printable
 from .columns import is_tie
 from .ending import Improvement, next_commands
 from .reporter import Reporter, Values

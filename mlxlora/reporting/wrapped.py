@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..utils.terminal_text import printable
+from ..errors import printable
 
 
 def flat(text: str, newline: str = "⏎") -> str:

@@ -17,6 +17,7 @@ from ..data.prompts import question
 from ..data.rows import Row
 from ..errors import InputError
 from ..models.modes import evaluating, vocabulary
+from ..reporting.ending import Improvement
 from ..reporting.history import Record, read_record
 from ..reporting.notebook import framed
 from ..reporting.reporter import Values
@@ -36,6 +37,23 @@ def displayed(results: Values) -> dict[str, Any]:
         name.replace("_", " "): round(value, _DIGITS.get(name, 4)) if isinstance(value, float) else value
         for name, value in results.items()
     }
+
+
+def frame_of(rows: Sequence[Values], otherwise: str) -> Any:
+    """A frame of pandas, a line for each row.
+
+    Args:
+        rows: values by the name of their column.
+        otherwise: where else the rows are, for the message.
+
+    Raises:
+        InputError: pandas is not installed.
+    """
+    try:
+        import pandas  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise InputError(f"to_frame needs pandas: pip install 'mlxlora[pandas]'; {otherwise}") from None
+    return pandas.DataFrame(rows)
 
 
 class RunResult(Mapping[str, Any]):
@@ -91,9 +109,12 @@ class RunResult(Mapping[str, Any]):
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The record of the best validation after step 0; None without validation."""
-        valid = [row for row in self.history if row["split"] == "valid" and row["step"] and row.get("loss") is not None]
-        return min(valid, key=lambda row: row["loss"], default=None)
+        """The record of the best validation after step 0, by its reward if it has one; None without validation."""
+        seen = Improvement()
+        for row in self.history:
+            if row["split"] == "valid":
+                seen.add(row)
+        return dict(seen.best) if seen.best else None
 
     def to_frame(self) -> Any:
         """The history as a frame of pandas, a line for each record.
@@ -101,11 +122,7 @@ class RunResult(Mapping[str, Any]):
         Raises:
             InputError: pandas is not installed.
         """
-        try:
-            import pandas  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise InputError("to_frame needs pandas: pip install 'mlxlora[pandas]'; .history has the same as a list") from None
-        return pandas.DataFrame(self.history)
+        return frame_of(self.history, ".history has the same as a list")
 
     # --- what comes next ------------------------------------------------------------------------
 

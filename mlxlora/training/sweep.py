@@ -16,7 +16,8 @@ from ..models.loading import model_and_tokenizer
 from ..reporting.history import PAGE, SETTINGS, Record, read_record
 from ..reporting.html import comparison_page, write
 from ..utils.files import atomic_file
-from .results import RunResult
+from .checkpoint import FOLDER
+from .results import RunResult, frame_of
 
 FINISHED = "sweep.json"
 """The results of the finished runs of a sweep, in its folder."""
@@ -57,13 +58,7 @@ class SweepResult(Sequence[dict[str, Any]]):
         Raises:
             InputError: pandas is not installed.
         """
-        try:
-            import pandas  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise InputError(
-                "to_frame needs pandas: pip install 'mlxlora[pandas]'; the sweep itself is a list of dictionaries"
-            ) from None
-        return pandas.DataFrame(self._rows)
+        return frame_of(self._rows, "the sweep itself is a list of dictionaries")
 
 
 def sweep_over(
@@ -142,7 +137,7 @@ def _with_model(options: _Options, loaded: dict[str, Any]) -> dict[str, Any]:
 
 def _start(place: Path, options: _Options) -> dict[str, bool]:
     """Whether a run resumes the one in its folder, or replaces it."""
-    if (place / SETTINGS).is_file() and (place / "checkpoints").is_dir() and not options.get("overwrite"):
+    if (place / SETTINGS).is_file() and (place / FOLDER).is_dir() and not options.get("overwrite"):
         return {"resume": True}
     return {"overwrite": place.is_dir()}
 

@@ -1,9 +1,11 @@
 """Counts the items that long work has passed, for a bar: the work says what it iterates over, a caller listens if it wants to."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import TypeVar
+
+from .context import assigned
 
 Item = TypeVar("Item")
 Listener = Callable[[int], object]
@@ -23,8 +25,7 @@ def ticking(items: Iterable[Item], size: Callable[[Item], int] = lambda _: 1) ->
     return items if listener is None else _heard(items, size, listener)
 
 
-@contextmanager
-def listening(listener: Listener) -> Iterator[None]:
+def listening(listener: Listener) -> AbstractContextManager[None]:
     """Whatever ticks within is heard by `listener`.
 
     >>> heard = []
@@ -33,11 +34,7 @@ def listening(listener: Listener) -> Iterator[None]:
     >>> total, heard
     (11, [1, 1])
     """
-    before = _LISTENER.set(listener)
-    try:
-        yield
-    finally:
-        _LISTENER.reset(before)
+    return assigned(_LISTENER, listener)
 
 
 def _heard(items: Iterable[Item], size: Callable[[Item], int], listener: Listener) -> Iterator[Item]:

@@ -66,6 +66,12 @@ def test_history(run, monkeypatch):
     assert run.to_frame() == tuple(run.history)
 
 
+def test_the_best_validation_of_a_sampled_run_is_that_of_the_highest_reward(run, tmp_path):
+    rows = [{"step": step, "split": "valid", "reward": reward} for step, reward in ((0, 0.9), (2, 0.25), (4, 0.75), (6, 0.5))]
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+    assert run.best == {"step": 4, "split": "valid", "reward": 0.75}
+
+
 def test_the_model_answers(run):
     answer = run.generate("add 3.", max_tokens=4)
     assert answer == mlx_lm.generate(run.model, run.tokenizer, "add 3.", max_tokens=4) and not run.model.training
