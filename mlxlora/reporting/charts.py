@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+from .columns import TABLE_COLUMNS
 from .history import SPLITS, Points, compact
 from .svg import Line, chart
 
@@ -12,17 +13,9 @@ Curves = Mapping[str, Mapping[str, Points]]
 MAIN = 4
 """Charts at the top of a page."""
 
-_OF_COLUMN = {
-    "loss": "loss",
-    "reward": "reward",
-    "accuracy": "rewards/accuracies",
-    "margin": "rewards/margins",
-    "chosen": "rewards/chosen",
-    "rejected": "rewards/rejected",
-    "length": "completions/mean_length",
-    "no signal": "frac_reward_zero_std",
-    "KL": "kl",
-}
+_ASIDE = ("learning_rate", "tokens_per_second")
+"""Metrics of a table that say how a run goes, not what it learns."""
+
 _NEXT = ("mean_token_accuracy", "perplexity", "entropy", "learning_rate", "grad_norm")
 _WORDS = {
     "loss": "Loss",
@@ -100,8 +93,8 @@ def told_apart(curves: Curves) -> tuple[dict[str, Mapping[str, Points]], dict[st
 
 def main_metrics(columns: Sequence[str], curves: Curves) -> list[str]:
     """The metrics of the charts at the top: those of the method's table, then general ones."""
-    wanted = [_OF_COLUMN[column] for column in columns if column in _OF_COLUMN] + list(_NEXT)
-    return [name for name in dict.fromkeys(wanted) if name in curves][:MAIN]
+    of_table = [metric for column in columns if (metric := TABLE_COLUMNS[column].metric) not in _ASIDE]
+    return [name for name in dict.fromkeys((*of_table, *_NEXT)) if name in curves][:MAIN]
 
 
 def metric_chart(name: str, splits: Mapping[str, Points]) -> str:

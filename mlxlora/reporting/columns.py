@@ -27,6 +27,7 @@ class Column:
         shown: the value and the records to a text.
         better: 1 if a rise is good, -1 if a fall is, 0: not marked.
         unless: options of the run with which the column would be empty or constant.
+        metric: of training that it shows; empty: of validation, or none of the record.
     """
 
     title: str
@@ -35,6 +36,7 @@ class Column:
     shown: Callable[[float, StepRecords], str]
     better: int = 0
     unless: Mapping[str, Any] = {}
+    metric: str = ""
 
 
 def short_number(value: float) -> str:
@@ -104,7 +106,7 @@ def _with_deviation(value: float, rows: StepRecords) -> str:
 def _plain(
     title: str, width: int, metric: str, shown: Callable[[float], str] = short_number, better: int = 0, **unless: Any
 ) -> Column:
-    return Column(title, width, _of(metric), lambda value, _: shown(value), better, unless)
+    return Column(title, width, _of(metric), lambda value, _: shown(value), better, unless, metric)
 
 
 TABLE_COLUMNS: dict[str, Column] = {
@@ -112,7 +114,7 @@ TABLE_COLUMNS: dict[str, Column] = {
     "valid": Column("valid", 7, _leading, lambda value, _: short_number(value), better=-1),
     "valid reward": Column("valid", 7, _leading, lambda value, _: short_number(value), better=1),
     "valid pairs": Column("valid acc", 11, _leading, _with_accuracy, better=-1),
-    "reward": Column("reward ± std", 12, _of("reward"), _with_deviation, better=1),
+    "reward": Column("reward ± std", 12, _of("reward"), _with_deviation, better=1, metric="reward"),
     "accuracy": _plain("accuracy", 8, "rewards/accuracies", percent, better=1),
     "margin": _plain("margin", 8, "rewards/margins", better=1),
     "chosen": _plain("chosen", 8, "rewards/chosen", better=1),
