@@ -8,7 +8,6 @@ from typer.main import get_command
 from mlxlora.config import config_file as settings
 from mlxlora.config import mlx_lm_compat as peers
 from mlxlora.errors import InputError
-from mlxlora.methods import Method
 from mlxlora.rollouts.reward_functions import BUILT_IN
 from tests.config.test_mlx_lm_compat import GROUPS, KEYS, LORA, flags_of
 
@@ -46,17 +45,9 @@ MODES = {"online-dpo": "online_dpo"}
 
 
 @pytest.fixture
-def typed(monkeypatch, capsys):
-    """What a command line comes to: the options that its method gets (None: nothing ran), and what it prints."""
-    seen = []
-    monkeypatch.setattr(Method, "__call__", lambda _, *groups: seen.append(groups))
-
-    def run(command, *arguments):
-        seen.clear()
-        BUILT[command].main(["--model", "m", "--data", "d", *map(str, arguments)], prog_name=command, standalone_mode=False)
-        return settings.dump(*seen[0]) if seen else None, capsys.readouterr().out
-
-    return run
+def typed(typed):
+    """With a model and data."""
+    return lambda command, *arguments: typed(command, "--model", "m", "--data", "d", *arguments)
 
 
 def flag_of(name):

@@ -6,14 +6,12 @@ import types
 
 import pytest
 import yaml
-from mlxlora_cli import app
 from mlxlora_cli.nearest import nearest_command, nearest_flag, with_nearest
-from typer.main import get_command
 
 from mlxlora.config import config_file as settings
 from mlxlora.config import mlx_lm_compat as peers
 from mlxlora.errors import InputError
-from mlxlora.methods import METHODS, Method
+from mlxlora.methods import METHODS
 from tests.config.test_mlx_lm_compat import DATA, PAGES
 
 TRL = yaml.safe_load((DATA / "trl.yaml").read_text(encoding="utf-8"))
@@ -31,21 +29,6 @@ OTHERWISE = {
     "loss_type": ("loss_type", "nll"),
 }
 LOSSES = {"dpo": "hinge", "cpo": "hinge", "kto": "kto", "grpo": "dapo", "online-dpo": "hinge"}
-BUILT = get_command(app).commands  # type: ignore[attr-defined]
-
-
-@pytest.fixture
-def typed(monkeypatch, capsys):
-    """What a command line comes to: the options that its method gets, and what it prints."""
-    seen = []
-    monkeypatch.setattr(Method, "__call__", lambda _, *groups: seen.append(groups))
-
-    def run(command, *arguments):
-        seen.clear()
-        BUILT[command].main([*map(str, arguments)], prog_name=command, standalone_mode=False)
-        return settings.dump(*seen[0]) if seen else {}, capsys.readouterr().out
-
-    return run
 
 
 @pytest.mark.parametrize("command", METHODS)
