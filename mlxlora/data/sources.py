@@ -9,7 +9,7 @@ from typing import Any, final
 import mlx.nn as nn
 from attrs import evolve, field, frozen
 
-from ..config.given import Data
+from ..config.given import Data, storable
 from ..config.options import DataOptions, PairData, RowOptions
 from ..distributed.ranks import ALONE, Ranks
 from ..errors import InputError
@@ -249,6 +249,18 @@ def load_rows(data: RowOptions, seed: int) -> dict[str, list[Row]]:
         train, valid = split_off(splits["train"], data.valid_fraction, seed)
         splits = {**splits, "train": train, "valid": valid}
     return splits
+
+
+def load_split(data: RowOptions, split: str, seed: int) -> list[Row]:
+    """The rows of one split, see `load_rows`.
+
+    Raises:
+        InputError: there is no such split.
+    """
+    rows = load_rows(data, seed)
+    if not rows.get(split):
+        raise InputError(f"{storable(data.data)}: no {split} split; found {', '.join(name for name in rows if rows[name])}")
+    return rows[split]
 
 
 def tokenize(

@@ -4,7 +4,6 @@ MLX differentiates `silu(gate) * x` one operation after the other and keeps each
 A fused kernel computes them again from `gate` and `x` faster than it reads them, so they need not be kept.
 """
 
-import sys
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -13,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from attrs import frozen
 
-from ..utils.patches import Slot, replace_function
+from ..utils.patches import Slot, python_modules, replace_function
 
 _OF_MODELS = ("swiglu", "precise_swiglu", "swiglu_oai", "geglu", "gegelu_impl", "xielu")
 _OF_NN = ("gelu", "gelu_approx", "relu2", "silu")
@@ -29,7 +28,7 @@ def hook_activations(model: nn.Module) -> None:
     if _HOOKED.get(model):
         return
     _HOOKED.put(model, True)
-    for owner in {sys.modules[type(module).__module__] for module in model.modules()}:
+    for owner in python_modules(model):
         if owner.__name__.startswith("mlx_lm.models."):
             for name in ("nn", *_OF_MODELS):
                 if hasattr(owner, name):

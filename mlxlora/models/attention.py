@@ -6,7 +6,6 @@ causal rows attend in chunks where that is faster. (MLX has a fused backward pas
 sizes. Without it all scores [R, heads, T, T] are kept; docs/machines.md names the sources.)
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
@@ -22,7 +21,7 @@ from mlx_lm.models import base
 
 from ..utils.context import assigned
 from ..utils.device import backend
-from ..utils.patches import replace_function
+from ..utils.patches import python_modules, replace_function
 
 _NAME = "scaled_dot_product_attention"
 _PLAIN = getattr(base, _NAME)
@@ -72,8 +71,7 @@ def hook(model: nn.Module) -> int:
     Returns:
         How many Python modules of the model call it.
     """
-    modules = {sys.modules[name] for module in model.modules() if (name := type(module).__module__) in sys.modules}
-    callers = [module for module in modules if getattr(module, _NAME, None) in (_PLAIN, attend)]
+    callers = [module for module in python_modules(model) if getattr(module, _NAME, None) in (_PLAIN, attend)]
     for module in callers:
         replace_function(model, module, _NAME, attend)
     return len(callers)

@@ -26,7 +26,7 @@ from .scans import SCAN_FUNCTIONS, SCAN_METHODS
 _NAME = "gated_delta_update"
 _PLAIN = gated_delta.gated_delta_update
 _SIGNATURE = signature(_PLAIN)
-_HOOKED: Slot[bool] = Slot("recurrences", False)
+_HOOKED: Slot[int | None] = Slot("recurrences", None)  # how many layers have the gated delta rule
 _SCANS: Slot[int] = Slot("scans", 0)
 
 _CHOICE: ContextVar[str] = ContextVar("recurrence", default="auto")
@@ -49,17 +49,15 @@ def hook_recurrences(model: nn.Module) -> int:
     Returns:
         How many layers have the gated delta rule.
     """
+    if (known := _HOOKED.get(model)) is not None:
+        return known
     layers = delta_layers(model)
-    if _HOOKED.get(model):
-        return len(layers)
     for layer in layers:
         cls = type(layer)
         replace_function(model, sys.modules[cls.__module__], _NAME, delta_update)
         set_class(layer, subclass(cls, {"__call__": _knowing_segments(cls)}))
-    scans = _hook_scans(model)
-    if layers or scans:
-        _HOOKED.put(model, True)
-        _SCANS.put(model, scans)
+    _HOOKED.put(model, len(layers))
+    _SCANS.put(model, _hook_scans(model))
     if layers:
         _verify_kernel(model)
     return len(layers)

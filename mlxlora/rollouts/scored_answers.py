@@ -15,7 +15,6 @@ from ..data.dialogue import sampled_turns
 from ..data.formats import last_text
 from ..data.sources import Context
 from ..data.tokenize import Prompt
-from ..errors import InputError
 from ..models.modes import vocabulary
 from ..utils.ticks import listening, ticking
 from .groups import CompletionGroup
@@ -101,10 +100,7 @@ def answer_split(
     Raises:
         InputError: no such split, model or adapters; a row without a prompt or without a column that a reward reads.
     """
-    rows = sources.load_rows(source.data, how.seed)
-    if not rows.get(how.split):
-        raise InputError(f"{source.data.data}: no {how.split} split; found {', '.join(name for name in rows if rows[name])}")
-    chosen = {how.split: rows[how.split][: how.limit or None]}
+    chosen = {how.split: sources.load_split(source.data, how.split, how.seed)[: how.limit or None]}
     source.check_rows(chosen)
     model, tokenizer = load(base_of(model_options, adapter_path) if adapter_path else model_options)
     with listening(lambda _: None):  # answers are counted, not rows

@@ -13,7 +13,7 @@ from .. import objectives
 from ..adapters.detach import continued, is_trained
 from ..adapters.inject import layers_to_train
 from ..adapters.prepare import CHANGED, base_of, load
-from ..config.given import is_path, storable
+from ..config.given import is_path
 from ..config.method_options import dump, gather
 from ..config.options import AdapterOptions, DataOptions, ModelOptions, Output, Training
 from ..data import sources
@@ -135,11 +135,9 @@ def evaluate_split(
         InputError: no such split, model or adapters.
     """
     base = base_of(model_options, adapter_path) if adapter_path else model_options
-    source, rows = sources.rows(data_options), sources.load_rows(data_options, seed)
-    if not rows.get(split):
-        raise InputError(f"{storable(data_options.data)}: no {split} split; found {', '.join(k for k in rows if rows[k])}")
+    source, rows = sources.rows(data_options), sources.load_split(data_options, split, seed)
     model, tokenizer = load(base, adapter_path)
-    splits = sources.tokenize(source, {split: rows[split]}, tokenizer)
+    splits = sources.tokenize(source, {split: rows}, tokenizer)
     sources.check_tokens(source, splits, {"the model": vocabulary(model)}, tokenizer)
     objective = objectives.sft()
     ranks, schedule = current_ranks(), Schedule(source, splits, Training(batch_size=batch_size))

@@ -5,6 +5,7 @@ replaces a function in the Python module of the architecture, and some facts are
 and `restore` undoes it. (`distributed` patches models, too, and lies below `models`: hence this file is in `utils`.)
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
@@ -130,6 +131,11 @@ class _Replaced:
 
 _replaced: dict[tuple[str, str], _Replaced] = {}
 _FUNCTIONS: Slot[tuple[tuple[str, str], ...]] = Slot("functions", ())
+
+
+def python_modules(model: Any) -> set[ModuleType]:
+    """The Python modules that define the classes of a model's modules."""
+    return {sys.modules[name] for module in model.modules() if (name := type(module).__module__) in sys.modules}
 
 
 def replace_function(model: Any, owner: ModuleType, name: str, function: Callable[..., Any]) -> None:
