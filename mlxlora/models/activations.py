@@ -4,35 +4,57 @@ MLX differentiates `silu(gate) * x` one operation after the other and keeps each
 A fused kernel computes them again from `gate` and `x` faster than it reads them, so they need not be kept.
 """
 
-from functools import cache
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from attrs import frozen
+from mlx_lm.models import activations
 
-from ..utils.patches import Slot, python_modules, replace_function
+from ..utils.context import assigned
+from ..utils.patches import Slot, python_modules, replace_function, set_class, subclass
 
 _OF_MODELS = ("swiglu", "precise_swiglu", "swiglu_oai", "geglu", "gegelu_impl", "xielu")
 _OF_NN = ("gelu", "gelu_approx", "relu2", "silu")
 _HOOKED: Slot[bool] = Slot("activations", False)
+_COMPILED = type(activations.swiglu)
+_ON: ContextVar[bool] = ContextVar("activations are recomputed", default=False)
+"""Read by functions with mlx-lm's signatures, which have no room for an argument of ours."""
+
+
+def recomputed_activations() -> AbstractContextManager[None]:
+    """Hooked models recompute their activations while the context lasts; elsewhere, as in generation, they do as mlx-lm has it."""
+    return assigned(_ON, True)
 
 
 def hook_activations(model: nn.Module) -> None:
     """Makes the model's layers keep only the inputs of their activations; `utils.patches.restore` undoes it.
 
     mlx-lm's models call these functions by name: those of mlx-lm as names of their own Python module, those of MLX as names of
-    `nn`, for which the module gets a stand-in. A second call changes nothing.
+    `nn`, for which the module gets a stand-in. It gets none if it has compiled functions of its own, which MLX may compile for all
+    shapes, where nothing can be recomputed. A second call changes nothing.
     """
     if _HOOKED.get(model):
         return
     _HOOKED.put(model, True)
-    for owner in python_modules(model):
+    for owner in python_modules(model) - {activations}:  # from which the modules of other models import
         if owner.__name__.startswith("mlx_lm.models."):
-            for name in ("nn", *_OF_MODELS):
+            for name in (*([] if _compiles(owner) else ["nn"]), *_OF_MODELS):
                 if hasattr(owner, name):
                     replace_function(model, owner, name, _lean(getattr(owner, name)))
+    for module in model.modules():
+        if type(module) is activations.SwigluOAI:
+            set_class(module, subclass(activations.SwigluOAI, {"__call__": _lean_oai}))
+
+
+def _compiles(owner: ModuleType) -> bool:
+    """Whether a Python module has compiled functions besides those that it imports from `activations`."""
+    known = vars(activations).values()
+    return any(type(value) is _COMPILED and not any(value is other for other in known) for value in vars(owner).values())
 
 
 def _lean(value: Any) -> Any:
@@ -53,11 +75,12 @@ class Recomputed:
     function: Any
 
     def __call__(self, *arrays: Any, **options: Any) -> mx.array:
-        if not all(isinstance(array, mx.array) for array in arrays):
+        if not _ON.get() or not all(isinstance(array, mx.array) for array in arrays):
             return self.function(*arrays, **options)
 
         def compute(*arrays: mx.array) -> mx.array:
-            return self.function(*arrays, **options)
+            with assigned(_ON, False):  # the parts of a function that is recomputed need not be
+                return self.function(*arrays, **options)
 
         @mx.custom_function
         def forward(*arrays: mx.array) -> mx.array:
@@ -69,6 +92,11 @@ class Recomputed:
             return mx.vjp(compute, mx.depends(primals, [cotangent]), [cotangent])[1]
 
         return forward(*arrays)  # type: ignore[return-value]
+
+
+def _lean_oai(module: Any, x: mx.array, gate: mx.array) -> mx.array:
+    """gpt-oss's activation, a module without parameters, recomputed."""
+    return Recomputed(partial(activations.SwigluOAI.__call__, module))(x, gate)
 
 
 class _LeanNN:

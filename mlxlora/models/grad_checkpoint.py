@@ -9,6 +9,7 @@ from attrs import define
 from mlx.utils import tree_map
 
 from ..utils.patches import Slot, set_class, subclass
+from .activations import recomputed_activations
 from .row_layouts import PromptCache, TrainingCache
 
 
@@ -76,7 +77,8 @@ def _recomputing(cls: type) -> Any:
             layer.update(parameters)
             dropouts.keys = mx.stop_gradient(keys)
             cache.kv = kv
-            out = cls.__call__(layer, *args, **kwargs)
+            with recomputed_activations():  # the backward pass comes when no rows are scored any more
+                out = cls.__call__(layer, *args, **kwargs)
             layer.update(mine)
             return out, cache.kv
 

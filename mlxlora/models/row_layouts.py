@@ -18,7 +18,7 @@ from ..batch import Batch
 from ..errors import one_line
 from ..utils.device import backend
 from ..utils.patches import Slot
-from .activations import hook_activations
+from .activations import hook_activations, recomputed_activations
 from .attention import Causal, Prompts, Scoring, blockwise, causal, fused, hook, reaches, visible
 from .modes import evaluating
 from .recurrences import RecurrentCache, hook_recurrences
@@ -44,6 +44,11 @@ def forward_rows(forward: Forward, model: nn.Module, batch: Batch) -> mx.array:
     hook(model)
     hook_activations(model)
     hook_recurrences(model)
+    with recomputed_activations():
+        return _forward_rows(forward, model, batch)
+
+
+def _forward_rows(forward: Forward, model: nn.Module, batch: Batch) -> mx.array:
     if batch.prefix is None or batch.prefix_lengths is None:
         if batch.segments is None and not _KNOWS_WINDOWS.get(model):
             return forward(batch.tokens)

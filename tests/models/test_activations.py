@@ -7,11 +7,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx_lm.models import gpt_oss, qwen3
+from mlx_lm.models import activations, gpt_oss, qwen3
+from mlx_lm.models.activations import swiglu
 
+from benchmarks.small import build
 from mlxlora import AdapterOptions, prepare
 from mlxlora.data.batching import collate
-from mlxlora.models.activations import Recomputed, hook_activations
+from mlxlora.models.activations import Recomputed, hook_activations, recomputed_activations
 from mlxlora.objectives.supervised import sft
 from mlxlora.utils.patches import restore
 from tests.support.tiny import LLAMA, dense, distance, experts, loss_and_gradient, shaken, softcapped
@@ -73,7 +75,8 @@ def test_only_the_inputs_are_kept() -> None:
         mx.clear_cache()
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        mx.eval(mx.grad(steps, argnums=(0, 1))(*given))
+        with recomputed_activations():
+            mx.eval(mx.grad(steps, argnums=(0, 1))(*given))
         return (mx.get_peak_memory() - before) // (4 * size)
 
     assert peak(Recomputed(qwen3.swiglu)) < peak(qwen3.swiglu)
@@ -81,5 +84,32 @@ def test_only_the_inputs_are_kept() -> None:
 
 def test_other_arguments_than_arrays_pass() -> None:
     scaled = Recomputed(lambda x, factor=1.0: factor * mx.square(x))
-    assert mx.grad(lambda x: scaled(x, factor=3.0))(mx.array(2.0)).item() == 12
-    assert mx.grad(lambda x: scaled(x, 2.0))(mx.array(2.0)).item() == 8
+    with recomputed_activations():
+        assert mx.grad(lambda x: scaled(x, factor=3.0))(mx.array(2.0)).item() == 12
+        assert mx.grad(lambda x: scaled(x, 2.0))(mx.array(2.0)).item() == 8
+
+
+def test_models_of_other_architectures_train_after_one_another() -> None:
+    """None replaces what the Python module of another one uses, or imports later."""
+    models = {name: build(name) for name in ("gpt_oss", "gemma4_text", "qwen3", "gemma2", "llama", "phi3")}
+    for model in models.values():
+        loss_and_gradient(prepare(model, AdapterOptions(num_layers=-1, rank=4)), sft(), collate(ROWS))
+    gate, x = mx.random.normal((2, 8), key=mx.random.key(0))
+    exact = nn.silu(gate) * x
+    assert mx.allclose(mx.compile(qwen3.swiglu, shapeless=True)(gate, x), exact) and mx.allclose(swiglu(gate, x), exact)
+    assert not isinstance(swiglu, Recomputed) and not isinstance(activations.swiglu_oai, Recomputed)
+    for model in models.values():
+        restore(model)
+
+
+def test_only_scoring_recomputes() -> None:
+    """Elsewhere a hooked model computes as mlx-lm's does, so it can be compiled for all shapes."""
+    model = trained(dense)
+    hook_activations(model)
+    gate = mx.random.normal((2, 8), key=mx.random.key(0))
+    called = sys.modules[type(model.layers[0].mlp).__module__].swiglu
+    assert isinstance(called, Recomputed)
+    assert mx.allclose(mx.compile(called, shapeless=True)(gate, gate), nn.silu(gate) * gate)
+    with recomputed_activations(), pytest.raises(ValueError, match="output shapes"):
+        mx.eval(mx.compile(lambda g: called(g, g), shapeless=True)(gate))
+    restore(model)
