@@ -79,7 +79,7 @@ def test_only_the_inputs_are_kept() -> None:
             mx.eval(mx.grad(steps, argnums=(0, 1))(*given))
         return (mx.get_peak_memory() - before) // (4 * size)
 
-    assert peak(Recomputed(qwen3.swiglu)) < peak(qwen3.swiglu)
+    assert peak(Recomputed(swiglu)) < peak(swiglu)  # not a model's, which may be hooked
 
 
 def test_other_arguments_than_arrays_pass() -> None:
