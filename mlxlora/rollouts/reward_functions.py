@@ -309,3 +309,6 @@ BUILT_IN: dict[str, Callable[..., Reward]] = {
     "r1_soft_format_reward_func": partial(format_soft, score=0.5),
     "r1_count_xml": partial(tag_count, score=0.5),
 }
+
+PATTERNED = frozenset({"regex"})
+"""Built-in rewards that match a regular expression of the user, which may take forever."""

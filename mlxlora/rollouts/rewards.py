@@ -1,29 +1,25 @@
 """Reward functions, built-in or from a file: loading, calls in threads, checks, weighted sums."""
 
 import ast
-import asyncio
-import difflib
 import inspect
 import math
-import sys
-import threading
 import time
-import warnings
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import Future, wait
-from types import ModuleType
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import wait
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from attrs import frozen
 
 from ..config.given import name_of
-from ..errors import InputError, RunError, described, listed, one_line, plain, quoted
-from ..utils.user_code import line_in, run_file
-from .reward_functions import BUILT_IN, Reward, text_of
+from ..errors import InputError, RunError, described, listed, plain
+from .reward_calls import answer_text, in_thread, told
+from .reward_functions import BUILT_IN, PATTERNED, Reward, text_of
+from .reward_names import LARGEST_REWARD, Request, called, requests_in, resolved
+from .reward_process import RemoteReward, RewardProcess, RewardsEnded, pattern_process
 
-_LARGEST = 1e15  # the standard deviation squares rewards, and larger squares overflow float32
 _SYNONYMS = {"answer": "solution", "solution": "answer", "types": "type"}
 
 
@@ -36,7 +32,7 @@ class NamedReward:
     weight: float = 1.0
 
 
-_Request = ast.Call | ast.Name | NamedReward
+_Entry = Request | NamedReward
 
 
 def load_rewards(
@@ -46,7 +42,7 @@ def load_rewards(
 
     Args:
         names: `name` or `name(option=value)`, of which an entry may hold several, separated by commas; or functions.
-        file: a Python file with reward functions; this call executes it.
+        file: a Python file with reward functions; this call executes it, in a process of its own.
         weights: one for each name; None: 1.
 
     Raises:
@@ -55,68 +51,24 @@ def load_rewards(
     >>> [(reward.name, reward.weight) for reward in load_rewards(["accuracy,repetition(ngram_size=4)"], weights=[1, 0.5])]
     [('accuracy', 1.0), ('repetition', 0.5)]
     """
-    requests = [request for entry in names for request in (_parsed(entry) if isinstance(entry, str) else [_passed(entry)])]
+    requests = [request for entry in names for request in (requests_in(entry) if isinstance(entry, str) else [_passed(entry)])]
     if not requests:
         raise InputError(f"--rewards names no reward function; there are {', '.join(sorted(BUILT_IN))}")
-    module = _executed(file) if file else None
-    functions = [_resolved(request, module) for request in requests]
+    process = RewardProcess(file) if file else None
+    functions = [_function(request, process) for request in requests]
     weighted = zip(_labels(requests), functions, _checked_weights(weights, len(functions)), strict=True)
     return tuple(NamedReward(*fields) for fields in weighted)
 
 
-_REGISTRY = "mlx_lm_lora.trainer.grpo_reward_functions"
-
-
-def _executed(file: str) -> ModuleType:
-    """The module of a file, with the functions that it registers as mlx-lm-lora's reward files do."""
-    registered: dict[str, Reward] = {}
-    module = run_file(file, "--reward-file", _registry(registered))
-    theirs = getattr(sys.modules.get(_REGISTRY), "REWARD_REGISTRY", {})  # where mlx-lm-lora is installed
-    registered |= {name: function for name, function in theirs.items() if function.__module__ == module.__name__}
-    vars(module).update(registered)
-    return module
-
-
-def _registry(registered: dict[str, Reward]) -> dict[str, ModuleType]:
-    """The module from which mlx-lm-lora's reward files import `register_reward_function`, and its packages."""
-
-    def register_reward_function(name: str | None = None) -> Callable[[Reward], Reward]:
-        def register(function: Reward) -> Reward:
-            registered[name or function.__name__] = function
-            return function
-
-        return register
-
-    package, trainer, _ = _REGISTRY.split(".")
-    modules = {name: ModuleType(name) for name in (package, f"{package}.{trainer}", _REGISTRY)}
-    vars(modules[_REGISTRY])["register_reward_function"] = register_reward_function
-    return modules
-
-
-def _parsed(text: str) -> list[ast.Call | ast.Name]:
-    with warnings.catch_warnings(action="ignore"):  # "\d" in a regular expression
-        try:
-            expression = ast.parse(f"[{text}\n]", mode="eval").body
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            raise _no_request(text) from None
-    requests = expression.elts if isinstance(expression, ast.List) else [expression]
-    for request in requests:
-        named = request.func if isinstance(request, ast.Call) and not request.args else request
-        if not isinstance(named, ast.Name):
-            raise _no_request(text)
-    return [_with_raw_strings(request, f"[{text}\n]") for request in requests]  # type: ignore[arg-type]
-
-
-def _no_request(text: str) -> InputError:
-    return InputError(f"--rewards {quoted(text)} is not understood; write name,name or name(option=value, option=value)")
-
-
-def _with_raw_strings(request: ast.Call | ast.Name, source: str) -> ast.Call | ast.Name:
-    """Strings as typed, with their backslashes, so that a regular expression needs no second escape."""
-    for node in ast.walk(request):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            node.value = (ast.get_source_segment(source, node) or "").lstrip("rRuU")[1:-1]
-    return request
+def _function(request: _Entry, process: RewardProcess | None) -> Reward:
+    """What Python passes runs in this process, and built-in functions do; what a user wrote for the command line does not."""
+    if isinstance(request, NamedReward):
+        return request.function
+    if process is None:
+        function = resolved(request, None)
+        parameters = tuple(inspect.signature(function).parameters.values())
+        return RemoteReward(pattern_process(), request, parameters) if called(request) in PATTERNED else function
+    return process.reward(request)
 
 
 def _passed(entry: Reward | NamedReward) -> NamedReward:
@@ -129,13 +81,13 @@ def _passed(entry: Reward | NamedReward) -> NamedReward:
     return NamedReward(name if name.isidentifier() else "reward", entry)
 
 
-def _base(request: _Request) -> str:
+def _base(request: _Entry) -> str:
     if isinstance(request, NamedReward):
         return request.name
-    return ast.unparse(request.func if isinstance(request, ast.Call) else request)
+    return called(request)
 
 
-def _labels(requests: Sequence[_Request]) -> list[str]:
+def _labels(requests: Sequence[_Entry]) -> list[str]:
     """The name, with its options or its place where a name occurs several times; equal labels would share a metric."""
     often = Counter(map(_base, requests))
     labels = [
@@ -150,65 +102,6 @@ def _labels(requests: Sequence[_Request]) -> list[str]:
         if times > 1:
             raise InputError(f"--rewards names {plain(label)} {times} times; name it once and weigh it with --reward-weights")
     return labels
-
-
-def _resolved(request: _Request, module: ModuleType | None) -> Reward:
-    if isinstance(request, NamedReward):
-        return request.function
-    name = _base(request)
-    if module is not None and hasattr(module, name):
-        return _from_file(request, name, module)
-    if name in BUILT_IN:
-        return _made(request, name)
-    own = [key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_"] if module else []
-    known = sorted({*BUILT_IN, *own})
-    near = "".join(f" Did you mean {match}?" for match in difflib.get_close_matches(name, known, 1))
-    place = f" in {module.__file__}" if module else ""
-    raise InputError(f"no reward function {quoted(name)}{place}.{near} There are {', '.join(known)}")
-
-
-def _made(request: ast.Call | ast.Name, name: str) -> Reward:
-    try:
-        return BUILT_IN[name](**_options(request, name))
-    except InputError as error:
-        raise InputError(f"--rewards {plain(ast.unparse(request))}: {error}") from None
-
-
-def _from_file(request: ast.Call | ast.Name, name: str, module: ModuleType) -> Reward:
-    if not callable(getattr(module, name)):
-        kind = type(getattr(module, name)).__name__
-        raise InputError(f"{module.__file__}: {name} is {kind}, not a function of (prompts, completions, ...)")
-    if isinstance(request, ast.Call) and request.keywords:
-        raise InputError(f"{module.__file__}: {name} takes no options in --rewards; set them in the file")
-    return getattr(module, name)
-
-
-def _options(request: ast.Call | ast.Name, name: str) -> dict[str, Any]:
-    parameters = inspect.signature(BUILT_IN[name]).parameters
-    takes = ", ".join(str(parameter) for parameter in parameters.values())
-    options: dict[str, Any] = {}
-    for keyword in request.keywords if isinstance(request, ast.Call) else ():
-        key, value = keyword.arg or "", _literal(keyword.value)
-        if key not in parameters or not _is_a(value, parameters[key].annotation):
-            raise InputError(f"{plain(ast.unparse(keyword))} is not an option; it takes {takes}")
-        options[key] = value
-    missing = [key for key, parameter in parameters.items() if parameter.default is parameter.empty and key not in options]
-    if missing:
-        raise InputError(f"it needs {' and '.join(missing)}; write {name}({', '.join(f'{key}=...' for key in missing)})")
-    return options
-
-
-def _literal(node: ast.expr) -> Any:
-    try:
-        return ast.literal_eval(node)
-    except (ValueError, TypeError):
-        return None
-
-
-def _is_a(value: Any, kind: type) -> bool:
-    if kind is str:
-        return isinstance(value, str)
-    return isinstance(value, int | float if kind is float else int) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
@@ -232,7 +125,7 @@ def call_rewards(
     locations: Sequence[str],
     timeout: float | None = None,
 ) -> np.ndarray:
-    """Calls each reward function in a thread of its own; coroutines are awaited there.
+    """Calls each reward function in a thread of its own; coroutines are awaited there. What is late is stopped, with its process.
 
     Args:
         rewards: the functions.
@@ -248,22 +141,39 @@ def call_rewards(
 
     Raises:
         InputError: a function raises, or returns anything but S finite numbers or None; names function and row.
-        RunError: a function takes longer than `timeout`.
+        RunError: a function takes longer than `timeout`, or ends its process.
     """
     base = {"prompts": list(prompts), "completions": list(completions), "completion_ids": list(completion_ids)}
     available = {**{key: list(column) for key, column in columns.items()}, **base}
     calls = [(reward, _arguments(reward, available, locations)) for reward in rewards]
     deadline = None if timeout is None else time.monotonic() + timeout
-    futures = [_in_thread(reward.function, arguments) for reward, arguments in calls]
     answers = np.full((len(rewards), len(locations)), np.nan)
-    for row, (reward, arguments), future in zip(answers, calls, futures, strict=True):
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        if not wait([future], left).done:
-            raise RunError(f"reward {reward.name} took longer than --reward-timeout {timeout:g} s on {_span(locations)}")
-        if (error := future.exception()) is not None:
-            raise _raised(reward, error, _culprit(reward.function, arguments, locations, timeout)) from None
-        row[:] = _checked(reward.name, future.result(), locations)
+    with _ended_early(rewards):
+        futures = [in_thread(reward.function, arguments) for reward, arguments in calls]
+        for row, (reward, arguments), future in zip(answers, calls, futures, strict=True):
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not wait([future], left).done:
+                raise RunError(f"reward {reward.name} took longer than --reward-timeout {timeout:g} s on {_span(locations)}")
+            if isinstance(error := future.exception(), RewardsEnded):
+                raise error
+            if error is not None:
+                raise _raised(reward, error, _culprit(reward.function, arguments, locations, timeout)) from None
+            row[:] = _checked(reward.name, future.result(), locations)
     return answers
+
+
+@contextmanager
+def _ended_early(rewards: Sequence[NamedReward]) -> Iterator[None]:
+    """Ends the processes of rewards for which nothing waits any more, after a timeout or Ctrl-C: one may hold its interpreter."""
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException:
+        for reward in rewards:
+            if isinstance(reward.function, RemoteReward):
+                reward.function.process.stop()
+        raise
 
 
 def combine(matrix: np.ndarray, weights: Sequence[float]) -> np.ndarray:
@@ -276,8 +186,10 @@ def combine(matrix: np.ndarray, weights: Sequence[float]) -> np.ndarray:
     array([1.5, 0.5, nan])
     """
     total = np.nansum(np.asarray(weights, dtype=np.float64)[:, None] * matrix, axis=0)
-    if (largest := np.abs(total).max(initial=0)) > _LARGEST:
-        raise InputError(f"--reward-weights make a reward of {largest:g}; choose smaller ones: the sum may be at most {_LARGEST:g}")
+    if (largest := np.abs(total).max(initial=0)) > LARGEST_REWARD:
+        raise InputError(
+            f"--reward-weights make a reward of {largest:g}; choose smaller ones: the sum may be at most {LARGEST_REWARD:g}"
+        )
     return np.where(np.isnan(matrix).all(axis=0), np.nan, total)
 
 
@@ -317,34 +229,12 @@ def _as_text(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments | texts
 
 
-def _in_thread(function: Callable[..., Any], arguments: dict[str, Any]) -> Future[Any]:
-    """Runs a function in a daemon thread; a ThreadPoolExecutor has none, so that a reward that hangs would block the exit."""
-    future: Future[Any] = Future()
-
-    def work() -> None:
-        try:
-            own = {key: value if value is None else list(value) for key, value in arguments.items()}
-            answer = function(**own)
-            answer = asyncio.run(_awaited(answer)) if inspect.isawaitable(answer) else answer
-            answer = answer.tolist() if hasattr(answer, "tolist") else answer  # arrays of numpy, mlx, torch
-            future.set_result(list(answer) if isinstance(answer, list | tuple) else answer)  # a copy, of any list class
-        except BaseException as error:  # also of sys.exit() in a reward
-            future.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    return future
-
-
-async def _awaited(answer: Awaitable[Any]) -> Any:
-    return await answer
-
-
 def _culprit(function: Reward, arguments: dict[str, Any], locations: Sequence[str], timeout: float | None) -> str:
     """The row that a function raises on, found by calls with one row, within `timeout` seconds; else the range of all rows."""
     deadline = math.inf if timeout is None else time.monotonic() + timeout
     for row, location in enumerate(locations):
         alone = {key: value if value is None else value[row : row + 1] for key, value in arguments.items()}
-        future = _in_thread(function, alone)
+        future = in_thread(function, alone)
         left = deadline - time.monotonic()
         if left <= 0 or not wait([future], None if left == math.inf else left).done:
             break
@@ -354,10 +244,7 @@ def _culprit(function: Reward, arguments: dict[str, Any], locations: Sequence[st
 
 
 def _raised(reward: NamedReward, error: BaseException, location: str) -> InputError:
-    code = getattr(inspect.unwrap(reward.function), "__code__", None)
-    file = code.co_filename if code else ""
-    line = line_in(error, file)
-    return InputError(f"{location}: reward {reward.name} raised {one_line(error)}{f' ({file}:{line})' if line else ''}")
+    return InputError(f"{location}: reward {reward.name} raised {told(reward.function, error)}")
 
 
 def _span(locations: Sequence[str]) -> str:
@@ -368,7 +255,7 @@ def _span(locations: Sequence[str]) -> str:
 def _checked(name: str, values: Any, locations: Sequence[str]) -> list[float]:
     if not isinstance(values, list | tuple):
         raise InputError(
-            f"{_span(locations)}: reward {name} answered {_shown(values)}; return a list with one number per completion"
+            f"{_span(locations)}: reward {name} answered {answer_text(values)}; return a list with one number per completion"
         )
     if len(values) != len(locations):
         raise InputError(
@@ -384,16 +271,8 @@ def _checked_value(name: str, value: Any, location: str) -> float:
         number = math.nan if isinstance(value, str | bytes) else float(value)
     except Exception:  # its class may raise anything
         number = math.nan
-    if not abs(number) <= _LARGEST:
+    if not abs(number) <= LARGEST_REWARD:
         raise InputError(
-            f"{location}: reward {name} answered {_shown(value)}; return a finite number, or None where it does not apply"
+            f"{location}: reward {name} answered {answer_text(value)}; return a finite number, or None where it does not apply"
         )
     return number
-
-
-def _shown(value: Any) -> str:
-    try:
-        text = " ".join(repr(value).split())
-    except Exception:  # its class may raise anything
-        text = type(value).__name__
-    return text if len(text) <= 60 else f"{type(value).__name__} {text[:60]}..."

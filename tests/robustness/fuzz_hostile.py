@@ -171,7 +171,7 @@ def call_configurations(folder: Path, case: bytes) -> None:
     file.write_bytes(case)
     check_model_config(file, f"--model {folder}")
     try:
-        config = json.loads(case)
+        config = json.loads(case.decode())  # as mlx-lm reads it: json.loads takes bytes that are no UTF-8
     except (ValueError, RecursionError):
         return
     if isinstance(config, dict) and config.get("model_type") == "llama" and _small(config):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from mlxlora.errors import InputError, RunError
 from mlxlora.rollouts import reward_functions as rf
+from mlxlora.rollouts.reward_names import called, executed, requests_in, resolved
 from mlxlora.rollouts.rewards import NamedReward, call_rewards, combine, load_rewards
 from mlxlora.utils import user_code as userfile
 
@@ -243,6 +244,12 @@ def mine(tmp_path, text=MINE):
     return str(tmp_path / "mine.py")
 
 
+def here(names, file):
+    """As `load_rewards`, but the file is executed in this process."""
+    module = executed(file)
+    return [NamedReward(called(request), resolved(request, module)) for request in requests_in(names)]
+
+
 def asked_of(rewards, **columns):
     chat = [[{"role": "assistant", "content": c}] for c in "ab"]
     prompts = [[{"role": "user", "content": "?"}]] * 2
@@ -270,7 +277,7 @@ def test_a_file_of_wrong_things(tmp_path):
         "latr": "Did you mean later?",
     }.items():
         with pytest.raises(InputError) as error:
-            load_rewards([name], file)
+            here(name, file)
         assert message in str(error.value) and file in str(error.value)
     with pytest.raises(InputError, match=r"--reward-file gone.py: no such file"):
         load_rewards(["accuracy"], "gone.py")
@@ -293,7 +300,7 @@ def test_a_file_of_wrong_things(tmp_path):
 def test_a_file_that_raises(tmp_path, monkeypatch, text, message):
     monkeypatch.setitem(userfile._PACKAGES, "no_cv", "opencv")
     with pytest.raises(InputError) as error:
-        load_rewards(["f"], mine(tmp_path, text))
+        executed(mine(tmp_path, text))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -321,11 +328,11 @@ def without_peer(monkeypatch):
 
 def test_a_file_of_mlx_lm_lora(tmp_path, without_peer):
     """It runs without that package, which nothing finds afterwards."""
-    rewards = load_rewards(["plain,short,of_another_name"], mine(tmp_path, REGISTERED))
+    rewards = here("plain,short,of_another_name", mine(tmp_path, REGISTERED))
     np.testing.assert_array_equal(asked_of(rewards, answer=["a", "x"])["text"], [[2, 0], [-1, -1], [-1, -1]])
     assert not [name for name in sys.modules if name.startswith("mlx_lm_lora")]
     with pytest.raises(InputError, match=r"no reward function 'shrt' in .* Did you mean short\?"):
-        load_rewards(["shrt"], mine(tmp_path, REGISTERED))
+        here("shrt", mine(tmp_path, REGISTERED))
 
 
 @pytest.mark.parametrize("what", ["trainer.grpo_reward_functions import get_reward_function", "utils import x"])
@@ -333,7 +340,7 @@ def test_no_more_of_mlx_lm_lora_is_there(tmp_path, without_peer, what):
     with pytest.raises(
         InputError, match=r"mine.py:1: .* imports mlx_lm_lora, which is neither installed \(pip install mlx-lm-lora\)"
     ):
-        load_rewards(["f"], mine(tmp_path, f"from mlx_lm_lora.{what}\n"))
+        executed(mine(tmp_path, f"from mlx_lm_lora.{what}\n"))
 
 
 def test_an_installed_mlx_lm_lora_is_used(tmp_path, monkeypatch):
@@ -348,9 +355,9 @@ def test_an_installed_mlx_lm_lora_is_used(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(str(tmp_path / "packages"))
     try:
-        assert [reward.name for reward in load_rewards(["plain,short"], mine(tmp_path, REGISTERED))] == ["plain", "short"]
+        assert [reward.name for reward in here("plain,short", mine(tmp_path, REGISTERED))] == ["plain", "short"]
         with pytest.raises(InputError, match="no reward function 'theirs'"):
-            load_rewards(["theirs"], mine(tmp_path, REGISTERED))
+            here("theirs", mine(tmp_path, REGISTERED))
     finally:
         for name in [name for name in sys.modules if name.startswith("mlx_lm_lora")]:
             del sys.modules[name]

@@ -95,32 +95,45 @@ def test_a_validation_that_failed_is_made_again(
 
 
 REWARD = """
-from pathlib import Path
+import os, re, signal
 calls = []
 def mine(prompts, completions, **_):
     calls.append(1)
     if len(calls) == AT:
-        raise ValueError("no network")
+        ACT
     return [float(len(set(text))) for text in completions]
 """
+RAISES = 'raise ValueError("no network")'
+HOLDS = 're.match(r"(a+)+$", "a" * 60 + "b")'  # for years, without releasing the interpreter
 
 
-def test_a_reward_that_raises_saves_first(tmp_path: Path, mlxlora: Any) -> None:
-    rewards = tmp_path / "mine.py"
+ENDS = "os._exit(3)"
+CTRL_C = f"os.kill(os.getppid(), signal.SIGINT); {HOLDS}"
+
+
+def test_a_reward_that_stops_a_run_saves_first(model_folder: Path, tmp_path: Path, mlxlora: Any, eager: None) -> None:
+    rewards, prompts = tmp_path / "mine.py", tmp_path / "train.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "{letter}"}}\n' for letter in "abcdef"))
     length = ("--iters", 4, "--batch-size", 2, "--max-completion-length", 6, "--val-batches", 0, "--answers", 0)
-    command = ("grpo", *length, "--steps-per-report", 1, "--reward-file", rewards, "--rewards", "mine")
+    command = ("grpo", "--model", model_folder, "--data", prompts, *length, "--reward-file", rewards, "--rewards", "mine")
 
-    def run(fails_at: int, folder: str, *more: str) -> Any:
-        rewards.write_text(REWARD.replace("AT", str(fails_at)))
-        return mlxlora(*command, "--adapter-path", tmp_path / folder, *more)
+    def run(folder: str, at: int = 0, act: str = "pass", *more: object) -> Any:
+        """The reward acts when it is called for this time."""
+        rewards.write_text(REWARD.replace("AT", str(at)).replace("ACT", act))
+        return mlxlora(*command, "--steps-per-report", 1, "--adapter-path", tmp_path / folder, *more)
 
-    assert run(0, "whole").code == 0
-    first = run(1, "first")
+    assert run("whole").code == 0
+    first = run("first", 1, RAISES)
     assert first.code == 2 and "no network" in first.err and not (tmp_path / "first/checkpoints").exists()
-    assert run(0, "first").code == 0  # nothing was there that --overwrite would have to replace
-    stopped = run(3, "stopped")
-    assert stopped.code == 2 and "no network" in stopped.err and "--resume" in stopped.out, stopped
-    assert [path.name for path in (tmp_path / "stopped/checkpoints").iterdir()] == ["0000002"]
-    assert run(0, "stopped", "--resume").code == 0
-    same_run(tmp_path / "stopped", tmp_path / "whole")
+    for at, act, code, told, saved in (
+        (2, RAISES, 2, "no network", 1),  # nothing was there that --overwrite would have to replace
+        (2, HOLDS, 1, "reward mine took longer than --reward-timeout 2 s on ", 2),
+        (2, CTRL_C, 130, "", 3),
+        (1, ENDS, 1, "mine.py: the process of the reward functions ended with exit code 3", 3),
+        (0, "pass", 0, "", 4),
+    ):
+        stopped = run("first", at, act, "--reward-timeout", 2, *(["--resume"] if saved > 1 else []))
+        assert stopped.code == code and told in stopped.err and "Traceback" not in stopped.err, stopped
+        assert ("--resume" in stopped.out) == (code in (2, 130))
+        assert max((tmp_path / "first/checkpoints").iterdir()).name == f"000000{saved}"
     same_run(tmp_path / "first", tmp_path / "whole")

@@ -50,6 +50,8 @@ class RewardOptions:
     reward_file: str | None = option(None, "Your own reward functions: a Python file.")
     reward_weights: Sequence[float] | None = option(None, "Weight of each reward; default: 1.")
     reward_model: str | None = option(None, "Reward by this model, a folder of a sequence classifier, in place of --rewards.")
-    reward_timeout: float | None = option(None, "Longest time, s, that a reward function may take for a batch.", v.gt(0))
+    reward_timeout: float | None = option(
+        None, "Longest time, s, that the rewards of a batch may take; the run is saved and ends.", v.gt(0)
+    )
     mask_truncated: bool = option(False, "Give completions that were cut at the length limit no weight.")
     dynamic_sampling: bool = option(False, "Replace groups whose rewards are all equal by other prompts (DAPO).")

@@ -1,0 +1,161 @@
+"""A process for rewards that a user wrote, a file or a pattern: it can be ended even while one of them holds the interpreter."""
+
+import inspect
+import pickle
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import cache
+from itertools import count
+from typing import Any
+
+from attrs import define, field, frozen
+
+from ..errors import RunError
+from .reward_names import Request
+
+_PATIENCE = 1.0  # seconds that a process gets to end by itself
+_SERVE = "import sys; sys.path[:] = {path!r}; from mlxlora.rollouts.reward_server import serve; serve({file!r})"
+
+
+class RewardsEnded(RunError):
+    """The process of the rewards is gone."""
+
+
+@frozen(eq=False)
+class RemoteReward:
+    """A reward function that runs in a process of its own, and is called as if it ran here.
+
+    Attributes:
+        process: where it runs.
+        request: its name, with options.
+        parameters: of its signature.
+    """
+
+    process: "RewardProcess"
+    request: Request
+    parameters: tuple[inspect.Parameter, ...]
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.Signature(self.parameters)
+
+    def __call__(self, **arguments: Any) -> Any:
+        """What the function answers."""
+        return self.process.ask(self.request, arguments)
+
+
+@define(eq=False)
+class RewardProcess:
+    """Starts when first needed, and again after `stop`; ends with this process, or with the last reference to this object.
+
+    Attributes:
+        file: a Python file with reward functions, which only that process executes; empty: built-in ones.
+    """
+
+    file: str = ""
+    _child: "_Child | None" = None
+    _end: Callable[[], Any] | None = None
+    _starting: threading.Lock = field(factory=threading.Lock)
+
+    def reward(self, request: Request) -> RemoteReward:
+        """The function that a request names.
+
+        Raises:
+            InputError: the file cannot be executed, or there is no such function.
+        """
+        return RemoteReward(self, request, tuple(_parameter(*one) for one in self.ask(request, None)))
+
+    def ask(self, request: Request, arguments: dict[str, Any] | None) -> Any:
+        """What the function answers; without arguments, its parameters.
+
+        Raises:
+            InputError: the file cannot be executed, or there is no such function.
+            RewardsEnded: the process was stopped, or ended by itself.
+        """
+        with self._starting:
+            child = self._child = self._child or self._start()
+        return child.ask(pickle.dumps((request, arguments)))
+
+    def stop(self) -> None:
+        """Ends the process at once, whatever it does; calls that wait for it raise RewardsEnded."""
+        child, self._child = self._child, None
+        if child and self._end:
+            child.process.kill()
+            self._end()
+
+    def _start(self) -> "_Child":
+        process = subprocess.Popen(
+            [sys.executable, "-c", _SERVE.format(path=sys.path, file=self.file)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C reaches this process alone, which then saves
+        )
+        child = _Child(process, f"--reward-file {self.file}" if self.file else "--rewards")
+        self._end = weakref.finalize(self, child.end)
+        threading.Thread(target=child.listen, daemon=True, name="mlxlora-rewards").start()
+        return child
+
+
+@cache
+def pattern_process() -> RewardProcess:
+    """The process of built-in rewards that match a user's regular expression."""
+    return RewardProcess()
+
+
+def _parameter(name: str, kind: int, optional: bool) -> inspect.Parameter:
+    default = None if optional else inspect.Parameter.empty
+    return inspect.Parameter(name, inspect._ParameterKind(kind), default=default)
+
+
+@define(eq=False)
+class _Child:
+    """The running process, and the calls that wait for its answers."""
+
+    process: subprocess.Popen[bytes]
+    name: str
+    _waiting: dict[int, Future[Any]] = field(factory=dict)
+    _numbers: Iterator[int] = field(factory=count)
+    _writing: threading.Lock = field(factory=threading.Lock)
+    _gone: bool = False
+
+    def ask(self, payload: bytes) -> Any:
+        future: Future[Any] = Future()
+        with self._writing:
+            if self._gone:
+                raise self._ended()
+            number = next(self._numbers)
+            self._waiting[number] = future
+            with suppress(OSError):  # it has ended: `listen` says so
+                pickle.dump((number, payload), self.process.stdin)  # type: ignore[arg-type]
+                self.process.stdin.flush()  # type: ignore[union-attr]
+        return future.result()
+
+    def listen(self) -> None:
+        """Hands answers to the calls that wait for them, until the process ends."""
+        with suppress(EOFError, OSError, pickle.UnpicklingError), self.process.stdout as answers:  # type: ignore[union-attr]
+            while True:
+                number, error, answer = pickle.load(answers)
+                future = self._waiting.pop(number)
+                future.set_exception(error) if error else future.set_result(answer)
+        self.process.wait()
+        with self._writing:
+            self._gone = True
+        for future in self._waiting.values():
+            future.set_exception(self._ended())
+
+    def end(self) -> None:
+        """Lets the process end, and ends it if it does not."""
+        if self._writing.acquire(blocking=False):  # else it reads nothing
+            with suppress(OSError, subprocess.TimeoutExpired):
+                self.process.stdin.close()  # type: ignore[union-attr]
+                self.process.wait(_PATIENCE)
+            self._writing.release()
+        self.process.kill()
+
+    def _ended(self) -> RewardsEnded:
+        return RewardsEnded(f"{self.name}: the process of the reward functions ended with exit code {self.process.returncode}")
