@@ -35,6 +35,7 @@ from mlx_lm.tuner.utils import load_adapters  # noqa: E402
 from benchmarks.common import markdown, setting, write_json  # noqa: E402
 from benchmarks.small import UNADAPTED, VOCABULARY, architectures, build  # noqa: E402
 from mlxlora import AdapterOptions, Batch, disabled, make_step, objectives, prepare, save  # noqa: E402
+from mlxlora.adapters.inject import linear_keys  # noqa: E402
 from mlxlora.data.batching import collate  # noqa: E402
 from mlxlora.data.tokenize import Example  # noqa: E402
 from mlxlora.models import attention  # noqa: E402
@@ -142,8 +143,8 @@ def _keys(model: nn.Module, name: str, train_type: str) -> tuple[str, ...] | Non
     if not experts and name not in UNADAPTED:
         return None
     kinds = (nn.Linear, nn.Embedding) if experts else (nn.Linear, nn.Embedding, SwitchLinear)
-    without, _ = UNADAPTED.get(name, ((), ""))
-    return tuple(sorted(n for n, m in blocks.items() if isinstance(m, kinds) and n.rpartition(".")[2] not in without))
+    (without, _), ours = UNADAPTED.get(name, ((), "")), linear_keys(model)
+    return tuple(sorted(n for n, m in blocks.items() if n in ours and isinstance(m, kinds) and n.rpartition(".")[2] not in without))
 
 
 def _split(model: nn.Module) -> str:

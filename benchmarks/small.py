@@ -186,8 +186,6 @@ NESTED: dict[str, str] = {
 # Modules that mlx-lm cannot adapt, and why: here, --lora-keys has to name the others.
 UNADAPTED: dict[str, tuple[tuple[str, ...], str]] = {
     "afm7": (("qkv_proj",), "mlx-lm saves adapters of its fused layer and does not load them"),
-    "gemma3n": (("prediction_coefs", "correction_coefs"), "the model reads their weights directly"),
-    "kimi_k3": (("self_attention_res_proj", "mlp_res_proj"), "the model reads their weights directly"),
     "prism_hadamard_qwen35": (("down_proj",), "mlx-lm has no LoRA for its packed layers"),
 }
 

@@ -15,6 +15,7 @@ from ..models.quantize import weight_of
 from .lora import LeanLoRALinear, adapters_of, base_of_adapter, lean, rank_of, unusual
 from .pissa import iterations_of, pissa
 from .rank_scale import Size, size_of, unmatched
+from .read_weights import read_directly
 
 ALL_LINEAR = "all-linear"
 DEFAULT_LAYERS = 16  # as in mlx-lm
@@ -44,6 +45,7 @@ def convert(model: nn.Module, layers: int, options: AdapterOptions) -> None:
     """
     options = with_paths(model, options)
     _check(model, options)
+    _check_read(model, _targets(model, layers, options))
     _check_rank(_targets(model, layers, options), options)
     if options.train_type == "dora":
         _check_dora(model, layers, options)
@@ -69,6 +71,15 @@ def _check(model: nn.Module, options: AdapterOptions) -> None:
         raise InputError(f"--init-lora-weights {options.init_lora_weights} needs --train-type lora and --dropout 0")
     if options.init_lora_weights != "default" and options.resume_adapter_file:
         raise InputError("--resume-adapter-file sets the initial adapters; omit --init-lora-weights")
+
+
+def _check_read(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
+    """Refuses layers whose weights the model reads itself: it would compute without the adapter, or fail."""
+    read = read_directly(model)
+    if wrong := [name for name, module in targets.items() if id(module) in read]:
+        raise InputError(
+            f"--lora-keys: the model reads the weights of {listed(wrong)} itself, so they take no adapter; omit the key"
+        )
 
 
 def _check_rank(targets: Mapping[str, nn.Module], options: AdapterOptions) -> None:
@@ -169,13 +180,16 @@ def with_paths(model: nn.Module, options: AdapterOptions) -> AdapterOptions:
             return sorted(linear_keys(model))
         return [key] if key in names else [name for name, end in ends if end == key] or [key]
 
-    found = dict.fromkeys(path for key in options.lora_keys or () for path in paths(key))
+    keys = options.lora_keys or ((ALL_LINEAR,) if read_directly(model) else ())
+    found = dict.fromkeys(path for key in keys for path in paths(key))
     return evolve(options, lora_keys=tuple(found) or None)
 
 
 def linear_keys(model: nn.Module) -> set[str]:
-    """The modules of blocks that mlx-lm adapts by default."""
-    return {name for layer in model.layers for name, m in _modules(layer) if _is_adaptable(m)}  # type: ignore[union-attr]
+    """The modules of blocks that mlx-lm adapts by default, without those whose weights the model reads itself."""
+    read = read_directly(model)
+    named = [(name, m) for layer in model.layers for name, m in _modules(layer)]  # type: ignore[union-attr]
+    return {name for name, m in named if _is_adaptable(m) and id(m) not in read}
 
 
 def _is_adaptable(module: nn.Module) -> bool:
