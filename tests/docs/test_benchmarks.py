@@ -12,13 +12,14 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import cost, interleaved, markdown  # noqa: E402
 from benchmarks.sft import cases, definition, file_lengths, make_rows, mixed_lengths, our_epoch, quick_cases, their_epoch  # noqa: E402
+from tests.support.warm import python  # noqa: E402
 
 KEYS = {"case": str, "ours": int, "peer": int, "speed_ratio": float, "memory_ratio": float, "cpu_ratio": float}
 
 
 def test_sft_writes_its_rows(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
-    command = [sys.executable, "-m", "benchmarks.sft", "--quick", "--device", "cpu", "--json", str(file)]
+    command = [python(), "-m", "benchmarks.sft", "--quick", "--device", "cpu", "--json", str(file)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     rows = json.loads(file.read_text())
     assert [row["case"] for row in rows] == [case.name for case in quick_cases()]
@@ -42,7 +43,7 @@ ALWAYS = ("attention", "logprobs", "recurrences", "rollouts", "startup")  # thei
 def test_the_others_write_their_rows(name: str, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     device = () if name == "scaling" else ("--device", "cpu")  # its runs are processes of their own
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", *device, "--json", str(file)]
+    command = [python(), "-m", f"benchmarks.{name}", "--quick", *device, "--json", str(file)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     rows = json.loads(file.read_text())
     assert rows and done.stdout.count("\n|") >= len(rows)

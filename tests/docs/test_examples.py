@@ -4,10 +4,11 @@ import math
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.warm import python, search_path
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 4
@@ -38,13 +39,12 @@ def command(example: str, output: Path) -> list[str]:
     script = str(ROOT / "examples" / example)
     if script.endswith(".sh"):
         return ["bash", script, str(STEPS), str(output)]
-    return [sys.executable, script, "--iters", str(STEPS), "--output", str(output)]
+    return [python(), script, "--iters", str(STEPS), "--output", str(output)]
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_example_runs(example, tmp_path):
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "MLXLORA_CACHE": str(tmp_path / "cache")}
+    environment = os.environ | {"PATH": search_path(), "HF_HUB_OFFLINE": "1", "MLXLORA_CACHE": str(tmp_path / "cache")}
     output = tmp_path / "output"
     done = subprocess.run(command(example, output), cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import subprocess
-import sys
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from typer.main import get_command
 
 from mlxlora import starter
 from mlxlora.methods import METHODS
+from tests.support.warm import search_path
 
 ROOT = Path(__file__).resolve().parents[2]
 README = "README.md"
@@ -52,7 +53,7 @@ def blocks(page):
 
 
 BLOCKS = {page: list(blocks(page)) for page in PAGES}
-RUN = {"bash": ["bash", "-euo", "pipefail"], "python": [sys.executable]}
+RUN = {"bash": ["bash", "-euo", "pipefail"], "python": ["python"]}
 
 
 def execute(block, folder):
@@ -60,9 +61,8 @@ def execute(block, folder):
     (folder / name).write_text(block.text, encoding="utf-8")
     if block.language not in RUN:
         return
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*RUN[block.language], name], cwd=folder, capture_output=True, text=True, env=environment)
+    environment = os.environ | {"PATH": search_path(), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(["env", *RUN[block.language], name], cwd=folder, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, f"{block.location}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
 
 
@@ -162,11 +162,12 @@ ITEMS = re.findall(r"^- (`.+`) \\$", PAGES["docs/troubleshooting.md"], re.MULTIL
 QUOTED = sorted({message for line in ITEMS for message in re.findall(r"`([^`]+)`", line)})
 
 
+@cache
 def constants():
     """Every text that the program may print, without what is filled in."""
-    for path in (*ROOT.glob("mlxlora/**/*.py"), *ROOT.glob("cli/*.py")):
-        tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        yield from (node.value for node in tree if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (*ROOT.glob("mlxlora/**/*.py"), *ROOT.glob("cli/*.py"))]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 
 
 def test_messages_are_found():
@@ -175,7 +176,6 @@ def test_messages_are_found():
 
 @pytest.mark.parametrize("message", QUOTED)
 def test_quoted_messages_exist(message):
-    known = list(constants())
     parts = [part for part in re.split("…|[:;] ", message) if len(part.strip()) > 3]
-    missing = [part for part in parts if not any(part in text for text in known)]
+    missing = [part for part in parts if not any(part in text for text in constants())]
     assert parts and not missing, missing

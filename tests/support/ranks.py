@@ -5,12 +5,13 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import time
 from contextlib import ExitStack, suppress
 from random import SystemRandom
 
 import pytest
+
+from tests.support.warm import python
 
 LIMIT = 300
 """Seconds after which a test gives up on processes. It only ends tests that hang: busy machines are slow."""
@@ -48,7 +49,7 @@ def launched(folder, ranks, script, *arguments, **variables):
     """Processes that run a script, started as mlx.launch does."""
     hosts = folder / f"hosts-{ranks}-{time.monotonic_ns()}.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(ranks)]))
-    command = [sys.executable, "-c", script, *map(str, arguments)]
+    command = [python(), "-c", script, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL, "text": True}
     env = environment(folder) | variables | {"MLX_HOSTFILE": str(hosts)}
     return [subprocess.Popen(command, env=env | {"MLX_RANK": str(rank)}, cwd=folder, **pipes) for rank in range(ranks)]
