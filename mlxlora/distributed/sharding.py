@@ -59,12 +59,17 @@ _UNIT: Slot[Unit | None] = Slot("unit", None)
 _WHOLE: Slot[dict[str, Shape]] = Slot("whole shapes", {})  # of the parameters that a module itself has
 
 
-def shard(model: nn.Module, ranks: Ranks) -> Ranks:
+def shard(model: nn.Module, ranks: Ranks, look: Callable[[str, mx.array], object] = lambda *_: None) -> Ranks:
     """Replaces each parameter of rank 0, one after the other, by slices, one per rank, and makes modules gather them.
 
     A block of `model.layers` gathers all of its parameters at once; any other module gathers its own. These modules get
     subclasses of their classes, so calls stay the same, but all ranks have to make them together. `utils.patches.restore` makes
     the parameters whole again; all ranks have to call it.
+
+    Args:
+        model: the model of this rank; only `look` reads the parameters of other ranks than 0.
+        ranks: the processes that train together.
+        look: is called with the name of each parameter, and with what this rank has for it, before it is replaced.
 
     Returns:
         The ranks, now `sharded`; unchanged if there is only one.
@@ -78,11 +83,16 @@ def shard(model: nn.Module, ranks: Ranks) -> Ranks:
     _check(model)
     ranks = evolve(ranks, sharded=True)
     shards, subclasses = Shards(ranks, _scatters(ranks)), {}
+    paths: dict[int, list[str]] = {}
+    for path, m in model.named_modules():
+        paths.setdefault(id(m), []).append(f"{path}." if path else "")
     for module, members in _units(model):
         places = tuple((m, name) for m in members for name in _own(m))
         for m in members:
             _WHOLE.put(m, {name: tuple(m[name].shape) for name in _own(m)})
         for m, name in places:
+            for path in paths[id(m)]:
+                look(path + name, m[name])
             m[name] = cut(ranks.from_first(m[name]), ranks)
         if places:
             _UNIT.put(module, Unit(shards, places))

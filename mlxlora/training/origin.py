@@ -99,11 +99,24 @@ def digests_of(splits: Mapping[str, Split], tokenizer: Any) -> dict[str, str]:
 
 def weight_samples(model: nn.Module) -> dict[str, bytes]:
     """Some numbers of each parameter of a model, and its shape."""
-    arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))  # type: ignore[arg-type]
+    return samples_of(dict(tree_flatten(model.parameters())))  # type: ignore[arg-type]
+
+
+def samples_of(arrays: Mapping[str, mx.array]) -> dict[str, bytes]:
+    """Some numbers of each array, and its shape."""
     sizes = {name: max(array.size // _SAMPLE, 1) for name, array in arrays.items()}
     some = {name: array.reshape(-1)[:: sizes[name]][:_SAMPLE] for name, array in arrays.items() if array.size}
     mx.eval(some)
-    return {name: f"{array.dtype}{arrays[name].shape}".encode() + _bits(array) for name, array in some.items()}
+    return {name: _shape(array) + (_bits(some[name]) if name in some else b"") for name, array in arrays.items()}
+
+
+def weight_shapes(model: nn.Module) -> dict[str, bytes]:
+    """The shape of each parameter of a model: no parameter is read."""
+    return {name: _shape(array) for name, array in tree_flatten(model.parameters())}  # type: ignore[misc]
+
+
+def _shape(array: mx.array) -> bytes:
+    return f"{array.dtype}{array.shape}".encode()
 
 
 def base_digest(samples: Mapping[str, bytes], model: nn.Module) -> str:

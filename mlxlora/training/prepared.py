@@ -36,7 +36,7 @@ from .evaluate import Evaluate, make_evaluate, mean_measures
 from .inputs import Run, RunOptions
 from .micro_batch import BatchDivider, cost_of_position, fixed_size
 from .optimizers import make_optimizer
-from .origin import BASE_WEIGHTS, base_digest, digests_of, weight_samples
+from .origin import BASE_WEIGHTS, base_digest, digests_of, samples_of, weight_samples, weight_shapes
 from .rank_sync import check_ranks
 from .reference import CONTINUED, Policy, cache_of_start, policy_at_start, referenced, with_reference
 from .rounding import RunRounding
@@ -88,11 +88,10 @@ def prepare_run(run: Run, reporter: Reporter, only: Mapping[str, Sequence[int]] 
     digests, samples = _made_of(run, comparing)
     rows = fixed_size(training, comparing)
     if training.fully_shard:
-        ranks = shard(run.model, ranks)
+        ranks, samples = _sharded(run, samples)
     limit, saved = limit_memory(training.memory_limit), _saved_by_sharing(schedule, ranks)
     _make_trainable(run, ranks, earlier)
-    if samples:
-        digests[BASE_WEIGHTS] = base_digest(samples, run.model)
+    digests[BASE_WEIGHTS] = base_digest(samples, run.model)
     policy, reference_size = _reference_policy(run)
     if policy and not run.source.online:
         together = _sequences_of_item(schedule) if saved is not None else 1
@@ -132,12 +131,20 @@ def prepare_run(run: Run, reporter: Reporter, only: Mapping[str, Sequence[int]] 
 
 
 def _made_of(run: Run, comparing: Sequence[str]) -> tuple[dict[str, str], dict[str, bytes]]:
-    """Digests of what a run is made of, which ranks compare, and samples of the weights; none of slices, which are read later."""
-    samples = {} if run.options.training.fully_shard else weight_samples(run.model)
+    """Digests of what a run is made of, which ranks compare, and samples of the weights; shapes of those that will be sharded."""
+    later = run.options.training.fully_shard and run.ranks.size > 1
+    samples = weight_shapes(run.model) if later else weight_samples(run.model)
     digests = digests_of(run.splits, run.tokenizer)
-    weights = {BASE_WEIGHTS: base_digest(samples, nn.Module())} if samples else {}
-    check_ranks(run.ranks, comparing, run.options.config, digests | weights)
+    check_ranks(run.ranks, comparing, run.options.config, digests | {BASE_WEIGHTS: base_digest(samples, nn.Module())})
     return digests, samples
+
+
+def _sharded(run: Run, samples: dict[str, bytes]) -> tuple[Ranks, dict[str, bytes]]:
+    """The ranks with slices, and samples of the weights: each rank takes them before it gets rank 0's slice of a parameter."""
+    found = dict(samples)
+    ranks = shard(run.model, run.ranks, lambda name, array: found.update(samples_of({name: array})))
+    ranks.check_same(BASE_WEIGHTS, base_digest(found, nn.Module()).encode())
+    return ranks, found
 
 
 def compiled(run: Run, prepared: Prepared) -> tuple[Step, Evaluate]:

@@ -26,6 +26,8 @@ for of_ranks in json.loads(sys.argv[1]):
         print("ended", stopped.code, flush=True)
 """
 
+FULLY_SHARDED = ("--fully-shard", "--train-type", "full", "--num-layers", "-1")
+
 
 @ring
 def test_ranks_that_differ_do_not_train(tmp_path, teacher):
@@ -49,12 +51,13 @@ def test_ranks_that_differ_do_not_train(tmp_path, teacher):
     runs = [
         [command("options", own, "--quiet"), command("options", own, "--seed", "7", "--scale", "3")],
         [command("weights", own), command("weights", teacher)],
+        [command("slices", model, *FULLY_SHARDED) for model in (own, teacher)],
     ]
     (code, output), (other, silent) = ended(launched(tmp_path, 2, OTHERS, json.dumps(runs)))
-    assert (code, other) == (0, 0) and output.count("ended 1") == silent.count("ended 1") == 2, (output, silent)
-    first, second = own_lines(output)
+    assert (code, other) == (0, 0) and output.count("ended 1") == silent.count("ended 1") == 3, (output, silent)
+    first, second, third = own_lines(output)
     assert "rank 1 has other options than rank 0 (scale is 3.0, at rank 0 20.0; seed is 7, at rank 0 0)" in first
-    assert "rank 1 has other base weights than rank 0" in second
+    assert "rank 1 has other base weights than rank 0" in second and third == second
     assert not list(tmp_path.glob("*/checkpoints"))
 
 
