@@ -86,6 +86,13 @@ def _with_raw_strings(request: Request, source: str) -> Request:
     return request
 
 
+def read_request(text: str) -> Request:
+    """The inverse of `ast.unparse`: strings have escapes, other than in `requests_in`."""
+    expression = ast.parse(text, mode="eval").body
+    assert isinstance(expression, ast.Call | ast.Name)
+    return expression
+
+
 def called(request: Request) -> str:
     """The name in a request."""
     return ast.unparse(request.func if isinstance(request, ast.Call) else request)

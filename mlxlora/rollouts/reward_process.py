@@ -1,7 +1,8 @@
 """A process for rewards that a user wrote, a file or a pattern: it can be ended even while one of them holds the interpreter."""
 
+import ast
 import inspect
-import pickle
+import json
 import subprocess
 import sys
 import threading
@@ -15,7 +16,8 @@ from typing import Any
 
 from attrs import define, field, frozen
 
-from ..errors import RunError
+from ..errors import InputError, RunError, described
+from .reward_calls import RewardRaised, Unsent
 from .reward_names import Request
 
 _PATIENCE = 1.0  # seconds that a process gets to end by itself
@@ -79,7 +81,7 @@ class RewardProcess:
         """
         with self._starting:
             child = self._child = self._child or self._start()
-        return child.ask(pickle.dumps((request, arguments)))
+        return child.ask(ast.unparse(request), arguments)
 
     def stop(self) -> None:
         """Ends the process at once, whatever it does; calls that wait for it raise RewardsEnded."""
@@ -112,36 +114,53 @@ def _parameter(name: str, kind: int, optional: bool) -> inspect.Parameter:
     return inspect.Parameter(name, inspect._ParameterKind(kind), default=default)
 
 
+def _listed(value: Any) -> Any:
+    """Arrays of numpy, for JSON."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{described(value)} cannot be sent to the process of the rewards")
+
+
+def _received(value: Any) -> Any:
+    return Unsent(value["text"]) if isinstance(value, dict) else value
+
+
 @define(eq=False)
 class _Child:
     """The running process, and the calls that wait for its answers."""
 
     process: subprocess.Popen[bytes]
     name: str
-    _waiting: dict[int, Future[Any]] = field(factory=dict)
+    _waiting: dict[int, Future[dict[str, Any]]] = field(factory=dict)
     _numbers: Iterator[int] = field(factory=count)
     _writing: threading.Lock = field(factory=threading.Lock)
     _gone: bool = False
 
-    def ask(self, payload: bytes) -> Any:
-        future: Future[Any] = Future()
+    def ask(self, request: str, arguments: dict[str, Any] | None) -> Any:
+        future: Future[dict[str, Any]] = Future()
+        rest = json.dumps([request, arguments], default=_listed)[1:].encode()
         with self._writing:
             if self._gone:
                 raise self._ended()
             number = next(self._numbers)
             self._waiting[number] = future
             with suppress(OSError):  # it has ended: `listen` says so
-                pickle.dump((number, payload), self.process.stdin)  # type: ignore[arg-type]
+                self.process.stdin.write(b"[%d, %b\n" % (number, rest))  # type: ignore[union-attr]
                 self.process.stdin.flush()  # type: ignore[union-attr]
-        return future.result()
+        reply = future.result()
+        if "refused" in reply:
+            raise InputError(reply["refused"])
+        if "raised" in reply:
+            raise RewardRaised(reply["raised"])
+        answer = reply["answer"]
+        return list(map(_received, answer)) if isinstance(answer, list) else _received(answer)
 
     def listen(self) -> None:
         """Hands answers to the calls that wait for them, until the process ends."""
-        with suppress(EOFError, OSError, pickle.UnpicklingError), self.process.stdout as answers:  # type: ignore[union-attr]
-            while True:
-                number, error, answer = pickle.load(answers)
-                future = self._waiting.pop(number)
-                future.set_exception(error) if error else future.set_result(answer)
+        with suppress(OSError, ValueError), self.process.stdout as answers:  # type: ignore[union-attr]
+            for line in answers:
+                number, reply = json.loads(line)
+                self._waiting.pop(number).set_result(reply)
         self.process.wait()
         with self._writing:
             self._gone = True

@@ -1,23 +1,23 @@
 """The other end of reward_process.py: executes a file of rewards, and calls its functions."""
 
 import inspect
+import json
 import os
-import pickle
 import sys
 import threading
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, BinaryIO
 
-from ..errors import InputError, one_line
-from .reward_calls import RewardRaised, Unsent, answer_of, answer_text, told
-from .reward_names import executed, resolved
+from ..errors import InputError
+from .reward_calls import answer_of, answer_text, told
+from .reward_names import executed, read_request, resolved
 
 _SENT = (bool, int, float, str, type(None))
 
 
 def serve(file: str) -> None:
-    """Answers requests of standard input on standard output, each in a thread, until the input ends.
+    """Answers requests of standard input on standard output, each in a thread, until the input ends; both have a JSON a line.
 
     Args:
         file: a Python file with reward functions; empty: built-in ones.
@@ -26,24 +26,16 @@ def serve(file: str) -> None:
     writing = threading.Lock()
     module, problem = _module(file)
 
-    def answer(number: int, payload: bytes) -> None:
-        found, error = None, problem
-        try:
-            found = None if problem else _answer(module, payload)
-        except (InputError, RewardRaised) as caught:
-            error = caught
-        except Exception as caught:  # what was sent cannot be read here
-            error = RewardRaised(one_line(caught))
+    def answer(line: bytes) -> None:
+        number, request, arguments = json.loads(line)
+        reply = {"refused": problem} if problem else _reply(module, request, arguments)
+        text = json.dumps([number, reply]).encode()
         with writing:
-            pickle.dump((number, error, found), outbox)
+            outbox.write(text + b"\n")
             outbox.flush()
 
-    while True:
-        try:
-            request = pickle.load(inbox)
-        except EOFError:
-            return
-        threading.Thread(target=answer, args=request, daemon=True).start()
+    for line in inbox:
+        threading.Thread(target=answer, args=(line,), daemon=True).start()
 
 
 def _pipes() -> tuple[BinaryIO, BinaryIO]:
@@ -57,23 +49,27 @@ def _pipes() -> tuple[BinaryIO, BinaryIO]:
     return inbox, outbox
 
 
-def _module(file: str) -> tuple[ModuleType | None, InputError | None]:
+def _module(file: str) -> tuple[ModuleType | None, str]:
+    """The module of the file, or what is wrong with it."""
     try:
-        return (executed(file) if file else None), None
+        return (executed(file) if file else None), ""
     except InputError as error:
-        return None, error
+        return None, str(error)
 
 
-def _answer(module: ModuleType | None, payload: bytes) -> Any:
-    request, arguments = pickle.loads(payload)
-    function = resolved(request, module)
-    if arguments is None:
-        return _parameters(function)
+def _reply(module: ModuleType | None, request: str, arguments: dict[str, Any] | None) -> dict[str, Any]:
+    """What the function answered, why there is no such function, or what it raised."""
+    try:
+        function = resolved(read_request(request), module)
+        if arguments is None:
+            return {"answer": _parameters(function)}
+    except InputError as error:
+        return {"refused": str(error)}
     try:
         answer = answer_of(function, arguments)
+        return {"answer": [_sent(value) for value in answer] if isinstance(answer, list) else _sent(answer)}
     except BaseException as error:  # also of sys.exit() in a reward
-        raise RewardRaised(told(function, error)) from None
-    return [_sent(value) for value in answer] if isinstance(answer, list) else _sent(answer)
+        return {"raised": told(function, error)}
 
 
 def _parameters(function: Callable[..., Any]) -> list[tuple[str, int, bool]]:
@@ -87,9 +83,9 @@ def _parameters(function: Callable[..., Any]) -> list[tuple[str, int, bool]]:
 
 def _sent(value: Any) -> Any:
     """A number as it is; anything else as a number if it is one, or as text."""
-    if type(value) in _SENT:
+    if type(value) in _SENT and not (type(value) is int and value.bit_length() > 63):
         return value
     try:
-        return Unsent(answer_text(value)) if isinstance(value, bytes | str) else float(value)
+        return {"text": answer_text(value)} if isinstance(value, bytes | str | int) else float(value)
     except Exception:  # its class may raise anything
-        return Unsent(answer_text(value))
+        return {"text": answer_text(value)}

@@ -269,6 +269,27 @@ def test_a_file(tmp_path):
     assert asked_of(rewards[2:3], answer=["a", "x"], type=["t", "t"])["text"].tolist() == [[9, 9]]
 
 
+def test_what_a_file_answers_crosses_processes(tmp_path):
+    answers = (
+        "[1, None]",
+        "(True, np.float32(0.5))",
+        "np.array([1, 2])",
+        "[1, b'a']",
+        "[10**400, 1]",
+        "{1: 2}",
+        "[0, float('nan')]",
+    )
+    functions = "".join(f"def f{i}(completions):\n    print('seen')\n    return {said}\n" for i, said in enumerate(answers))
+    rewards = load_rewards([f"f{i}" for i in range(len(answers))], mine(tmp_path, "import numpy as np\n" + functions))
+    for reward, right in zip(rewards, ([1, np.nan], [1, 0.5], [1, 2]), strict=False):
+        np.testing.assert_array_equal(asked_of([reward])["chat"], [right])
+    for reward, wrong in zip(
+        rewards[3:], ("d:2: .* answered b'a'", "d:1: .* int 10", r"answered \{1: 2\}", "d:2: .* nan"), strict=True
+    ):
+        with pytest.raises(InputError, match=wrong):
+            asked_of([reward])
+
+
 def test_a_file_of_wrong_things(tmp_path):
     file = mine(tmp_path)
     for name, message in {
