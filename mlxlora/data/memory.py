@@ -15,6 +15,7 @@ from .rows import SPLIT_NAMES, Row, read_splits, without_filler
 _NAMES = {name: split for split, names in SPLIT_NAMES.items() for name in names}
 
 
+_WAYS = ("to_dicts", "to_pylist")  # polars' and pyarrow's methods; a table of pyarrow does not iterate
 _MISSING = ("NAType", "NaTType")  # pandas' classes of what is missing
 
 
@@ -74,16 +75,16 @@ def _rows(data: Any, name: str) -> list[Row]:
 
 def _records(data: Any, name: str) -> Iterable[Any]:
     """The rows of a container; frames and tables have methods of their own for that."""
-    if isinstance(data, str | bytes) or not hasattr(data, "__len__") or not hasattr(data, "__iter__"):
-        remedy = "a list of dictionaries, a data set, a frame, or where such rows are"
-        once = "; list(...) keeps what can be read once only" if hasattr(data, "__next__") else ""
-        raise InputError(f"{name} must be rows: {remedy}, got {described(data)}{once}")
+    text = isinstance(data, str | bytes)
+    if text or not hasattr(data, "__len__") or not any(hasattr(data, way) for way in ("__iter__", *_WAYS)):
+        rows = "a list of dictionaries, a data set, a frame, or where such rows are"
+        once = "; list(...) keeps what can be read once only" if hasattr(data, "__iter__") and not text else ""
+        remedy = "; .collect() makes a frame of it" if hasattr(data, "collect") else once
+        raise InputError(f"{name} must be rows: {rows}, got {described(data)}{remedy}")
     if not len(data):
         raise InputError(f"{name} has no rows; pass at least one")
-    if hasattr(data, "to_dicts"):  # polars
-        return data.to_dicts()
-    if hasattr(data, "to_pylist"):  # pyarrow
-        return data.to_pylist()
+    if way := next((way for way in _WAYS if hasattr(data, way)), None):
+        return getattr(data, way)()
     if hasattr(data, "to_dict") and hasattr(data, "columns"):  # pandas
         return data.to_dict(orient="records")
     return data
