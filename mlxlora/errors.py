@@ -64,7 +64,7 @@ def described(value: Any) -> str:
     >>> described(3)
     'int 3'
     """
-    text = _LONGER.repr(value)  # repr fails for deep values, and takes long for large ones
+    text = " ".join(_LONGER.repr(value).split())  # repr fails for deep values, and takes long for large ones
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 

@@ -346,7 +346,8 @@ def _score(row: Row) -> float | None:
 
 
 def _unrecognized(row: Row, accepted: str) -> InputError:
-    found = listed(sorted(row.fields), 50) or "none"
+    names = sorted(row.fields)
+    found = listed([f"{name} (empty)" if row.fields[name] is None else name for name in names], 50) or "none"
     return InputError(f"{row.location}: fields not recognized: found {found}; accepted are {accepted}")
 
 

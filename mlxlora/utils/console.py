@@ -27,5 +27,5 @@ class SafeConsole(Console):
 
 
 def safe_console(**options: Any) -> Console:
-    """A console on standard output that highlights nothing by itself; `options` are those of rich's `Console`."""
-    return SafeConsole(**{"highlight": False, **options})
+    """A console on standard output, also in notebooks, that highlights nothing itself; `options` are those of rich's `Console`."""
+    return SafeConsole(**{"highlight": False, "force_jupyter": False, **options})

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 import mlxlora as ml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,3 +32,17 @@ def test_it_holds_no_output():
     cells = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
     assert all(not cell["outputs"] and cell["execution_count"] is None for cell in cells)
     assert len({cell["id"] for cell in NOTEBOOK["cells"]}) == len(NOTEBOOK["cells"])
+
+
+def test_a_kernel_runs_it(tmp_path):
+    """IPython itself: pictures that change while a run trains, and the page of the run that ends a cell."""
+    nbformat, client = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    book = nbformat.read(ROOT / "examples" / "notebook.ipynb", as_version=4)
+    for cell in book.cells:
+        cell.source = cell.source.replace("ITERS = 20", "import mlx.core\nmlx.core.disable_compile()\nITERS = 2")
+    client.NotebookClient(book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [cell.outputs for cell in book.cells if cell.cell_type == "code"]
+    trained = [output for output in outputs[1] if output.output_type in ("display_data", "execute_result")]
+    assert "step 2 of 2" in trained[0].data["text/html"] and trained[0].data["text/html"].count("<progress") == 1
+    assert trained[-1].data["text/html"].startswith("<iframe srcdoc=") and len(trained) == 2
