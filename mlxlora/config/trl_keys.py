@@ -5,6 +5,7 @@ from typing import Any
 
 from ..errors import InputError, plain
 from .mlx_lm_keys import Key, Options, Peer, trackers
+from .trl_unused import UNUSED, placed
 
 _ROWS = ("sft", "dpo", "orpo", "cpo", "kto", "distill")
 """Commands whose batches count what TRL counts."""
@@ -26,12 +27,6 @@ def _truth(value: Any) -> bool:
     if str(value).lower() not in ("true", "false"):
         raise ValueError(f"expected True or False, got {plain(value)}")
     return str(value).lower() == "true"
-
-
-def _noted(
-    text: str, *names: str, fate: Any = "noted", idle: tuple[Any, ...] = (None, False), switch: bool = False
-) -> dict[str, Key]:
-    return {name: Key(text, fate=fate, idle=idle, switch=switch) for name in names}
 
 
 def _schedule(value: Any) -> Options:
@@ -76,6 +71,7 @@ def _evaluations(value: Any) -> Options:
 
 
 _TRL = {
+    **UNUSED,
     **_renamed(model_name_or_path="model", dataset_name="data", output_dir="adapter_path", num_train_epochs="epochs"),
     **_renamed(gradient_accumulation_steps="grad_accumulation_steps", lr="learning_rate", warmup_steps="warmup"),
     **_renamed(logging_steps="steps_per_report", save_steps="save_every", adam_epsilon="eps", max_length="max_seq_length"),
@@ -83,13 +79,15 @@ _TRL = {
     **_renamed(chat_template_path="chat_template", chat_template_kwargs="chat_template_args"),
     **_renamed(num_generations="group_size", importance_sampling_level="importance_level", reward_funcs="rewards"),
     **_renamed(reward_model_name_or_path="reward_model", lora_r="rank", r="rank", lora_dropout="dropout"),
-    **_renamed(lora_target_modules="lora_keys", target_modules="lora_keys"),
+    **_renamed(lora_target_modules="lora_keys", target_modules="lora_keys", max_new_tokens="max_completion_length"),
+    **_renamed(cpo_alpha="alpha", simpo_gamma="gamma", teacher_model_name_or_path="teacher_model", reward_model_path="reward_model"),
     "report_to": Key("`report_to`; `none` switches it off", convert=trackers),
-    **_noted("the run has the name of its folder", "run_name"),
+    **placed("the run has the name of its folder", "run_name"),
     **_same("learning_rate", "weight_decay", "max_grad_norm", "seed", "save_total_limit", "neftune_noise_alpha", "loss_type"),
     **_same("beta", "label_smoothing", "ld_alpha", "desirable_weight", "undesirable_weight", "temperature", "top_p", "top_k"),
     **_same("min_p", "repetition_penalty", "num_iterations", "epsilon", "epsilon_high", "delta", "reward_weights"),
-    **_same("max_completion_length", "top_entropy_quantile", "init_lora_weights"),
+    **_same("max_completion_length", "top_entropy_quantile", "init_lora_weights", "entropy_coef", "eos_token"),
+    **_switches(use_bias_correction_kl="correct_kl", shuffle_dataset="shuffle"),
     **_switches(gradient_checkpointing="grad_checkpoint", load_best_model_at_end="keep_best", packing="packing"),
     **_switches(completion_only_loss="mask_prompt", assistant_only_loss="mask_prompt", use_weighting="wpo"),
     **_switches(mask_truncated_completions="mask_truncated", use_rslora="rslora", trust_remote_code="trust_remote_code"),
@@ -105,31 +103,31 @@ _TRL = {
     "load_in_4bit": Key("`quantize: 4`", convert=_form("4"), switch=True),
     "load_in_8bit": Key("`quantize: 8`", convert=_form("8"), switch=True),
     **_same("rank_pattern", "alpha_pattern"),
-    **_noted("`betas: [beta1, beta2]`", "adam_beta1", "adam_beta2"),
-    **_noted("`warmup` counts steps: warmup_ratio x iters", "warmup_ratio", idle=(None, 0, 0.0)),
-    **_noted("`mlxlora push` afterwards", "push_to_hub", switch=True),
-    **_noted("`mlxlora push` afterwards", "hub_model_id"),
-    **_noted("`resume` continues the run in `adapter_path`", "resume_from_checkpoint"),
-    **_noted("a part of the data's name: `data: org/name:config`", "dataset_config"),
-    **_noted("`max_seq_length` covers prompt and completion", "max_prompt_length"),
-    **_noted("`prompt_truncation: right` or `left`", "truncation_mode"),
-    **_noted("what is not adapted is frozen", "modules_to_save", "lora_modules_to_save", fate="refused"),
-    **_noted("`loraplus_lr_ratio`", "lora_plus_ratio"),
-    **_noted("adapters are the default; `train_type: full` for weights", "use_peft", fate="ignored", switch=True),
-    **_noted("a text generator", "task_type", "lora_task_type", fate="ignored"),
-    **_noted("the reference scores rows once, before training", "precompute_ref_log_probs", fate="ignored", switch=True),
-    **_noted("the types of the model's files are used", "bf16", "fp16", "tf32", fate="ignored", switch=True),
-    **_noted("the types of the model's files are used", "dtype", "torch_dtype", fate="ignored"),
-    **_noted("`attention`", "attn_implementation", fate="ignored"),
-    **_noted("completions are sampled by the policy itself", "use_vllm", fate="ignored", switch=True),
-    **_noted("completions are sampled by the policy itself", "vllm_mode", "vllm_gpu_memory_utilization", fate="ignored"),
-    **_noted("the loss is memory-bounded by itself", "use_liger_kernel", fate="ignored", switch=True),
-    **_noted("validation has the batch size of training", "per_device_eval_batch_size", fate="ignored"),
-    **_noted("`steps_per_eval`, `save_every`, `steps_per_report`", "eval_strategy", "save_strategy", fate="ignored"),
-    **_noted("`steps_per_report`", "logging_strategy", fate="ignored"),
-    **_noted("batches are made ahead of time", "dataset_num_proc", "dataloader_num_workers", fate="ignored"),
-    **_noted("columns that rewards read are kept", "remove_unused_columns", fate="ignored"),
-    **_noted("completions of a step are shown in any case", "log_completions", fate="ignored", switch=True),
+    **placed("`betas: [beta1, beta2]`", "adam_beta1", "adam_beta2"),
+    **placed("`warmup` counts steps: warmup_ratio x iters", "warmup_ratio", idle=(None, 0, 0.0)),
+    **placed("`mlxlora push` afterwards", "push_to_hub", switch=True),
+    **placed("`mlxlora push` afterwards", "hub_model_id"),
+    **placed("`resume` continues the run in `adapter_path`", "resume_from_checkpoint"),
+    **placed("a part of the data's name: `data: org/name:config`", "dataset_config"),
+    **placed("`max_seq_length` covers prompt and completion", "max_prompt_length"),
+    **placed("`prompt_truncation: right` or `left`", "truncation_mode"),
+    **placed("what is not adapted is frozen", "modules_to_save", "lora_modules_to_save", fate="refused"),
+    **placed("`loraplus_lr_ratio`", "lora_plus_ratio"),
+    **placed("adapters are the default; `train_type: full` for weights", "use_peft", fate="ignored", switch=True),
+    **placed("a text generator", "task_type", "lora_task_type", fate="ignored"),
+    **placed("the reference scores rows once, before training", "precompute_ref_log_probs", fate="ignored", switch=True),
+    **placed("the types of the model's files are used", "bf16", "fp16", "tf32", fate="ignored", switch=True),
+    **placed("the types of the model's files are used", "dtype", "torch_dtype", fate="ignored"),
+    **placed("`attention`", "attn_implementation", fate="ignored"),
+    **placed("completions are sampled by the policy itself", "use_vllm", fate="ignored", switch=True),
+    **placed("completions are sampled by the policy itself", "vllm_mode", "vllm_gpu_memory_utilization", fate="ignored"),
+    **placed("the loss is memory-bounded by itself", "use_liger_kernel", fate="ignored", switch=True),
+    **placed("validation has the batch size of training", "per_device_eval_batch_size", fate="ignored"),
+    **placed("`steps_per_eval`, `save_every`, `steps_per_report`", "eval_strategy", "save_strategy", fate="ignored"),
+    **placed("`steps_per_report`", "logging_strategy", fate="ignored"),
+    **placed("batches are made ahead of time", "dataset_num_proc", "dataloader_num_workers", fate="ignored"),
+    **placed("columns that rewards read are kept", "remove_unused_columns", fate="ignored"),
+    **placed("completions of a step are shown in any case", "log_completions", fate="ignored", switch=True),
 }  # fmt: skip
 
 TRL = Peer(
@@ -155,16 +153,22 @@ TRL = Peer(
 
 
 def settled_alpha(values: Mapping[str, Any], keys: Mapping[str, Any], rank: int) -> Options:
-    """The scale of PEFT's `lora_alpha`, which is alpha / rank.
+    """The scale of PEFT's `lora_alpha`, which is alpha / rank; TRL's own `alpha` of CPO is another loss.
 
     >>> settled_alpha({}, {"lora_alpha": "32"}, 16)
     {'scale': 2.0}
 
     Raises:
-        InputError: it is no number.
+        InputError: `lora_alpha` is no number, or `alpha` is not 0.
     """
+    theirs = "alpha" in keys and "cpo_alpha" not in keys
+    if theirs and values.get("alpha"):
+        raise InputError(
+            f"alpha: {plain(values['alpha'])} is AlphaPO's in TRL, which is not offered; the weight of the NLL is cpo_alpha"
+        )
+    values = {name: value for name, value in values.items() if not (theirs and name == "alpha")}
     if keys.get("lora_alpha") is None or "scale" in values:
-        return dict(values)
+        return values
     try:
         return {**values, "scale": float(keys["lora_alpha"]) / rank}
     except (TypeError, ValueError):

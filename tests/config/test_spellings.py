@@ -10,6 +10,7 @@ from mlxlora_cli.nearest import nearest_command, nearest_flag, with_nearest
 
 from mlxlora.config import config_file as settings
 from mlxlora.config import mlx_lm_compat as peers
+from mlxlora.config.trl_unused import UNUSED
 from mlxlora.errors import InputError
 from mlxlora.methods import METHODS
 from tests.config.test_mlx_lm_compat import DATA, PAGES
@@ -60,6 +61,39 @@ def test_every_name_of_trl(typed, command, tmp_path):
                 assert f"{key.text}" in out, name
             else:
                 assert found["model"] == "m", name
+
+
+FIELDS = yaml.safe_load((DATA / "trl_fields.yaml").read_text(encoding="utf-8"))
+
+
+def test_every_field_of_trl_has_its_place():
+    """Those of its configurations, of transformers' and of PEFT's; CPO's `alpha` is an option of ours with another meaning."""
+    missing = {name for fields in FIELDS.values() for name in fields} - peers.TRL.keys.keys()
+    assert missing == {"alpha"}
+
+
+def test_fields_without_an_option_are_told_of(typed, tmp_path):
+    """All of them in one file, and as flags."""
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"model_name_or_path": "m", "dataset_name": "d"} | dict.fromkeys(UNUSED, 77)))
+    noted = [name for name, key in UNUSED.items() if key.fate == "noted"]
+    _, out = typed("dpo", "-c", tmp_path / "c.yaml")
+    assert not [name for name in noted if f": {name}: {UNUSED[name].text}" not in out]
+    flags = [part for name, key in UNUSED.items() for part in (f"--{name.replace('_', '-')}", *([] if key.switch else ["77"]))]
+    _, out = typed("dpo", "--model-name-or-path", "m", "--dataset-name", "d", *flags)
+    assert not [name for name, key in UNUSED.items() if f"--{name.replace('_', '-')}: {key.text}" not in out]
+
+
+def test_alpha_of_trl_is_another_loss(typed, tmp_path):
+    start = "model_name_or_path: m\ndataset_name: d\n"
+    (tmp_path / "c.yaml").write_text(f"{start}alpha: 0.5\n")
+    with pytest.raises(
+        InputError, match=r"alpha: 0.5 is AlphaPO's in TRL, which is not offered; the weight of the NLL is cpo_alpha"
+    ):
+        typed("cpo", "-c", tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text(f"{start}cpo_alpha: 0.5\n")
+    assert typed("cpo", "-c", tmp_path / "c.yaml")[0]["alpha"] == 0.5
+    (tmp_path / "c.yaml").write_text(f"{start}alpha: 0.0\n")
+    assert typed("cpo", "-c", tmp_path / "c.yaml")[0]["alpha"] == 1.0
 
 
 def said(value):
