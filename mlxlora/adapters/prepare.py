@@ -98,14 +98,11 @@ def attach(model: nn.Module, directory: str | Path) -> nn.Module:
     Raises:
         InputError: there are none, they are damaged or not finite, or they do not fit; the message has the first problems.
     """
-    file = Path(directory) / WEIGHTS
+    config = read_adapter_config(directory)  # names the remedy for adapters of peft
     try:
-        if file.is_file():
-            config = read_adapter_config(directory)
+        if (Path(directory) / WEIGHTS).is_file():
             check_settings(config, Path(directory) / CONFIG)
             sound_arrays(directory, config)  # mlx-lm does not detect damage
-        elif (Path(directory) / CONFIG).is_file():
-            read_adapter_config(directory)  # names the remedy for adapters of peft
         load_adapters(model, str(directory))
     except InputError:
         raise

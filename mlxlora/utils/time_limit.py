@@ -63,8 +63,7 @@ def _watch() -> None:
     while True:
         with _lock:
             for late in [own for own in _watched if own.deadline < time.monotonic()]:
-                late.struck = True
-                _watched.discard(late)
+                late.struck, late.deadline = True, time.monotonic() + _LOOK  # again: a destructor may have swallowed it
                 _raise_in(late.thread, TooLong)
             idle = not _watched
             if idle:

@@ -5,7 +5,7 @@
 Cases are mutations of valid ones, by bytes and by JSON values, and every hundredth comes from a hypothesis strategy. What is
 called is what a run calls: rows are read, understood and tokenised; YAML becomes options; adapter folders are put on a model,
 merged and imported; safetensors are read; templates are rendered; what a reward answers is checked; paths, links, configurations
-of models, numbers and the folders of foreign runs are checked; text is printed.
+of models, numbers, the folders of foreign runs and checkpoints are checked; text is printed.
 """
 
 import argparse

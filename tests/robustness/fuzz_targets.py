@@ -11,6 +11,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from mlxlora.errors import InputError
+from tests.robustness.fuzz_checkpoints import checkpoints_target
 from tests.robustness.fuzz_files import adapters_target, safetensors_target
 from tests.robustness.fuzz_hostile import HOSTILE
 from tests.robustness.fuzz_mutations import JSON, WEIRD, Target, mutated_bytes, mutated_json, mutated_value
@@ -423,4 +424,5 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "templates": templates_target,
     "rewards": rewards_target,
     **HOSTILE,
+    "checkpoints": checkpoints_target,
 }

@@ -353,7 +353,7 @@ def test_adapters_of_another_model(place, capsys, command):
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.count("does not match model parameter shape") == 3 and told.endswith(" and 11 more")
     assert mlxlora(*command, "--model", MODEL, "--adapter-path", "nowhere") == 2
-    assert "The adapter path does not exist: nowhere" in line(capsys)
+    assert "nowhere: no adapters there (adapter_config.json: No such file or directory)" in line(capsys)
 
 
 def test_splits_that_are_not_there(place, capsys):

@@ -10,7 +10,7 @@ from mlxlora.errors import InputError
 from tests.robustness import fuzz
 
 CASES = {"rows": 2000, "yaml": 1000, "adapters": 400, "safetensors": 3000, "templates": 300, "rewards": 1500}
-CASES |= {"paths": 1500, "links": 800, "models": 800, "numbers": 2000, "text": 300, "runs": 300}
+CASES |= {"paths": 1500, "links": 800, "models": 800, "numbers": 2000, "text": 300, "runs": 300, "checkpoints": 200}
 
 
 @pytest.fixture
