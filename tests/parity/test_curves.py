@@ -21,7 +21,19 @@ pytestmark = pytest.mark.skipif(not PARITY.exists(), reason=f"needs {PARITY}")
 
 FULL = ("--train-type", "full", "--num-layers", -1)
 LORA = ("--train-type", "lora", "--num-layers", -1, "--rank", 4, "--scale", 2)
-SETTINGS = ("--optimizer", "adamw", "--learning-rate", 1e-3, "--max-grad-norm", 0, "--no-shuffle", "--steps-per-report", 1)
+SETTINGS = (
+    "--optimizer",
+    "adamw",
+    "--learning-rate",
+    1e-3,
+    "--max-grad-norm",
+    0,
+    "--no-shuffle",
+    "--steps-per-report",
+    1,
+    "--answers",
+    0,
+)
 
 
 @frozen
@@ -63,10 +75,16 @@ CASES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all cases: runs of the same rows have the same reference."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_every_step_is_trls(case: Case, tmp_path: Path, mlxlora: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_step_is_trls(case: Case, tmp_path: Path, cache_folder: Path, mlxlora: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """TRL's float32 numbers within its own rounding error, and its float64 numbers."""
-    monkeypatch.setenv("MLXLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MLXLORA_CACHE", str(cache_folder))
     run = curves()[case.name]
     outcome = mlxlora(case.command, *_flags(run), *_trained(run, tmp_path), *case.flags, "--adapter-path", tmp_path / "run")
     assert outcome.code == 0, outcome.err
