@@ -133,7 +133,7 @@ class Told:
             if progress.step % multiple == 0:
                 self.settle(progress)
 
-        return self._where_asked(told, total, beside=not self.callbacks.sees_steps)
+        return self._where_asked(told, total)
 
     def saving(self, checkpoint: Callable[[Progress], None]) -> Hook:
         """The hook that writes a checkpoint, and tells of it."""
@@ -147,8 +147,9 @@ class Told:
 
     def at_the_end(self, total: int) -> Sequence[Every]:
         """Hooks after that of the checkpoint."""
-        return self._where_asked(lambda progress, _: self.settle(progress), total, beside=True)
+        return self._where_asked(lambda progress, _: self.settle(progress), total, looks=False)
 
-    def _where_asked(self, hook: Hook, total: int, *, beside: bool) -> Sequence[Every]:
-        any_rank = bool(self.ranks.of_rank0(bool(self.callbacks)))
-        return [Every(1, hook, total, beside=beside)] if any_rank else []
+    def _where_asked(self, hook: Hook, total: int, *, looks: bool = True) -> Sequence[Every]:
+        """The hook if rank 0 has callbacks. All ranks wait for a step that these look at: they add up sums in one order."""
+        asked, sees_steps = self.ranks.of_rank0([bool(self.callbacks), self.callbacks.sees_steps])
+        return [Every(1, hook, total, beside=not (looks and sees_steps))] if asked else []

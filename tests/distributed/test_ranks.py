@@ -213,6 +213,20 @@ except Exception as error:
     assert type(error).__name__ == ["InputError", "SharedError"][r] and "taken already holds a run" in str(error), error
 else:
     raise AssertionError
+mx.disable_compile()
+rows = [{"prompt": f"add {i}.", "completion": str(i)} for i in range(8)]
+how = {"model": str(model_path()), "data": rows, "iters": 9, "batch_size": 2, "num_layers": 1, "answers": 0, "quiet": True}
+seen = []
+done = ml.sft(callbacks=[lambda step, metrics: seen.append(step) or step < 2], adapter_path="stopped", save_every=9, **how)
+assert done["steps"] == 2 and done["stopped_early"].endswith("returned False") and seen == [[1, 2], []][r], (r, done, seen)
+assert os.listdir("stopped/checkpoints") == ["0000002"]
+try:
+    ml.sft(callbacks=[lambda step, metrics: 1 / 0], adapter_path="failed", **how)
+except Exception as error:
+    assert "raised ZeroDivisionError" in str(error), error
+else:
+    raise AssertionError
+mx.enable_compile()
 print("all", flush=True)
 from mlxlora_cli import main
 sys.argv = ["mlxlora", "dpo", "--loss-type", "aot", "--quiet", "--adapter-path", "aot"]
@@ -234,7 +248,8 @@ def together(tmp_path_factory):
 
 
 def test_what_ranks_say_and_add_up(together):
-    assert [(code, lines[:1]) for code, lines in together] == [(0, ["all"])] * 2, together
+    """Also callbacks: those of rank 0 are called, and stop or end all ranks."""
+    assert all(code == 0 and "all" in lines for code, lines in together), together
 
 
 def test_one_process_adds_up_nothing():
