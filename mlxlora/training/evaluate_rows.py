@@ -13,7 +13,7 @@ from ..reporting.reporter import ReporterGroup
 from .evaluate import make_evaluate, mean_measures
 from .inputs import Run
 from .prepared import plain_maker, scored_by_reference, scorer_of
-from .reference import CONTINUED
+from .reference import starts_trained
 from .schedule import Schedule, batches_of_split
 
 
@@ -36,8 +36,9 @@ def evaluate_rows(run: Run, data: Data) -> dict[str, float]:
     run = evolve(run, source=source, splits=splits)
     schedule = Schedule(source, splits, run.options.training)
     if "ref_logps" in run.objective.needs and not source.online:
-        if run.reference.load is None and (run.options.adapter.train_type == "full" or CONTINUED.get(run.model)):
-            raise InputError("evaluate: the loss compares with the model before training, which is gone; name a reference model")
+        adapter = run.options.adapter
+        if run.reference.load is None and adapter.train_type == "full" and not starts_trained(run.model, adapter):
+            raise InputError("evaluate: the loss compares with the weights before training, which are gone; name a reference model")
         schedule = scored_by_reference(run, schedule, ReporterGroup())
     make = plain_maker(source, Context(run.model, run.tokenizer, run.options.training.seed, validation=True, ranks=run.ranks))
     evaluate: Any = mean_measures

@@ -12,7 +12,8 @@ from attrs import evolve, frozen
 from mlx.utils import tree_flatten
 
 from ..adapters.detach import Earlier, continue_from, taken_off
-from ..adapters.prepare import load_weights, prepare
+from ..adapters.files import put_arrays, read_arrays
+from ..adapters.prepare import CHANGED, load_weights, prepare
 from ..config.options import AdapterOptions
 from ..data.batching import Make, read_positions, spread
 from ..data.packing import packed
@@ -37,8 +38,18 @@ from .inputs import Run, RunOptions
 from .micro_batch import BatchDivider, cost_of_position, fixed_size
 from .optimizers import make_optimizer
 from .origin import BASE_WEIGHTS, base_digest, digests_of, samples_of, weight_samples, weight_shapes
-from .rank_sync import check_ranks
-from .reference import CONTINUED, Policy, cache_of_start, policy_at_start, referenced, with_reference
+from .rank_sync import check_ranks, on_rank0
+from .reference import (
+    CONTINUED,
+    START,
+    Policy,
+    cache_of_start,
+    policy_at_start,
+    referenced,
+    starts_trained,
+    stored_start,
+    with_reference,
+)
 from .rounding import RunRounding
 from .schedule import Schedule
 from .step import Step, columns_of, make_step
@@ -171,12 +182,14 @@ def _starting(options: RunOptions) -> AdapterOptions:
 def _make_trainable(run: Run, ranks: Ranks, earlier: Earlier | None) -> None:
     options = run.options
     mx.random.seed(options.training.seed)
+    weights = options.adapter.train_type == "full" and CHANGED.get(run.model)  # go on where an earlier run left them
     prepare(run.model, options.adapter)
     if options.adapter.resume_adapter_file:
         load_weights(run.model, str(options.adapter.resume_adapter_file))
     if earlier:
         continue_from(run.model, earlier)
         CONTINUED.put(run.model, True)
+    if earlier or weights or _put_start(run, ranks):
     if _recomputes(options.training.grad_checkpoint, ranks):
         checkpointed(run.model)
     if run.noise:
@@ -185,6 +198,17 @@ def _make_trainable(run: Run, ranks: Ranks, earlier: Earlier | None) -> None:
 
 
 def _recomputes(asked: bool, ranks: Ranks) -> bool:
+def _put_start(run: Run, ranks: Ranks) -> bool:
+    """Gives the model of a resumed run the parameters that its reference has; False: these are no others than those of the base."""
+    path = run.options.directory / START
+    if not ranks.of_rank0(run.options.output.resume and path.is_file()):
+        return False
+    on_rank0(ranks, run.model, lambda: put_arrays(run.model, read_arrays(path, lazy=ranks.sharded)))
+    if ranks.size > 1 and not ranks.sharded:
+        run.model.update(ranks.from_first(run.model.trainable_parameters()))
+    return True
+
+
     """Whether blocks are computed again in the backward pass; sharded ranks must not keep the slices that a block gathered."""
     return asked or ranks.sharded
 
@@ -254,6 +278,8 @@ def scored_by_reference(run: Run, schedule: Schedule, reporter: Reporter) -> Sch
     return _with_reference(run, schedule, _RowScoring(policy, run.ranks, reporter, 1), {"test": rows})
 
 
+    if run.reference.load is None and starts_trained(run.model, run.options.adapter):
+        policy = stored_start(run.model, run.options.directory / START)
 # --- reference --------------------------------------------------------------------------------
 
 

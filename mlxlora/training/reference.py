@@ -15,8 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from attrs import evolve
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
+from ..adapters.files import sound_arrays
 from ..adapters.prepare import disabled
 from ..config.options import AdapterOptions
 from ..data.batching import Make, MicroBatch, collate
@@ -103,7 +104,10 @@ def _together(examples: Sequence[Example], score: Scorer, batch_size: int, size:
 
 
 CONTINUED: Slot[bool] = Slot("continued", False)
-"""Whether the adapters of a model started from those of an earlier run."""
+"""Whether the adapters of a model, or the weights that are trained, started from those of an earlier run."""
+
+START = "start.safetensors"
+"""The file of a run's folder with the policy as training started, if that is neither the base nor another model."""
 
 Policy = Callable[[], AbstractContextManager[nn.Module]]
 """A context in which a model computes what a policy does; it ends with the model as it was."""
@@ -120,9 +124,25 @@ def policy_at_start(model: nn.Module, options: AdapterOptions) -> Policy:
         model: ready for its first step.
         options: what is trained.
     """
-    if options.resume_adapter_file or CONTINUED.get(model) or options.train_type == "full":
+    if starts_trained(model, options) or options.train_type == "full":
         return partial(_with_parameters, model, model.trainable_parameters())
     return partial(disabled, model)
+
+
+def starts_trained(model: nn.Module, options: AdapterOptions) -> bool:
+    """Whether training starts from what an earlier run trained, so that the model's files alone do not give the reference."""
+    return bool(options.resume_adapter_file) or CONTINUED.get(model)
+
+
+def stored_start(model: nn.Module, path: Path) -> Policy:
+    """The policy as training started, of a trained model, from the file of its run.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    trained = dict(tree_flatten(model.trainable_parameters()))
+    found = [(name, array) for name, array in sound_arrays(path).items() if name in trained]  # without the beginnings of PiSSA
+    return partial(_with_parameters, model, tree_unflatten(found))
 
 
 @contextmanager
@@ -212,7 +232,7 @@ _BLOCK, _BLOCKS = 1 << 14, 64
 
 def cache_of_start(cache: Path, model: nn.Module, options: AdapterOptions) -> Path:
     """The cache of the policy as training starts: that of the model, unless --resume-adapter-file changes what it computes."""
-    if not (options.resume_adapter_file or CONTINUED.get(model)):
+    if not starts_trained(model, options):
         return cache
     digest = hashlib.sha256(repr(evolve(options, resume_adapter_file=None)).encode())
     flat: list[tuple[str, mx.array]] = tree_flatten(model.trainable_parameters())  # type: ignore[assignment]

@@ -11,11 +11,12 @@ from ..reporting.card import CARD
 from ..reporting.history import METRICS, PAGE, PICTURE, SAMPLES, SETTINGS
 from ..utils.marker import MARKER, mark, marker_of
 from .checkpoint import FOLDER, checkpoints
+from .reference import START
 
 RUN = "run"
 """The command in the marker of a run's folder, the same for every method."""
 
-_REPLACED = (WEIGHTS, CONFIG, METRICS, SAMPLES, SETTINGS, PAGE, PICTURE)
+_REPLACED = (WEIGHTS, CONFIG, METRICS, SAMPLES, SETTINGS, PAGE, PICTURE, START)
 _FOLDERS = (FOLDER, "tensorboard")
 _FILES = (*_REPLACED, CARD, *_FOLDERS)
 _EXTENDED = (CARD, "tensorboard")  # a card that a person changed stays, and events of other runs too

@@ -10,9 +10,10 @@ import mlx.optimizers as optim
 import yaml
 from attrs import frozen
 
-from ..adapters.files import WEIGHTS, save
+from ..adapters.files import WEIGHTS, own_arrays, save, save_arrays
 from ..data.own_template import stored_template
 from ..distributed.ranks import Ranks
+from ..distributed.sharded_files import stored
 from ..distributed.watchdog import nothing
 from ..errors import InputError, LostError, RunError, SharedError, listed
 from ..reporting.callbacks import STOPPED
@@ -26,6 +27,7 @@ from .loop import Abandoned
 from .origin import UNKNOWN_ORIGIN, RunOrigin, check_origin
 from .progress import Progress
 from .rank_sync import on_rank0, repair
+from .reference import START, starts_trained
 from .run_files import clean, mark_run
 from .run_folder import check_no_adapters, check_same
 
@@ -137,6 +139,9 @@ class Saver:
         self.directory.mkdir(parents=True, exist_ok=True)
         mark_run(self.directory)
         progress = self._new_run(reporter) if path is None else self._resumed(path, reporter)
+        if path is None and fixed and starts_trained(self.model, self.options.adapter):  # the objective has a reference
+            with atomic_file(self.directory / START) as file:
+                save_arrays(file, stored(self.model, own_arrays(self.model)), checked=True)
         with atomic_file(self.directory / SETTINGS) as file:
             file.write_text(yaml.safe_dump(dict(config), sort_keys=False))
         return progress

@@ -99,6 +99,22 @@ def test_sft_and_then_dpo_on_the_same_object(model_folder, tmp_path):
     assert losses(tmp_path / "dpo") == losses(tmp_path / "file")
 
 
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_resumed_run_compares_with_where_it_began(model_folder, tmp_path, anew):
+    """With the adapters of the run before, which its folder has, and not with the base."""
+    how = {"data": PAIRS, **FAST, "iters": 4}
+
+    def started(name):
+        model = ml.load(str(model_folder))
+        sft(model, tmp_path / f"before {name}")
+        return model
+
+    ml.dpo(model=started("whole"), adapter_path=tmp_path / "whole", **how)
+    run = ml.dpo(model=started("part"), adapter_path=tmp_path / "part", **how | {"iters": 2})
+    run = ml.dpo(model=model_folder, adapter_path=tmp_path / "part", resume=True, **how) if anew else run.resume(iters=4)
+    assert equal(tmp_path / "whole", tmp_path / "part")
+
+
 def test_what_happened_is_told(model_folder, tmp_path, capsys):
     model = ml.load(str(model_folder))
     for name, adapter, told in (

@@ -1,6 +1,7 @@
 """What a run returns: a mapping of results, and the model with what one does next."""
 
 import sys
+import math
 import types
 
 import mlx.core as mx
@@ -92,9 +93,18 @@ def test_evaluating_preferences(model_folder, tmp_path):
     data = {"train": PAIRS, "valid": PAIRS[:4]}
     run = ml.dpo(model=model_folder, data=data, adapter_path=tmp_path / "run", steps_per_eval=4, **FAST)
     assert run.evaluate(PAIRS[:4])["loss"] == pytest.approx(run["best_valid_loss"], abs=1e-6)
-    again = ml.dpo(model=(run.model, run.tokenizer), data=data, adapter_path=tmp_path / "again", **FAST)
-    with pytest.raises(InputError, match=r"^evaluate: the loss compares with the model before training, which is gone; name a ref"):
-        again.evaluate(PAIRS)
+    again = ml.dpo(model=(run.model, run.tokenizer), data=data, adapter_path=tmp_path / "again", steps_per_eval=4, **FAST)
+    assert again.evaluate(PAIRS[:4])["loss"] == pytest.approx(again["best_valid_loss"], abs=1e-6)
+
+
+def test_evaluating_weights_whose_beginning_is_gone(model_folder, tmp_path):
+    """Full training alone changes them; what continued them has kept where it began."""
+    how = {name: value for name, value in FAST.items() if name != "iters"} | {"train_type": "full", "iters": 1, "val_batches": 1}
+    run = ml.dpo(model=model_folder, data={"train": PAIRS, "valid": PAIRS[:2]}, adapter_path=tmp_path / "run", **how)
+    with pytest.raises(InputError, match=r"^evaluate: the loss compares with the weights before training, which are gone; name a"):
+        run.evaluate(PAIRS)
+    again = ml.dpo(model=(run.model, run.tokenizer), data=PAIRS, adapter_path=tmp_path / "again", **how)
+    assert again.history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and again.evaluate(PAIRS)["loss"] < math.log(2)
 
 
 def test_saving_and_fusing(run, tmp_path, model_folder):
