@@ -181,15 +181,15 @@ def _starting(options: RunOptions) -> AdapterOptions:
 
 def _make_trainable(run: Run, ranks: Ranks, earlier: Earlier | None) -> None:
     options = run.options
-    mx.random.seed(options.training.seed)
     weights = options.adapter.train_type == "full" and CHANGED.get(run.model)  # go on where an earlier run left them
+    mx.random.seed(options.training.seed)
     prepare(run.model, options.adapter)
     if options.adapter.resume_adapter_file:
         load_weights(run.model, str(options.adapter.resume_adapter_file))
     if earlier:
         continue_from(run.model, earlier)
-        CONTINUED.put(run.model, True)
     if earlier or weights or _put_start(run, ranks):
+        CONTINUED.put(run.model, True)
     if _recomputes(options.training.grad_checkpoint, ranks):
         checkpointed(run.model)
     if run.noise:
@@ -197,7 +197,6 @@ def _make_trainable(run: Run, ranks: Ranks, earlier: Earlier | None) -> None:
     run.model.train()
 
 
-def _recomputes(asked: bool, ranks: Ranks) -> bool:
 def _put_start(run: Run, ranks: Ranks) -> bool:
     """Gives the model of a resumed run the parameters that its reference has; False: these are no others than those of the base."""
     path = run.options.directory / START
@@ -209,6 +208,7 @@ def _put_start(run: Run, ranks: Ranks) -> bool:
     return True
 
 
+def _recomputes(asked: bool, ranks: Ranks) -> bool:
     """Whether blocks are computed again in the backward pass; sharded ranks must not keep the slices that a block gathered."""
     return asked or ranks.sharded
 
@@ -273,13 +273,13 @@ def scored_by_reference(run: Run, schedule: Schedule, reporter: Reporter) -> Sch
     policy, _ = _reference_policy(run)
     if policy is None:
         return schedule
+    if run.reference.load is None and starts_trained(run.model, run.options.adapter):
+        policy = stored_start(run.model, run.options.directory / START)
     rows = list(range(len(schedule.items("test"))))
     run = evolve(run, reference=evolve(run.reference, cache=None))
     return _with_reference(run, schedule, _RowScoring(policy, run.ranks, reporter, 1), {"test": rows})
 
 
-    if run.reference.load is None and starts_trained(run.model, run.options.adapter):
-        policy = stored_start(run.model, run.options.directory / START)
 # --- reference --------------------------------------------------------------------------------
 
 
