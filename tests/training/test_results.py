@@ -1,7 +1,7 @@
 """What a run returns: a mapping of results, and the model with what one does next."""
 
-import sys
 import math
+import sys
 import types
 
 import mlx.core as mx
