@@ -140,14 +140,15 @@ def test_the_loss_of_rank_0_is_told_by_another(tmp_path):
 
 
 def test_a_rank_that_is_not_heard_of_does_not_keep_the_others_waiting(tmp_path):
-    processes = start(tmp_path, 2, [*LONG.split(), "--adapter-path", tmp_path / "run"], MLXLORA_RANK_TIMEOUT="10")
+    run = [*LONG.split(), "--adapter-path", tmp_path / "run"]
+    processes = start(tmp_path, 2, run, interpreter=sys.executable, MLXLORA_RANK_TIMEOUT="6")
     wait_for(tmp_path / "run/metrics.jsonl", '"step":3', processes)
     processes[1].send_signal(signal.SIGSTOP)
     code, output = ended(processes[:1])[0]
     processes[1].kill()
     processes[1].communicate()
     assert code == 1
-    assert "timed out after 10 s" in output
+    assert "timed out after 6 s" in output
     assert len(checkpoints(tmp_path / "run")) == 1
 
 

@@ -35,6 +35,7 @@ OTHERS = {  # the modules with the columns that each row must have as numbers
     "normalization": ("logps", "entropy", "dlogps", "dentropy"),
     "scaling": (),
 }
+SHORTER = {"startup": ("--device", "cpu", "--only=first step"), "scaling": ("--seconds", "0.3")}  # they start processes
 PEERS = ("peer", "speed_ratio", "memory_ratio")  # a number, or nothing and why where the peer is not installed
 ALWAYS = ("attention", "logprobs", "recurrences", "rollouts", "startup")  # their peers are what we depend on
 
@@ -42,8 +43,8 @@ ALWAYS = ("attention", "logprobs", "recurrences", "rollouts", "startup")  # thei
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_others_write_their_rows(name: str, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
-    device = () if name == "scaling" else ("--device", "cpu")  # its runs are processes of their own
-    command = [python(), "-m", f"benchmarks.{name}", "--quick", *device, "--json", str(file)]
+    flags = SHORTER.get(name, ("--device", "cpu"))
+    command = [python(), "-m", f"benchmarks.{name}", "--quick", *flags, "--json", str(file)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     rows = json.loads(file.read_text())
     assert rows and done.stdout.count("\n|") >= len(rows)

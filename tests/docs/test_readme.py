@@ -1,4 +1,5 @@
-"""The examples of the README and of docs/, executed in order, in a folder a page that holds the starter's `model` and some of its rows.
+"""The examples of the README and of docs/, executed in order, in a folder a page with the starter's `model` and some of
+its rows.
 
 A block is executed unless the line above it says `<!-- not run: why -->`; with `<!-- file: NAME -->` it is first saved under
 that name, which is all that happens to JSON and YAML.

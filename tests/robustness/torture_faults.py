@@ -31,6 +31,7 @@ from mlxlora.reporting.history import SETTINGS
 from mlxlora.utils.marker import MARKER
 from mlxlora.utils.safetensors import read_checked, write_arrays
 from tests.support.ranks import free_ports
+from tests.support.warm import python
 from tests.training.test_resume import reached, records, same_run
 
 CHILD = Path(__file__).with_name("torture_child.py")
@@ -157,7 +158,8 @@ class Lab:
 
     def start(self, mode: str, folder: Path, fault: dict[str, Any] | None = None, *more: Any, **popen: Any) -> Any:
         """A process that runs a mode in a folder, or one for each rank; `cache` may be a folder of its own for caches."""
-        line = [sys.executable, str(CHILD), *map(str, (*MODES[mode], *SHORT, *more, "--adapter-path", folder))]
+        interpreter = sys.executable if "preexec_fn" in popen else python()
+        line = [interpreter, str(CHILD), *map(str, (*MODES[mode], *SHORT, *more, "--adapter-path", folder))]
         environment = os.environ | {
             "TORTURE": json.dumps(fault or {}),
             "MLXLORA_CACHE": str(popen.pop("cache", self.root / "cache")),

@@ -76,7 +76,9 @@ def search_path() -> str:
 
 def _commands() -> dict[str, str]:
     """Names of commands and the functions that they call."""
-    return {point.name: point.value for point in entry_points(group="console_scripts") if point.name.startswith(("mlxlora", "mlx_lm."))}
+    return {
+        point.name: point.value for point in entry_points(group="console_scripts") if point.name.startswith(("mlxlora", "mlx_lm."))
+    }
 
 
 def serve(path: str) -> None:
@@ -134,9 +136,9 @@ def _handle(request: socket.socket) -> None:
 
 def _reopen() -> None:
     """Python's own streams know whether their files can seek or are a terminal, as they were when Python started."""
-    sys.stdin = sys.__stdin__ = open(0, encoding="utf-8")
-    sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8")
-    sys.stderr = sys.__stderr__ = open(2, "w", encoding="utf-8", buffering=1, errors="backslashreplace")
+    sys.stdin = sys.__stdin__ = os.fdopen(0, encoding="utf-8")
+    sys.stdout = sys.__stdout__ = os.fdopen(1, "w", encoding="utf-8")
+    sys.stderr = sys.__stderr__ = os.fdopen(2, "w", encoding="utf-8", buffering=1, errors="backslashreplace")
 
 
 def _received(request: socket.socket, size: int) -> bytes:
@@ -159,7 +161,7 @@ def _become(program: str, arguments: Sequence[str]) -> None:
         sys.argv = ["-c", *rest[1:]]
         exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
     elif first == "-m":
-        sys.path.insert(0, os.getcwd())
+        sys.path.insert(0, str(Path.cwd()))
         sys.argv = rest
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     else:
