@@ -169,7 +169,7 @@ class Order:
         seed: shuffles; None keeps the order of the file.
     """
 
-    lengths: tuple[int, ...]
+    lengths: Sequence[int] | np.ndarray
     batch_size: int
     seed: int | None = None
 
@@ -181,22 +181,28 @@ class Order:
         """Row numbers of batch `start` and of those after it, without end."""
         epoch, skip = divmod(start, self.per_epoch())
         while True:
-            yield from self._epoch(epoch)[skip:]
+            rows, order = self._epoch(epoch)
+            for batch in order[skip:].tolist():
+                yield rows[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
             epoch, skip = epoch + 1, 0
 
-    def _epoch(self, epoch: int) -> list[list[int]]:
-        rows, size = list(range(len(self.lengths))), self.batch_size
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows, those of a batch together, and the order of the batches."""
+        rows = np.arange(len(self.lengths))
         if self.seed is None:
-            return _cut(rows, size)
+            return rows, np.arange(self.per_epoch())
         rng = np.random.default_rng((self.seed, epoch))
-        rows = rng.permutation(rows).tolist()
-        padded = [bucket(length) for length in self.lengths]
-        batches = [b for window in _cut(rows, 16 * size) for b in _cut(sorted(window, key=padded.__getitem__), size)]
-        return [batches[i] for i in rng.permutation(len(batches))]
+        rows = rng.permutation(rows)
+        padded, window = _buckets(self.lengths)[rows], np.arange(len(rows)) // (16 * self.batch_size)
+        rows = rows[np.lexsort((padded, window))]  # stable: rows of one padded length stay in random order
+        return rows, rng.permutation(self.per_epoch())
 
 
-def _cut(rows: list[int], size: int) -> list[list[int]]:
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
+def _buckets(sizes: Sequence[int] | np.ndarray) -> np.ndarray:
+    """`bucket` of each size."""
+    sizes = np.maximum(np.asarray(sizes, np.int64), 1)
+    step = np.maximum(ALIGN, 1 << np.maximum(np.frexp(sizes - 1)[1].astype(np.int64) - 3, 0))
+    return -(-sizes // step) * step
 
 
 def grouped(micros: Iterator[MicroBatch], size: int) -> Iterator[tuple[MicroBatch, ...]]:

@@ -10,7 +10,7 @@ from attrs import frozen
 
 from ..config.given import GIVEN, is_path
 from ..errors import InputError, described, listed
-from .rows import SPLIT_NAMES, Row, read_splits, without_filler
+from .rows import SPLIT_NAMES, Row, SplitRows, read_splits, without_filler
 
 _NAMES = {name: split for split, names in SPLIT_NAMES.items() for name in names}
 
@@ -29,7 +29,7 @@ class MemoryRow(Row):
         return f"{self.file}[{self.line}]"
 
 
-def memory_splits(data: Any) -> dict[str, list[Row]]:
+def memory_splits(data: Any) -> dict[str, SplitRows]:
     """The splits "train", "valid" and "test" of rows in memory; plain rows are for training.
 
     Args:
@@ -50,13 +50,13 @@ def memory_splits(data: Any) -> dict[str, list[Row]]:
             f"data: a dictionary has rows by split ({', '.join(_NAMES)}), got {listed(map(str, unknown))}; "
             "pass rows as a list of dictionaries"
         )
-    splits = {_NAMES[name]: _rows(rows, f"data[{name!r}]") for name, rows in data.items()}
+    splits: dict[str, SplitRows] = {_NAMES[name]: _rows(rows, f"data[{name!r}]") for name, rows in data.items()}
     if not splits.get("train"):
         raise InputError(f"data: no train split; found {listed(data) or 'nothing'}")
     return splits
 
 
-def splits_of(data: Any, asked: Mapping[str, str] | None = None) -> dict[str, list[Row]]:
+def splits_of(data: Any, asked: Mapping[str, str] | None = None) -> dict[str, SplitRows]:
     """The splits of rows in memory, or of what a path or a hub name names; see `read_splits`.
 
     Raises:

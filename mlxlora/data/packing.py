@@ -7,6 +7,7 @@ other items.
 
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
+from typing import Any, overload
 
 import mlx.core as mx
 import numpy as np
@@ -52,9 +53,44 @@ def _filled(order: Sequence[int], sizes: Sequence[int], room: int) -> list[list[
     return rows
 
 
-def row_length(examples: Sequence[Example], longest_allowed: int) -> int:
+@frozen(eq=False)
+class Packs(Sequence[Pack]):
+    """Rows of several examples, which are read when a row is used.
+
+    Attributes:
+        examples: all of them.
+        rows: the numbers of the examples of each row.
+        sizes: [examples] tokens of each.
+    """
+
+    examples: Sequence[Example]
+    rows: Sequence[Sequence[int]]
+    sizes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Pack: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Pack]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self._pack(row) for row in self.rows[index]]
+        return self._pack(self.rows[index])
+
+    def _pack(self, row: Sequence[int]) -> Pack:
+        return tuple(self.examples[i] for i in row)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[rows] tokens of the longest example of each."""
+        return np.array([max(self.sizes[i] for i in row) for row in self.rows], np.int64)
+
+
+def row_length(longest: int, longest_allowed: int) -> int:
     """Positions of a row: those of the longest example, and at least `ROW` if examples may be that long."""
-    return max(bucket(max(len(e.tokens) for e in examples) - 1), min(ROW, bucket(longest_allowed - 1)))
+    return max(bucket(longest - 1), min(ROW, bucket(longest_allowed - 1)))
 
 
 def packed_batch(packs: Sequence[Pack], length: int) -> MicroBatch:
@@ -78,10 +114,11 @@ def packed_batch(packs: Sequence[Pack], length: int) -> MicroBatch:
 def packed(source: Source, splits: Mapping[str, Split], seed: int) -> tuple[Source, dict[str, Split]]:
     """The source and the splits with packed training examples; examples of the other splits keep rows of their own."""
     examples: Sequence[Example] = splits["train"].items
-    length = row_length(examples, source.data.max_seq_length)
-    rows = best_fit([len(e.tokens) - 1 for e in examples], length, seed if source.data.shuffle else None)
-    items: dict[str, list[Pack]] = {name: [(example,) for example in split.items] for name, split in splits.items()}
-    items["train"] = [tuple(examples[i] for i in row) for row in rows]
+    length = row_length(int(source.lengths(examples).max()), source.data.max_seq_length)
+    sizes = {name: source.lengths(split.items) for name, split in splits.items()}
+    rows = best_fit((sizes["train"] - 1).tolist(), length, seed if source.data.shuffle else None)
+    items = {name: Packs(split.items, [[i] for i in range(len(split.items))], sizes[name]) for name, split in splits.items()}
+    items["train"] = Packs(examples, rows, sizes["train"])
 
     made = PackedSource(
         source.data, source, length, temperature=source.temperature, repeats=source.repeats, packing=True, live=source.live

@@ -4,16 +4,19 @@ import gzip
 import random
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import orjson
-from attrs import frozen
 
 from ..config.mlx_lm_keys import HUB
 from ..errors import InputError, described, reason
 from ..utils.paths import not_special
+from .file_rows import FileRows, jsonl_rows, rows_of_bytes
+from .row import Row as Row
+from .row import as_row, parse_json
+
+SplitRows = Sequence[Row]
+"""The rows of a split."""
 
 _SUFFIXES = (".jsonl", ".json", ".jsonl.gz")
 SPLIT_NAMES = {"train": ("train",), "valid": ("valid", "validation", "dev"), "test": ("test",)}
@@ -24,22 +27,10 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _HUB_ADDRESS = re.compile(rf"{HUB}((?:[\w.-]+/)?[\w.-]+(?::[\w.-]+)?)")
 
 
-@frozen
-class Row:
-    """One JSON object with its file and line; lines count from 1."""
-
-    fields: dict[str, Any]
-    file: str
-    line: int
-
-    @property
-    def location(self) -> str:
-        """ "file:line", the start of every message about the row."""
-        return f"{self.file}:{self.line}"
-
-
-def read_rows(path: str | Path) -> list[Row]:
+def read_rows(path: str | Path) -> SplitRows:
     """The rows of a .jsonl, .jsonl.gz or .json file. A .json file holds a list of objects; their positions count as lines.
+
+    Rows of JSONL are checked here, and read again when they are used.
 
     Raises:
         InputError: the file is missing, empty or not UTF-8, or a row is not a JSON object (NaN is not JSON).
@@ -51,7 +42,7 @@ def read_rows(path: str | Path) -> list[Row]:
     if not path.name.endswith(_SUFFIXES):
         raise InputError(f"{path}: unknown kind of file; use one of {', '.join(_SUFFIXES)}")
     try:
-        rows = list(_json_rows(path) if path.suffix == ".json" else _jsonl_rows(path))
+        rows = _read(path)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
     if not rows:
@@ -59,38 +50,24 @@ def read_rows(path: str | Path) -> list[Row]:
     return rows
 
 
-def _jsonl_rows(path: Path) -> Iterator[Row]:
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield _row(_parse(line, f"{path}:{number}", "write one JSON object per line"), path, number)
+def _read(path: Path) -> SplitRows:
+    if path.suffix == ".gz":
+        with gzip.open(path) as file:
+            return rows_of_bytes(str(path), file.read())
+    return list(_json_rows(path)) if path.suffix == ".json" else jsonl_rows(path)
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
-    content = path.read_bytes()
-    values = _parse(content, f"{path}:1", "write a list of objects, or one object per line as .jsonl") if content.strip() else []
+    content, file = path.read_bytes(), str(path)
+    remedy = "write a list of objects, or one object per line as .jsonl"
+    values = parse_json(content, file, 1, remedy) if content.strip() else []
     if not isinstance(values, list):
         raise InputError(f"{path}:1: must be a list of objects, got {described(values)}")
     for number, value in enumerate(values, 1):
-        yield _row(value, path, number)
+        yield as_row(value, file, number)
 
 
-def _row(value: Any, path: Path, number: int) -> Row:
-    if not isinstance(value, dict):
-        raise InputError(f"{path}:{number}: a row must be a JSON object, got {described(value)}")
-    return Row(value, str(path), number)
-
-
-def _parse(content: bytes, location: str, remedy: str) -> Any:
-    try:
-        return orjson.loads(content.removeprefix(b"\xef\xbb\xbf").strip())
-    except orjson.JSONDecodeError as error:
-        start = content[:60].decode("utf-8", "replace").strip()
-        fault = "not UTF-8" if "UTF-8" in error.msg else f"not JSON ({error.msg}, column {error.colno})"
-        raise InputError(f"{location}: {fault}: {start!r}; {remedy}") from None
-
-
-def read_splits(data: str | Path, asked: Mapping[str, str] | None = None) -> dict[str, list[Row]]:
+def read_splits(data: str | Path, asked: Mapping[str, str] | None = None) -> dict[str, SplitRows]:
     """The splits "train", "valid" and "test" of a folder, a file (train only) or a hub data set.
 
     A hub name may name a configuration: `org/name:config`. A name without an organization is `hf://datasets/name`. Hub data
@@ -118,7 +95,7 @@ def _refuse_slices(asked: Mapping[str, str] | None, path: Path) -> None:
         raise InputError(f"--{next(iter(asked))}-split is for hub data sets, {path} is a local one; leave it out")
 
 
-def _read_folder(folder: Path, asked: Mapping[str, str] | None) -> dict[str, list[Row]]:
+def _read_folder(folder: Path, asked: Mapping[str, str] | None) -> dict[str, SplitRows]:
     files = {split: _split_file(folder, names) for split, names in SPLIT_NAMES.items()}
     if files["train"] is not None:
         _refuse_slices(asked, folder)
@@ -134,7 +111,7 @@ def _split_file(folder: Path, names: tuple[str, ...]) -> Path | None:
     return next((file for file in candidates if file.is_file()), None)
 
 
-def _read_with_datasets(name: str, asked: Mapping[str, str] | None = None) -> dict[str, list[Row]]:
+def _read_with_datasets(name: str, asked: Mapping[str, str] | None = None) -> dict[str, SplitRows]:
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -190,7 +167,7 @@ def _pruned(value: Any) -> Any:
     return [_pruned(item) for item in value] if isinstance(value, list) else value
 
 
-def split_off(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+def split_off(rows: SplitRows, fraction: float, seed: int) -> tuple[SplitRows, SplitRows]:
     """(training, validation) rows in file order: validation is a random share that the seed fixes, at least one row each.
 
     Raises:
@@ -204,4 +181,9 @@ def split_off(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], l
         raise InputError(f"--valid-fraction needs at least 2 rows, got {len(rows)}; add rows or leave it out")
     count = min(max(1, round(len(rows) * fraction)), len(rows) - 1)
     held_out = set(random.Random(seed).sample(range(len(rows)), count))
-    return [row for i, row in enumerate(rows) if i not in held_out], [rows[i] for i in sorted(held_out)]
+    return picked_rows(rows, [i for i in range(len(rows)) if i not in held_out]), picked_rows(rows, sorted(held_out))
+
+
+def picked_rows(rows: SplitRows, numbers: Sequence[int]) -> SplitRows:
+    """Some of the rows, which need not be read for that."""
+    return rows.picked(numbers) if isinstance(rows, FileRows) else [rows[i] for i in numbers]

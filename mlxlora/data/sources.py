@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, final
 
 import mlx.nn as nn
+import numpy as np
 from attrs import evolve, field, frozen
 
 from ..config.given import Data, storable
@@ -15,10 +16,11 @@ from ..distributed.ranks import ALONE, Ranks
 from ..errors import InputError
 from .batching import Make, example_batch, pair_batch
 from .formats import field_names
+from .item_records import StoredItems
 from .memory import splits_of
-from .rows import Row, split_off
+from .rows import Row, SplitRows, split_off
 from .shape_buckets import Signatures
-from .token_cache import remembered
+from .token_cache import is_storable, stored_items
 from .tokenize import Counts, Example, Pair, check_ids, preference_pair, supervised_example, tokenize_all
 
 Tokenizer = Any
@@ -134,6 +136,12 @@ class Source(ABC):
         """Tokens of the longest sequence of an item; items of similar length share a batch."""
         return max(len(example.tokens) for example in self.examples(item))
 
+    @final
+    def lengths(self, items: Sequence[Any]) -> np.ndarray:
+        """[items] `length` of each; stored items are not read for that."""
+        known = getattr(items, "lengths", None)
+        return np.fromiter(map(self.length, items), np.int64, len(items)) if known is None else known
+
 
 @frozen
 class RowSource(Source):
@@ -235,7 +243,7 @@ def pairs(data: Data | PairData, *, train_prompt: bool = False, **options: Any) 
     return PairSource(data, train_prompt, share=data.share_prompts)
 
 
-def load_rows(data: RowOptions, seed: int) -> dict[str, list[Row]]:
+def load_rows(data: RowOptions, seed: int) -> dict[str, SplitRows]:
     """The rows of each split; `valid_fraction` makes a validation split if there is none.
 
     Raises:
@@ -251,7 +259,7 @@ def load_rows(data: RowOptions, seed: int) -> dict[str, list[Row]]:
     return splits
 
 
-def load_split(data: RowOptions, split: str, seed: int) -> list[Row]:
+def load_split(data: RowOptions, split: str, seed: int) -> SplitRows:
     """The rows of one split, see `load_rows`.
 
     Raises:
@@ -265,7 +273,7 @@ def load_split(data: RowOptions, split: str, seed: int) -> list[Row]:
 
 def tokenize(
     source: Source,
-    splits: Mapping[str, list[Row]],
+    splits: Mapping[str, SplitRows],
     tokenizer: Tokenizer,
     note: Callable[[str], Any] = lambda _: None,
     *,
@@ -283,21 +291,25 @@ def tokenize(
     Raises:
         InputError: a row is not understood, or no row of a split is left.
     """
-    encode = encoder or source.encoder
+    encode, keep = encoder or source.encoder, source.data.token_cache
 
-    def make(rows: Sequence[Row]) -> tuple[list[Any], Counts]:
+    def make(rows: SplitRows) -> tuple[Sequence[Any], Counts]:
+        if is_storable(encode):
+            return stored_items(rows, encode, tokenizer, note, keep=keep)
         return tokenize_all(rows, lambda row: encode(row, tokenizer))
 
-    if source.data.token_cache and not source.online:
-        make = partial(remembered, make=make, prepare=encode, tokenizer=tokenizer, note=note)
     found = {name: Split(*make(splits[name])) if splits.get(name) else Split() for name in ("train", "valid", "test")}
     return {name: evolve(split, items=source.arrange(split.items)) for name, split in found.items()}
 
 
 def check_tokens(source: Source, splits: Mapping[str, Split], vocabularies: Mapping[str, int], tokenizer: Tokenizer) -> None:
     """`check_examples` of all rows."""
-    examples = (e for split in splits.values() for item in split.items for e in source.examples(item))
-    check_examples(examples, vocabularies, tokenizer)
+    smallest = min(vocabularies.values(), default=None)
+    for split in splits.values() if smallest else ():
+        items = split.items
+        if isinstance(items, StoredItems):
+            items = [items[i] for i in np.flatnonzero(items.table["largest"] >= smallest)[:1].tolist()]
+        check_examples((e for item in items for e in source.examples(item)), vocabularies, tokenizer)
 
 
 def check_examples(examples: Iterable[Example], vocabularies: Mapping[str, int], tokenizer: Tokenizer) -> None:

@@ -134,7 +134,7 @@ def record_example(
         case ChatRecord(messages=messages):
             ids, loss_mask = _chat_tokens(tokenizer, messages, record)
         case CompletionRecord(completion=completion):
-            (whole,) = _wholes(tokenizer, record, [completion], use_chat_template, train_on)
+            (whole,) = _wholes(tokenizer, record, [completion], use_chat_template, train_on, begun=mask_prompt)
             ids, loss_mask = whole.ids, whole.completion(whole.start) if mask_prompt else whole.every
     return _example(ids, loss_mask, record.location, max_seq_length)
 
@@ -210,10 +210,19 @@ def tokenize_all(
     """
     made = [fn(row) for row in ticking(rows)]
     items = [item for item in made if item is not None]
-    if made and not items:
-        raise InputError(f"none of the {len(made)} rows has a token left to train on after truncation; raise {limit}")
+    check_some_left(len(made), len(items), limit=limit)
     truncated = sum(getattr(item, "truncated", False) for item in items)
     return items, Counts(rows=len(made), truncated=truncated, dropped=len(made) - len(items))
+
+
+def check_some_left(rows: int, items: int, *, limit: str = "--max-seq-length") -> None:
+    """Checks that not all rows were dropped.
+
+    Raises:
+        InputError: they were; the message names the flag `limit`, which would keep them.
+    """
+    if rows and not items:
+        raise InputError(f"none of the {rows} rows has a token left to train on after truncation; raise {limit}")
 
 
 def check_ids(tokens: np.ndarray, location: str, vocabulary: int, tokenizer: Any, whose: str = "the model") -> None:
@@ -255,9 +264,12 @@ def _wholes(
     completions: list[str | list[Message]],
     use_chat_template: bool,
     train_on: Literal["all", "last"] = "all",
+    *,
+    begun: bool = True,
 ) -> list[_Whole]:
-    """The prompt with each completion."""
-    prompt = _prompt(tokenizer, record, use_chat_template, None)
+    """The prompt with each completion; plain text is not encoded twice if nobody asks where a completion begins (`begun`)."""
+    plain = isinstance(record.prompt, str) and not use_chat_template
+    prompt = [] if plain and not begun else _prompt(tokenizer, record, use_chat_template, None)
     if isinstance(record.prompt, str) and not use_chat_template:
         text = _with_system_text(record.prompt, record.system)
         return [_joined(prompt, _encode(tokenizer, _ended(tokenizer, text + str(completion)))) for completion in completions]

@@ -7,6 +7,7 @@ from time import perf_counter
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from attrs import asdict, frozen
 from mlx_lm.utils import get_total_parameters
 
@@ -160,9 +161,9 @@ def representative_batches(order: Order) -> tuple[list[int], list[int]]:
     >>> longest, 2 in typical
     ([4, 2], False)
     """
-    longest = sorted(range(len(order.lengths)), key=order.lengths.__getitem__)[-order.batch_size :]
+    longest = np.argsort(order.lengths, kind="stable")[-order.batch_size :].tolist()
     batches = list(islice(order.batches(), min(order.per_epoch(), _SEEN)))
-    sizes = [len(batch) * bucket(max(order.lengths[row] for row in batch)) for batch in batches]
+    sizes = [len(batch) * bucket(int(max(order.lengths[row] for row in batch))) for batch in batches]
     mean = sum(sizes) / len(sizes)
     return longest, min(zip(sizes, batches, strict=True), key=lambda pair: abs(pair[0] - mean))[1]
 

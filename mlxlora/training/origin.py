@@ -12,6 +12,7 @@ import numpy as np
 import orjson
 from mlx.utils import tree_flatten
 
+from ..data.item_records import hashes_of
 from ..data.sources import Split
 from ..data.token_cache import tokenizer_identity
 from ..data.tokenize import Example
@@ -91,7 +92,7 @@ def check_origin(path: Path, before: RunOrigin, now: RunOrigin, *, allowed: bool
 
 def digests_of(splits: Mapping[str, Split], tokenizer: Any) -> dict[str, str]:
     """Digests of the rows of each split as they are trained on, and of the tokenizer unless it is Python code."""
-    found = {f"{name} rows": _digest(part for item in split.items for part in _parts(item)) for name, split in splits.items()}
+    found = {f"{name} rows": _rows_digest(split.items) for name, split in splits.items()}
     if (tokens := _tokenizer(tokenizer)) is not None:
         found[TOKENIZER] = _digest([tokens])
     return found
@@ -139,6 +140,12 @@ def _digest(parts: Iterator[bytes] | Sequence[bytes]) -> str:
     for part in parts:
         found.update(len(part).to_bytes(8, "little") + part)
     return found.hexdigest()[:32]
+
+
+def _rows_digest(items: Sequence[Any]) -> str:
+    """Of the records of items if they have them: the token cache knows their hashes."""
+    hashes = hashes_of(items)
+    return _digest(part for item in items for part in _parts(item)) if hashes is None else _digest([hashes])
 
 
 def _parts(item: Any) -> Iterator[bytes]:

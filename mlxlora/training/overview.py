@@ -81,8 +81,9 @@ def _data(run: Run, schedule: Schedule) -> str:
     counted = {name: len(schedule.items(name)) for name in ("train", "valid", "test")}
     train = f"{counted.pop('train'):,} rows"
     items = schedule.items("train")
-    if not run.source.online and len(items) <= _COUNTED:
-        train += f", {amount(sum(len(e.tokens) for item in items for e in schedule.source.examples(item)))} tokens"
+    if (tokens := getattr(items, "tokens", None)) is None and not run.source.online and len(items) <= _COUNTED:
+        tokens = sum(len(e.tokens) for item in items for e in schedule.source.examples(item))
+    train += f", {amount(tokens)} tokens" if tokens else ""
     return "; ".join([train, *(f"{name} {rows:,} rows" for name, rows in counted.items() if rows)])
 
 

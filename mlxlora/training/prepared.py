@@ -16,6 +16,7 @@ from ..adapters.files import put_arrays, read_arrays
 from ..adapters.prepare import CHANGED, load_weights, prepare
 from ..config.options import AdapterOptions
 from ..data.batching import Make, read_positions, spread
+from ..data.item_records import replaced
 from ..data.packing import packed
 from ..data.shape_buckets import Signatures, capped
 from ..data.sources import Context, Source, Split, check_tokens
@@ -223,13 +224,17 @@ def scorer_of(run: Run) -> Scorer:
 
 # --- batches ----------------------------------------------------------------------------------
 
+_ENOUGH = 10_000  # rows that tell whether sharing prompts pays
+
 
 def _saved_by_sharing(schedule: Schedule, ranks: Ranks) -> float | None:
     """The share of the work that is left if prompts are computed once; None: not wanted, or the rows say that it does not pay."""
     source = schedule.source
     if source.share is False or ranks.sharded:  # ranks with and without a common prompt would gather unequally often
         return None
-    plain, shared = read_positions(map(source.expected, schedule.items("train")))
+    items = schedule.items("train")
+    some = range(0, len(items), max(len(items) // _ENOUGH, 1))  # of many rows
+    plain, shared = read_positions(source.expected(items[row]) for row in some)
     wanted = plain != shared and bool(source.share or pays(plain, shared))
     return shared / plain if wanted else None
 
@@ -355,7 +360,8 @@ def _scored(source: Source, split: Split, used: Sequence[int], score_rows: Calla
     if not used:
         return split
     examples = [source.examples(split.items[row]) for row in used]
-    scored, items = iter(score_rows([e for group in examples for e in group])), list(split.items)
-    for row, group in zip(used, examples, strict=True):
-        items[row] = source.rebuild(items[row], tuple(islice(scored, len(group))))
-    return evolve(split, items=items)
+    scored = iter(score_rows([e for group in examples for e in group]))
+    rebuilt = {
+        row: source.rebuild(split.items[row], tuple(islice(scored, len(group)))) for row, group in zip(used, examples, strict=True)
+    }
+    return evolve(split, items=replaced(split.items, rebuilt))

@@ -56,7 +56,7 @@ class Schedule:
     def order(self, split: str) -> Order:
         """The order of a split: training rows are shuffled, the others keep the order of the file."""
         seed = self.training.seed if split == "train" and self.source.data.shuffle else None
-        return Order(tuple(map(self.source.length, self.items(split))), self.training.batch_size, seed)
+        return Order(self.source.lengths(self.items(split)), self.training.batch_size, seed)
 
     def rows_used(self, split: str, limit: int) -> list[int]:
         """The rows of the first `limit` batches of a split, in ascending order; -1 = all of one pass."""

@@ -19,7 +19,7 @@ from ..config.options import AdapterOptions, DataOptions, ModelOptions, Output, 
 from ..data import sources
 from ..data.memory import stored_rows
 from ..data.own_template import fixed_template
-from ..data.rows import Row
+from ..data.rows import Row, SplitRows
 from ..data.sources import Context, Source
 from ..distributed.ranks import current_ranks
 from ..distributed.sharding import is_sharded, ranks_of
@@ -171,7 +171,7 @@ def _of_objects(model: nn.Module, rows: Mapping[str, Sequence[Row]], options: Mo
     return {**data, "model": origin and origin.model, "quantize": origin and origin.quantize}
 
 
-def _run(recipe: Recipe, model: nn.Module, tokenizer: Any, rows: dict[str, list[Row]], groups: Groups) -> RunResult:
+def _run(recipe: Recipe, model: nn.Module, tokenizer: Any, rows: dict[str, SplitRows], groups: Groups) -> RunResult:
     groups = {**groups, AdapterOptions: continued(model, groups[AdapterOptions])}
     training, adapter, output, ranks = groups[Training], groups[AdapterOptions], groups[Output], current_ranks()
     if training.loraplus_lr_ratio is not None and adapter.train_type == "full":
@@ -207,7 +207,7 @@ def _run(recipe: Recipe, model: nn.Module, tokenizer: Any, rows: dict[str, list[
 
 
 def _again(
-    recipe: Recipe, model: nn.Module, tokenizer: Any, rows: dict[str, list[Row]], groups: Groups, **changes: Any
+    recipe: Recipe, model: nn.Module, tokenizer: Any, rows: dict[str, SplitRows], groups: Groups, **changes: Any
 ) -> RunResult:
     """Resumes a run with other options."""
     groups = gather(tuple(groups), tuple(groups.values()), {"overwrite": False, **changes, "resume": True})

@@ -114,6 +114,22 @@ def sweep(folder: Path, *names: str, older: float = 0.0) -> None:
                 remove(path)
 
 
+def least_recent(folder: Path, name: str, files: int, size: int | None = None) -> None:
+    """Removes the files that were used least recently, so that others find room.
+
+    Args:
+        folder: where they are.
+        name: their pattern.
+        files: how many stay.
+        size: how many bytes stay, but at least the last file; None: any number.
+    """
+    kept = held = 0
+    for file in sorted(folder.glob(name), key=lambda file: -file.stat().st_mtime):
+        kept, held = kept + 1, held + file.stat().st_size
+        if kept > files or (size is not None and held > size and kept > 1):
+            file.unlink(missing_ok=True)
+
+
 def put_back(path: Path) -> None:
     """Puts back a folder that a killed writer was about to replace, unless there is a new one."""
     before = path.with_name(f".{path.name}{_BEFORE}")

@@ -8,8 +8,9 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import orjson
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load, save, save_file
 
 from ..errors import InputError, reason
 from .files import atomic_file, sweep
@@ -46,6 +47,28 @@ def read_checked(path: Path) -> NumpyArrays:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             known = (file.metadata() or {}).get("sha256")
     except (SafetensorError, TypeError, AttributeError) as error:  # numpy has no bfloat16, no 4 bits
+        raise ValueError(str(error)) from None
+    if known != _checksum(arrays):
+        raise ValueError("its checksum does not match")
+    return arrays
+
+
+def bytes_of_arrays(arrays: NumpyArrays) -> bytes:
+    """Arrays with their digest as bytes."""
+    return save(arrays, {"sha256": _checksum(arrays)})
+
+
+def arrays_of(content: bytes) -> NumpyArrays:
+    """The inverse of `bytes_of_arrays`.
+
+    Raises:
+        ValueError: the bytes are damaged.
+    """
+    try:
+        arrays = load(content)
+        header = orjson.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        known = header["__metadata__"]["sha256"]
+    except (SafetensorError, KeyError, TypeError) as error:
         raise ValueError(str(error)) from None
     if known != _checksum(arrays):
         raise ValueError("its checksum does not match")

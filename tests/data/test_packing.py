@@ -129,9 +129,9 @@ def test_rows_are_full() -> None:
 
 def test_a_row_holds_the_longest_example_and_several_short_ones() -> None:
     short, long = (Example(np.ones(n, np.int32), np.ones(n, bool), None, "x") for n in (10, 400))
-    assert row_length([short], 2048) == ROW
-    assert row_length([short], 100) == bucket(99)
-    assert row_length([short, long], 2048) == bucket(399)
+    assert row_length(len(short.tokens), 2048) == ROW
+    assert row_length(len(short.tokens), 100) == bucket(99)
+    assert row_length(len(long.tokens), 2048) == bucket(399)
 
 
 def test_segments_are_numbered_and_padding_is_none() -> None:

@@ -1,14 +1,18 @@
 """Rows that were tokenised before come from disk, the same bit for bit; what is damaged or different does not."""
 
+import pickle
 from datetime import date
 
 import attrs
 import numpy as np
 import orjson
 import pytest
+from attrs import evolve
 
 import mlxlora.data.token_cache as tokencache
+from mlxlora.data.item_records import StoredItems, hashes_of
 from mlxlora.data.sources import load_rows, pairs, rows, tokenize
+from mlxlora.errors import RunError
 from tests.support.tiny import byte_tokenizer
 
 
@@ -48,9 +52,9 @@ def plain(value):
     """Nested tuples of numbers and strings, types included, that compare."""
     if isinstance(value, np.ndarray):
         return (str(value.dtype), value.tolist())
-    if attrs.has(type(value)):
+    if attrs.has(type(value)) and not isinstance(value, StoredItems):
         return tuple(plain(getattr(value, field.name)) for field in attrs.fields(type(value)))
-    return [plain(v) for v in value] if isinstance(value, list) else (type(value).__name__, value)
+    return [plain(v) for v in value] if isinstance(value, list | StoredItems) else (type(value).__name__, value)
 
 
 def sources(folder):
@@ -66,6 +70,21 @@ def test_items_are_the_same(data, tokenizer):
         again, notes = made(source(), tokenizer)
         assert (none, silent, len(notes)) == ([], [], 1) and "tokenized by an earlier run" in notes[0]
         assert plain(direct["train"]) == plain(first["train"]) == plain(again["train"])
+        digests = [hashes_of(run["train"].items) for run in (direct, first, again)]
+        assert digests[0] == digests[1] == digests[2] == hashes_of(list(first["train"].items))
+
+
+def test_a_copy_for_another_process_makes_the_same_items(data, tokenizer):
+    source = rows(str(data / "rows.jsonl"), mask_prompt=True)
+    some = load_rows(source.data, 0)["train"]
+    encoding = tokencache.job_of(some, source.encoder, tokenizer).encoding
+    here = encoding(some)
+    for stop in (5, 12):
+        there = pickle.loads(pickle.dumps(encoding))(pickle.loads(pickle.dumps(some.part(0, stop))))
+        assert here.data.startswith(there.data) and here.table["rows"][:stop].tolist() == there.table["rows"].tolist()
+    copied = pickle.dumps(evolve(encoding, identity=b"another"))
+    with pytest.raises(ValueError, match="changed on its way"):
+        pickle.loads(copied)
 
 
 def test_the_place_of_a_row_is_that_of_now(data, tokenizer):
@@ -100,13 +119,25 @@ def test_what_differs_is_not_found(data, tokenizer, change, monkeypatch):
 )
 def test_damage_is_noticed_and_repaired(data, tokenizer, damage):
     source = rows(str(data / "rows.jsonl"))
-    first, _ = made(source, tokenizer)
+    first = plain(made(source, tokenizer)[0]["train"])  # items are read when they are used
     (file,) = (data / "cache" / "tokens").iterdir()
     file.write_bytes(damage(file.read_bytes()))
     again, notes = made(source, tokenizer)
     assert len(notes) == 1 and str(file) in notes[0] and "damaged" in notes[0]
-    assert plain(first["train"]) == plain(again["train"])
+    assert first == plain(again["train"])
     assert "earlier run" in made(source, tokenizer)[1][0]
+
+
+def test_a_damaged_record_is_noticed_when_it_is_read(data, tokenizer):
+    source = rows(str(data / "rows.jsonl"))
+    items = made(source, tokenizer)[0]["train"].items
+    (file,) = (data / "cache" / "tokens").iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:20] + b"?" + whole[21:])
+    assert items[1].location.endswith("rows.jsonl:2")
+    with pytest.raises(RunError, match=r"rows.jsonl:1: its stored token ids are damaged; .* was removed; run again"):
+        items[0]
+    assert not file.exists()
 
 
 def test_a_template_that_tells_the_date_is_of_that_day(tokenizer, monkeypatch):
@@ -125,12 +156,16 @@ def test_a_template_that_tells_the_date_is_of_that_day(tokenizer, monkeypatch):
 def test_small_data_and_unknown_code_are_not_kept(data, tokenizer, monkeypatch):
     source = rows(str(data / "rows.jsonl"))
     some = load_rows(source.data, 0)["train"]
-    assert tokencache.token_file(some, source.encoder, tokenizer)
-    assert tokencache.token_file(some, lambda row, tokenizer: None, tokenizer) is None
+
+    def file():
+        return tokencache.job_of(some, source.encoder, tokenizer).path
+
+    assert file() and tokencache.is_storable(source.encoder)
+    assert not tokencache.is_storable(lambda row, tokenizer: None)
     monkeypatch.setattr(type(tokenizer._tokenizer), "__module__", "transformers_modules.mine")
-    assert tokencache.token_file(some, source.encoder, tokenizer) is None
+    assert file() is None
     monkeypatch.undo()
-    assert tokencache.token_file(some, source.encoder, tokenizer) is None  # fewer bytes than are worth it
+    assert file() is None  # fewer bytes than are worth it
 
 
 def test_a_folder_that_cannot_be_written_is_told(data, tokenizer, monkeypatch):
