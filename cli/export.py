@@ -3,7 +3,7 @@
 from mlxlora.config.fields import group, option
 from mlxlora.config.options import BaseOptions
 from mlxlora.errors import InputError
-from mlxlora.utils.output import echo
+from mlxlora.utils.output import echo_written
 
 from .flags import flags
 from .fuse import HubOptions, ready, upload
@@ -36,5 +36,5 @@ def export(model: BaseOptions, exporting: ExportOptions, hub: HubOptions) -> Non
         base_model=exporting.base_model,
         overwrite=exporting.overwrite,
     )
-    echo(f"peft   {exporting.peft} ({modules} modules)")
+    echo_written("peft", exporting.peft, f"{modules} modules")
     upload(exporting.peft, hub)

@@ -4,7 +4,7 @@ from typing import Literal
 
 from mlxlora.config.fields import group, option
 from mlxlora.config.options import BaseOptions
-from mlxlora.utils.output import echo, say
+from mlxlora.utils.output import echo, echo_written, say
 
 from .flags import flags
 from .generate import BASE
@@ -53,9 +53,9 @@ def fuse(model: BaseOptions, fusing: FuseOptions, hub: HubOptions) -> None:
         say(f"warning: {problem}")
     elif rounding:
         echo(f"quantization keeps {min(rounding.kept, 1):.0%} of the adapters' update")
-    echo(f"fused  {fusing.save_path}")
+    echo_written("fused", fusing.save_path)
     if fusing.gguf:
-        echo(f"gguf   {fusing.gguf}")
+        echo_written("gguf", fusing.gguf)
     upload(fusing.save_path, hub)
 
 
@@ -72,4 +72,4 @@ def upload(folder: str, hub: HubOptions) -> None:
     if hub.push_to_hub:
         from mlxlora.adapters.hub import push
 
-        echo(f"hub    {push(folder, hub.push_to_hub, public=hub.public)}")
+        echo_written("hub", push(folder, hub.push_to_hub, public=hub.public))

@@ -3,7 +3,7 @@
 from mlxlora.config.fields import group, option
 from mlxlora.config.options import BaseOptions, ModelOptions
 from mlxlora.errors import InputError
-from mlxlora.utils.output import echo
+from mlxlora.utils.output import echo_written
 
 from .flags import flags
 
@@ -26,4 +26,4 @@ def import_adapters(model: BaseOptions, importing: ImportOptions) -> None:
         raise InputError("--peft is missing: name the folder to read")
     base = ModelOptions(model=model.model, trust_remote_code=model.trust_remote_code)
     modules = from_peft(importing.peft, base, importing.adapter_path, overwrite=importing.overwrite)
-    echo(f"adapters  {importing.adapter_path} ({modules} modules)")
+    echo_written("adapters", importing.adapter_path, f"{modules} modules")

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from mlxlora.utils.environment import set_up_mlx
-from mlxlora.utils.output import echo
+from mlxlora.utils.output import echo_written
 
 
 def init(
@@ -21,4 +21,4 @@ def init(
     from mlxlora.models.initialize import init_model
 
     parameters = init_model(config_file, tokenizer, output, seed, dtype)
-    echo(f"{output}: {parameters:,} parameters, {dtype}")
+    echo_written("model", output, f"{parameters:,} parameters, {dtype}")

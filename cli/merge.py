@@ -6,7 +6,7 @@ import typer
 
 from mlxlora.errors import InputError
 from mlxlora.utils.environment import set_up_mlx
-from mlxlora.utils.output import echo
+from mlxlora.utils.output import echo_written
 
 
 def merge(
@@ -21,7 +21,7 @@ def merge(
     from mlxlora.adapters import merge as merging
 
     rank = merging.merge(adapters, save_path, weights=_numbers(weights), model=model, overwrite=overwrite)
-    echo(f"merged  {save_path} (rank {rank})")
+    echo_written("merged", save_path, f"rank {rank}")
 
 
 def _numbers(text: str | None) -> list[float] | None:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from mlxlora.utils.output import echo
+from mlxlora.utils.output import echo_written
 
 
 def push(
@@ -19,4 +19,4 @@ def push(
     from mlxlora.utils.paths import checked_path
 
     method = method_info(read_settings(checked_path(folder, "push") / SETTINGS))
-    echo(run(folder, repository, public=public, method=method))
+    echo_written("hub", run(folder, repository, public=public, method=method))

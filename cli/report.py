@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from mlxlora.utils.environment import set_up_mlx
-from mlxlora.utils.output import echo
+from mlxlora.utils.output import echo, echo_written
 
 _WIDE = 1000  # columns if the output is not a terminal: one line per metric
 
@@ -39,7 +39,7 @@ def report(
         one = records[0] if len(records) == 1 else None
         file.parent.mkdir(parents=True, exist_ok=True)
         write(file, run_page(one, method_info(one.config)) if one else comparison_page(records))
-        echo(f"written: {output}")
+        echo_written("report", output)
 
 
 def _print(first: str, names: list[str], rows: dict[str, list]) -> None:

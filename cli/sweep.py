@@ -13,7 +13,7 @@ from mlxlora.config.method_options import fields_of
 from mlxlora.errors import InputError, choose
 from mlxlora.methods import METHODS
 from mlxlora.utils.context import assigned
-from mlxlora.utils.output import echo
+from mlxlora.utils.output import echo_written
 
 from .train import COLLECTED
 
@@ -46,8 +46,8 @@ def sweep(
         runs[folder_name(varied)] = (varied, options)
     done = run_all(row, runs, folder)
     best = ", ".join(f"{name} {done.best[name]}" for name in names)
-    echo(f"best   {best}  ({done.best['adapters']})")
-    echo(f"report {done.page}")
+    echo_written("best", done.best["adapters"], best)
+    echo_written("report", done.page)
 
 
 def _several(args: Sequence[str], fields: dict[str, attrs.Attribute]) -> tuple[list[str], dict[str, list[str]]]:

@@ -57,6 +57,17 @@ def echo(text: str = "", *, err: bool = False, end: str = "\n") -> None:
             raise unwritable(error) from error
 
 
+def echo_written(kind: str, place: object, more: str = "") -> None:
+    """Prints what a command wrote and where, in the one way that all commands have, as in the table at the end of a run.
+
+    >>> echo_written("fused", "a/b")
+    fused   a/b
+    >>> echo_written("merged", "c", "rank 8")
+    merged  c (rank 8)
+    """
+    echo(f"{kind:<6}  {place}{more and f' ({more})'}")
+
+
 def unwritable(error: OSError) -> RunError:
     """What to raise where standard output cannot be written; it is no fault of the output folder."""
     return RunError(f"standard output cannot be written ({error.strerror or error}); lead it elsewhere, or use --quiet")

@@ -90,7 +90,9 @@ def test_the_command(mlxlora, model_folder, tmp_path, loads):
     done = mlxlora(*start, *how, "--lr", "1e-2,1e-4", "--rank=2,4")
     assert done.code == 0, done.err
     assert len(loads) == 1 and (tmp_path / "s" / "learning_rate=0.01,rank=2" / "adapters.safetensors").is_file()
-    assert "best   learning_rate 0.01, rank" in done.out and f"report {tmp_path / 's' / 'report.html'}" in done.out
+    *_, best, page = done.out.splitlines()
+    assert best.startswith(f"best    {tmp_path / 's' / 'learning_rate=0.01,rank='}") and "(learning_rate 0.01, rank" in best
+    assert page == f"report  {tmp_path / 's' / 'report.html'}"
     assert read_settings(tmp_path / "s" / "learning_rate=0.01,rank=2" / "config.yaml")["lora_keys"] == ["q_proj", "v_proj"]
 
 
