@@ -32,35 +32,58 @@ OTHERWISE = {
 LOSSES = {"dpo": "hinge", "cpo": "hinge", "kto": "kto", "grpo": "dapo", "online-dpo": "hinge"}
 
 
+START = {"model_name_or_path": "m", "dataset_name": "d"}
+
+
 @pytest.mark.parametrize("command", METHODS)
 def test_every_name_of_trl(typed, command, tmp_path):
-    """As a key and as a flag: it becomes its option, or is told about."""
+    """As a key and as a flag: it becomes its option, or is told about. Names go into one command line if their options differ."""
     options = settings.fields_of(*METHODS[command].kinds.kinds())
-    start = ("--model-name-or-path", "m", "--dataset-name", "d")
+    for name, value in TRL.items():
+        if peers.TRL.keys[name].fate == "refused":
+            for arguments, _ in ways({name: value}, tmp_path):
+                with pytest.raises(InputError, match=f"has no counterpart here: {peers.TRL.keys[name].text}"):
+                    typed(command, *arguments)
+    for values in lines(command):
+        for arguments, told in ways(values, tmp_path):
+            found, out = typed(command, *arguments)
+            for name, value in told.items():
+                key, (option, expected) = peers.TRL.keys[name], comes_to(name, value)
+                if option in options and peers.applies(key, command):
+                    assert said(found[option]) == said(expected), (name, found[option])
+                elif key.fate == "noted":
+                    assert f"{name}: {key.text}" in out or f"--{name.replace('_', '-')}: {key.text}" in out, name
+            assert found["model"] == "m"
+
+
+def comes_to(name, value):
+    return (OTHERWISE[name][0], value) if name == "loss_type" else OTHERWISE.get(name, (peers.TRL.keys[name].option, value))
+
+
+def lines(command):
+    """The names that are not refused, in as few groups as leave every option to one name; a scale depends on the rank."""
+    groups = []
     for name, value in TRL.items():
         value = LOSSES.get(command, value) if name == "loss_type" else value
-        key = peers.TRL.keys[name]
-        option, expected = OTHERWISE.get(name, (key.option, value))
-        if name == "loss_type":
-            expected = value
-        flag = f"--{name.replace('_', '-')}"
-        text = [] if key.switch else [str(value) if not isinstance(value, dict) else yaml.safe_dump(value, default_flow_style=True)]
-        (tmp_path / "c.yaml").write_text(yaml.safe_dump({"model_name_or_path": "m", "dataset_name": "d", name: value}))
-        ways = [(*start, flag, *text), ("-c", tmp_path / "c.yaml")]
-        for arguments in (
-            ways[: 1 + (name not in ("model_name_or_path", "dataset_name"))] if not isinstance(value, dict) else ways[1:]
-        ):
-            if key.fate == "refused":
-                with pytest.raises(InputError, match=f"has no counterpart here: {key.text}"):
-                    typed(command, *arguments)
-                continue
-            found, out = typed(command, *arguments)
-            if option in options and peers.applies(key, command):
-                assert said(found[option]) == said(expected), (name, found[option])
-            elif key.fate == "noted":
-                assert f"{key.text}" in out, name
-            else:
-                assert found["model"] == "m", name
+        option = comes_to(name, value)[0] or name
+        if peers.TRL.keys[name].fate != "refused":
+            group = next((group for group in groups if option not in group and "scale" not in (option, *group)), None)
+            if group is None:
+                groups.append(group := {})
+            group[option] = (name, value)
+    return [dict(group.values()) for group in groups]
+
+
+def ways(values, folder):
+    """(arguments, what they say): the values as flags, but for tables, which have none, and all of them in a file."""
+    (folder / "c.yaml").write_text(yaml.safe_dump(START | values))
+    if flags := {name: value for name, value in values.items() if not isinstance(value, dict)}:
+        yield [part for name, value in (START | flags).items() for part in flag_of(name, value)], flags
+    yield ["-c", folder / "c.yaml"], values
+
+
+def flag_of(name, value):
+    return [f"--{name.replace('_', '-')}", *([] if peers.TRL.keys[name].switch else [str(value)])]
 
 
 FIELDS = yaml.safe_load((DATA / "trl_fields.yaml").read_text(encoding="utf-8"))
