@@ -51,19 +51,19 @@ _COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
     },
     "Inspect": {
         "preview": (preview, f"{_TRAINED} --mask-prompt --num 5"),
-        "report": (report, "adapters adapters-2 --output comparison.html"),
-        "eval": (evaluate, f"{_TRAINED} --adapter-path adapters --mask-prompt --split test"),
         "generate": (generate, '--adapter-path adapters --prompt "What is MLX?" --max-tokens 200'),
         "chat": (chat, '--adapter-path adapters --system "You are brief."'),
+        "eval": (evaluate, f"{_TRAINED} --adapter-path adapters --mask-prompt --split test"),
         "compare": (compare, "--adapter-path adapters --data my-data --num 5"),
+        "report": (report, "adapters adapters-2 --output comparison.html"),
         "doctor": (doctor, ""),
     },
     "Share": {
         "fuse": (fuse, "--adapter-path adapters --save-path fused"),
-        "merge": (merge, "adapters-a adapters-b --weights 0.5,0.5 --save-path merged"),
+        "push": (push, "adapters me/my-adapters"),
         "export": (export, "--adapter-path adapters --peft adapters-peft"),
         "import": (import_adapters, "--model Qwen/Qwen3-0.6B --peft adapters-peft --adapter-path adapters"),
-        "push": (push, "adapters me/my-adapters"),
+        "merge": (merge, "adapters-a adapters-b --weights 0.5,0.5 --save-path merged"),
     },
 }
 for _panel, _commands in _COMMANDS.items():
