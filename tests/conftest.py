@@ -40,8 +40,10 @@ def eager() -> Iterator[None]:
 
 @pytest.fixture
 def mlxlora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """`mlxlora("sft", "--iters", 3)`: the whole command line, without the price of a new process."""
+    """`mlxlora("sft", "--iters", 3)`: the whole command line, without the price of a new process and of long answers."""
     from mlxlora_cli import main
+
+    monkeypatch.setattr("mlxlora.training.answers.TOKENS", 4)
 
     def run(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["mlxlora", *map(str, arguments)])

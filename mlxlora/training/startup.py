@@ -158,8 +158,8 @@ def _report_counts(name: str, counts: Counts, max_seq_length: int, reporter: Rep
 def is_rendered(text: str, tokenizer: Any) -> bool:
     """Whether a text has the marks that the chat template of a tokenizer puts around a message of the user.
 
-    The marks are the end of the line before the message and the beginning of the line after it. A template that renders no such
-    message has no marks that are known, so every text counts as rendered.
+    The marks are the end of the line before the message and the beginning of the line after it, unless that is a stop token, which
+    ends plain rows too. A template that renders no such message has no marks that are known, so every text counts as rendered.
     """
     try:
         rendered = tokenizer.apply_chat_template([{"role": "user", "content": _MESSAGE}], tokenize=False)
@@ -168,7 +168,8 @@ def is_rendered(text: str, tokenizer: Any) -> bool:
     before, _, after = rendered.partition(_MESSAGE)
     before = before.removeprefix(getattr(tokenizer, "bos_token", None) or "")
     marks = [line.strip() for line in (*before.splitlines()[-1:], *after.splitlines()[:1])]
-    return any(mark and mark in text for mark in marks)
+    stops = {tokenizer.decode([token]) for token in tokenizer.eos_token_ids}
+    return any(mark and mark not in stops and mark in text for mark in marks)
 
 
 _MESSAGE = "a message of the user"

@@ -171,5 +171,5 @@ def test_mistakes(base: Path, adapters: Path, tmp_path: Path) -> None:
     (tmp_path / "mine" / "thesis.tex").touch()
     assert "exists and is not empty" in refused(str(adapters), tmp_path / "mine")
     assert "would delete something else" in refused(str(adapters), tmp_path / "mine", overwrite=True)
-    assert "--adapter-path" in refused(str(tmp_path / "nothing"), tmp_path / "x")
+    assert "no adapters there" in refused(str(tmp_path / "nothing"), tmp_path / "x")
     assert not (tmp_path / "x").exists()

@@ -16,6 +16,7 @@ from mlxlora.models.distribution import statistics
 from mlxlora.rollouts.sampling import Sampling, draw_tokens, uniforms
 from tests.support.tiny import example
 
+pytestmark = pytest.mark.usefixtures("eager")  # types and options of their own would each build kernels of their own
 Rows = Sequence[dict[str, Any]]
 PAIRS = [{"prompt": "ab", "chosen": c, "rejected": "no"} for c in ("yes", "yea", "yep", "aye")]
 PROMPTS = [{"prompt": p, "answer": "4"} for p in ("1+3", "2+2", "3+1", "0+4")]

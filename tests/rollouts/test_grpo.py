@@ -190,7 +190,7 @@ def test_ctrl_c_during_a_rollout(
 
 
 def test_ctrl_c_from_outside(command: tuple[Any, ...], tmp_path: Path, mlxlora: Run) -> None:
-    command = (*command, "--iters", 5, "--steps-per-report", 1, "--beta", 0, "--max-completion-length", 100, "--val-batches", 0)
+    command = (*command, "--iters", 5, "--steps-per-report", 1, "--beta", 0, "--max-completion-length", 40, "--val-batches", 0)
     log = tmp_path / "log"
     assert stop(signal.SIGINT, (*command, "--adapter-path", tmp_path / "stopped"), tmp_path / "stopped", 2, 0.1, log) == 130
     assert "Traceback" not in log.read_text()
@@ -262,7 +262,9 @@ def test_dropout_is_active_with_a_reference(command: tuple[Any, ...], tmp_path: 
 
 
 def test_full_training_of_a_loaded_model_has_its_start_as_reference(model_folder: Path, folder: Path, tmp_path: Path) -> None:
-    source = prompts(str(folder), Rollouts((NamedReward("equal", lambda completions: [1.0] * len(completions)),), 2, Sampling()))
+    source = prompts(
+        str(folder), Rollouts((NamedReward("equal", lambda completions: [1.0] * len(completions)),), 2, Sampling(max_tokens=16))
+    )
     full, loaded = AdapterOptions(train_type="full", num_layers=-1), load(str(model_folder))[:2]
     run(*loaded, grpo(beta=0.1), source, Training(iters=1, batch_size=2), adapter=full, adapter_path=str(tmp_path), quiet=True)
     assert abs(train_records(tmp_path)[0]["kl"]) < 1e-6

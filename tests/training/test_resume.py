@@ -5,7 +5,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from mlxlora.objectives.supervised import sft
 from mlxlora.training.checkpoint import save_checkpoint
 from mlxlora.training.interrupt import Abandoned, Interruptible
 from tests.support.tiny import text_rows
+from tests.support.warm import python
 
 TIMED = re.compile(r"seconds.*|.*_per_second|peak_memory_gb")
 LENGTHS = ("--iters", 24, "--steps-per-report", 2, "--steps-per-eval", 5, "--save-every", 3)
@@ -308,7 +308,7 @@ def finished(command: tuple[Any, ...], tmp_path: Path, mlxlora: Any) -> Path:
 def stop(how: signal.Signals, arguments: tuple[Any, ...], folder: Path, step: int, delay: float, log: Path | None = None) -> int:
     """Exit code of a process that is sent a signal `delay` seconds after it reported `step`."""
     with (log or folder.with_name("ignored")).open("wb") as output:
-        line = [sys.executable, "-m", "mlxlora_cli", *map(str, arguments)]
+        line = [python(), "-m", "mlxlora_cli", *map(str, arguments)]
         process = subprocess.Popen(line, stdout=output, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline and not reached(folder, step):

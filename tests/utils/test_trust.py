@@ -47,6 +47,7 @@ SPECIAL = {"allow_pickle", "shell"}
 
 ALLOWED = {
     "benchmarks/scaling.py: import socket": "free port numbers for the ranks that it starts on this machine",
+    "mlxlora/data/workers.py: import pickle": "over pipes, between a run and the worker processes that it starts itself",
     "mlxlora/distributed/watchdog.py: import socket": "a pair inside the process, through which a signal wakes a thread",
     "examples/picture.py: import pty": "a terminal for the command line whose picture it takes",
 }
