@@ -1,5 +1,6 @@
 """Command lines of TRL, mlx-lm and mlx-lm-lora's first release, as they were typed but for the command's name."""
 
+import json
 import shlex
 import sys
 import types
@@ -8,6 +9,7 @@ import pytest
 import yaml
 from mlxlora_cli.nearest import nearest_command, nearest_flag, with_nearest
 
+from mlxlora import starter
 from mlxlora.config import config_file as settings
 from mlxlora.config import mlx_lm_compat as peers
 from mlxlora.config.trl_unused import UNUSED
@@ -153,8 +155,8 @@ SEED = [
     "dpo --model m --train --data d --beta 0.1 --dpo-loss-type sigmoid --delta 50.0 --reference-model-path r",
     "cpo --model m --train --data d --beta 0.1 --dpo-loss-type hinge --delta 50.0",
     "grpo --model m --train --data d --fine-tune-type grpo --group-size 4 --use-chat-template True --use-prompt False "
-    "--reward-weights 1.0 1.0 --rewards accuracy length --epsilon 0.0001 --max-completion-length 512 --temperature 1.0",
-    "grpo --model m --train --data d --reward-weights '[1.0, -0.5]' --rewards accuracy,length",
+    "--reward-weights 1.0 1.0 --rewards accuracy r1_int_reward_func --epsilon 0.0001 --max-completion-length 512 --temperature 1.0",
+    "grpo --model m --train --data d --reward-weights '[1.0, -0.5]' --rewards accuracy,r1_int_reward_func",
 ]
 
 
@@ -163,6 +165,30 @@ def test_commands_of_the_seed(typed, line):
     command, *arguments = shlex.split(line)
     options, _ = typed(command, *arguments)
     assert options["model"] == "m" and options["data"] == "d"
+
+
+ROWS = {
+    "sft": {"messages": [{"role": "user", "content": "add 1 and 2."}, {"role": "assistant", "content": "3"}]},
+    "grpo": {"prompt": "add 1 and 2.", "answer": "3"},
+    **{name: {"prompt": "add 1 and 2.", "chosen": "3", "rejected": "4"} for name in ("dpo", "cpo", "orpo")},
+}
+SHORT = ("--iters", 1, "--batch-size", 2, "--val-batches", 0, "--answers", 0, "--num-layers", 1, "--quiet", "--adapter-path", "out")
+
+
+@pytest.mark.parametrize("line", SEED)
+def test_commands_of_the_seed_train(line, mlxlora, eager, tmp_path, monkeypatch):
+    """For one step; m, r and d are folders."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLXLORA_CACHE", str(tmp_path / "cache"))
+    command, *arguments = shlex.split(line)
+    for name in ("m", "r"):
+        (tmp_path / name).symlink_to(starter.model_path(), target_is_directory=True)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "train.jsonl").write_text(4 * f"{json.dumps(ROWS[command])}\n")
+    limit = ("--max-completion-length", 4) if command == "grpo" else ()
+    done = mlxlora(command, *arguments, *SHORT, *limit)
+    assert done.code == 0, done.err
+    assert (tmp_path / "out" / "adapters.safetensors").is_file()
 
 
 def test_values_of_the_seed(typed):
