@@ -118,7 +118,7 @@ def test_commands(mlxlora: Any, model_folder: Path, tmp_path: Path, monkeypatch:
     hub = Hub()
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
     done = mlxlora("push", folder(tmp_path / "run", FILES), "me/adapters", "--public")
-    assert (done.code, done.out) == (0, "https://huggingface.co/me/adapters\n") and hub.created["private"] is False
+    assert (done.code, done.out) == (0, "hub     https://huggingface.co/me/adapters\n") and hub.created["private"] is False
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub(LocalTokenNotFoundError("x")))
     failed = mlxlora(
         "fuse", "--model", model_folder, "--save-path", tmp_path / "fused", "--adapter-path", "x", "--push-to-hub", "me/x"
