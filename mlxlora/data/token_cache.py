@@ -161,7 +161,7 @@ class _Encoding:
     Attributes:
         prepare: what makes an item of one row.
         tokenizer: mlx-lm's TokenizerWrapper.
-        identity: of the tokenizer, which a copy in another process must have, too; None: it has no copy.
+        identity: of the tokenizer, which a copy in another process must have, too; None: it has no copy, or there are few rows.
     """
 
     prepare: Callable[..., Any]
@@ -241,9 +241,9 @@ class Job:
 def job_of(rows: Sequence[Row], prepare: Callable[..., Any], tokenizer: Any) -> Job:
     """What is to be done to rows; see `stored_items`."""
     size, written = _rows_identity(rows)
-    reader = _digest_of(tokenizer)
+    reader = _digest_of(tokenizer) if size >= WORTH_KEEPING else None  # a large vocabulary takes a while
     path = None
-    if size >= WORTH_KEEPING and reader is not None:
+    if reader is not None:
         digest = hashlib.sha256(b"\n".join([_code_identity(), _maker_identity(prepare), reader, *written])).hexdigest()
         path = cache_folder("tokens") / f"{digest[:32]}.items"
     return Job(rows, _Encoding(prepare, tokenizer, reader), size, path)
