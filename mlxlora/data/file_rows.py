@@ -11,12 +11,13 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Protocol
 
 import numpy as np
 from attrs import evolve, frozen
 
 from ..utils.files import cache_folder, least_recent
+from ..utils.lazy import LazySequence
 from ..utils.safetensors import NumpyArrays, read_checked, write_arrays
 from ..utils.ticks import ticking
 from .row import Row, as_row, parse_json
@@ -83,7 +84,7 @@ class OnDisk:
 
 
 @frozen(eq=False)
-class FileRows(Sequence[Row]):
+class FileRows(LazySequence[Row]):
     """The rows of a JSONL file.
 
     Attributes:
@@ -107,16 +108,8 @@ class FileRows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self.starts)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return [self._row(i) for i in range(len(self))[index]]
-        return self._row(range(len(self))[index])
-
-    def _row(self, index: int) -> Row:
+    def item(self, index: int) -> Row:
+        """See `LazySequence`."""
         line = int(self.lines[index])
         written = self.content.read(int(self.starts[index]), int(self.stops[index]))
         return as_row(parse_json(written, self.file, line), self.file, line)

@@ -14,6 +14,7 @@ from attrs import frozen
 
 from ..errors import RunError
 from ..utils.integers import ceil_div, round_up
+from ..utils.lazy import LazySequence
 from ..utils.safetensors import NumpyArrays
 from .file_rows import Content
 from .tokenize import Example, Pair
@@ -100,7 +101,7 @@ def joined_tables(tables: Sequence[NumpyArrays]) -> NumpyArrays:
 
 
 @frozen(eq=False)
-class StoredItems(Sequence[Any]):
+class StoredItems(LazySequence[Any]):
     """Items whose records are read when they are used.
 
     Attributes:
@@ -118,16 +119,12 @@ class StoredItems(Sequence[Any]):
     def __len__(self) -> int:
         return len(self.table["stops"])
 
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return [self._item(i) for i in range(len(self))[index]]
-        return self._item(range(len(self))[index])
-
-    def _item(self, number: int) -> Example | Pair:
+    def item(self, index: int) -> Example | Pair:
+        """See `LazySequence`."""
         stops = self.table["stops"]
-        record = self.content.read(int(stops[number - 1]) if number else 0, int(stops[number]))
-        location = self.location(int(self.table["rows"][number]))
-        if hash_of(record) != self.table["hashes"][number].tobytes():
+        record = self.content.read(int(stops[index - 1]) if index else 0, int(stops[index]))
+        location = self.location(int(self.table["rows"][index]))
+        if hash_of(record) != self.table["hashes"][index].tobytes():
             raise RunError(f"{location}: its stored token ids are damaged; {self.damaged()}")
         return item_of(record, location)
 
@@ -143,18 +140,15 @@ class StoredItems(Sequence[Any]):
 
 
 @frozen(eq=False)
-class _Replaced(Sequence[Any]):
+class _Replaced(LazySequence[Any]):
     items: StoredItems
     others: Mapping[int, Any]
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        number = range(len(self))[index]
-        return self.others[number] if number in self.others else self.items[number]
+    def item(self, index: int) -> Any:
+        return self.others[index] if index in self.others else self.items[index]
 
     @property
     def lengths(self) -> np.ndarray:

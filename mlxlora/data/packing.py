@@ -7,12 +7,12 @@ other items.
 
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
-from typing import Any, overload
 
 import mlx.core as mx
 import numpy as np
 from attrs import evolve, frozen
 
+from ..utils.lazy import LazySequence
 from .batching import Make, MicroBatch, bucket, example_batch, laid_out, token_count
 from .sources import Context, Encoder, Source, Split
 from .tokenize import Example
@@ -54,7 +54,7 @@ def _filled(order: Sequence[int], sizes: Sequence[int], room: int) -> list[list[
 
 
 @frozen(eq=False)
-class Packs(Sequence[Pack]):
+class Packs(LazySequence[Pack]):
     """Rows of several examples, which are read when a row is used.
 
     Attributes:
@@ -70,17 +70,9 @@ class Packs(Sequence[Pack]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Pack: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Pack]: ...
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return [self._pack(row) for row in self.rows[index]]
-        return self._pack(self.rows[index])
-
-    def _pack(self, row: Sequence[int]) -> Pack:
-        return tuple(self.examples[i] for i in row)
+    def item(self, index: int) -> Pack:
+        """See `LazySequence`."""
+        return tuple(self.examples[i] for i in self.rows[index])
 
     @property
     def lengths(self) -> np.ndarray:
