@@ -10,6 +10,9 @@ from .columns import short_number
 from .reporter import Values
 from .text import duration, leading_metric, metric_text
 
+ON_PAGE = ("shapes compiled",)
+"""Results that the page shows and the terminal does not."""
+
 
 @define
 class Improvement:
@@ -58,7 +61,7 @@ def outcome_facts(summary: Values) -> dict[str, str]:
     {'time': '1:10 (40 steps)', 'adapters': 'a'}
     """
     time = {"time": f"{duration(summary['seconds'])} ({summary['steps']:,} steps)"} if "seconds" in summary else {}
-    hidden = ("steps", "seconds", "shapes compiled")
+    hidden = ("steps", "seconds", *ON_PAGE)
     others = {name: value for name, value in summary.items() if name not in hidden and not name.startswith("best valid")}
     return time | {name: metric_text(name, value) for name, value in others.items()}
 

@@ -6,8 +6,9 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 from attrs import evolve, field, frozen
@@ -22,6 +23,9 @@ from .history import METHOD, PAGE, Record, differing, method_of, outcome, read_r
 from .reporter import Reporter, Values
 from .svg import Line, chart
 from .text import amount, duration
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 COLORS = 8  # of lines, in the style of the page
 _PACKAGES = ("mlxlora", "mlx", "mlx-lm", "transformers", "numpy")
@@ -162,7 +166,7 @@ def run_page(record: Record, method: MethodInfo = CUSTOM, more: PageParts = FILE
     )
 
 
-_NOT_SHOWN = ("report", "shapes compiled")
+_NOT_SHOWN = ("report",)
 
 
 def figures(record: Record, more: PageParts = FILES_ALONE) -> list[tuple[str, str]]:
@@ -305,14 +309,18 @@ def _html(
     stopped: str | None = None,
     figures: Sequence[tuple[str, str]] = (),
 ) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.filters["text"] = _text
-    page = environment.get_template("report.html.jinja")
     script = (Path(__file__).parent / "report.js").read_text(encoding="utf-8").strip()
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     shown = {"title": title, "sections": sections, "subtitle": subtitle, "stopped": stopped, "figures": figures}
-    return page.render(**shown, colors=COLORS, script=script, allowed=allowed) + "\n"
+    return _template().render(**shown, colors=COLORS, script=script, allowed=allowed) + "\n"
+
+
+@cache
+def _template() -> "Template":
+    """Compiled once for all pages of a process."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters["text"] = _text
+    return environment.get_template("report.html.jinja")

@@ -10,7 +10,7 @@ from rich.text import Text
 from ..errors import printable
 from ..utils.console import safe_console
 from .columns import is_tie
-from .ending import Improvement, next_commands
+from .ending import ON_PAGE, Improvement, next_commands
 from .reporter import Reporter, Values
 from .text import duration, metric_text, runs_of_text, shorten
 
@@ -95,7 +95,8 @@ class Terminal(Reporter):
             self._table({name: shorten(" ".join(str(row[name]).split()), 320) for name in answer_names(row)})
 
     def finish(self, summary: Values) -> None:
-        self._table({**summary, **(self._improvement.facts() if "adapters" in summary else {})})
+        shown = {name: value for name, value in summary.items() if name not in ON_PAGE}
+        self._table({**shown, **(self._improvement.facts() if "adapters" in summary else {})})
         for command in self._next(summary):
             self._print(f"next: {command}")
 

@@ -78,7 +78,7 @@ def test_a_run_leaves_its_page(tmp_path, eager):
     assert "prefers-color-scheme: dark" in text and results["report"] == str(folder / "report.html")
     for title in ("Results", "Before and after", "Configuration", "Environment"):
         assert f"<h2>{title}</h2>" in text
-    assert "num_layers" in text and "<td>mlx</td>" in text
+    assert "num_layers" in text and "<td>mlx</td>" in text and "<td>shapes compiled</td>" in text
     assert str(starter.model_path()) not in text and str(tmp_path) not in text
     assert sorted(file.name for file in folder.iterdir() if file.name.startswith(".")) == [MARKER]
 

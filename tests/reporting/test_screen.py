@@ -161,8 +161,9 @@ def test_the_end_says_what_improved_and_what_comes_next(monkeypatch, tmp_path):
         seen.answers([{"prompt": "what's 2 + 2?", "before": "5", "after": "4"}])
         seen.finish({"steps": 30, "shapes compiled": 3, "seconds": 70.2, "adapters": str(tmp_path / "out")})
         told[terminal] = written(seen)
-    words = " ".join(told[True].split())
-    assert "2.5000 at step 0, 1.2500 at step 10 (best), 1.5000 at step 30" in words and "shapes" not in words
+    for text in told.values():
+        words = " ".join(text.split())
+        assert "2.5000 at step 0, 1.2500 at step 10 (best), 1.5000 at step 30" in words and "shapes" not in words
     assert "1:10 (30 steps)" in told[True]
     commands = [
         "mlxlora generate --adapter-path out --prompt 'what'\"'\"'s 2 + 2?'",
