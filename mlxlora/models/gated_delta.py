@@ -16,9 +16,11 @@ stay exact. Everything is float32. The backward pass keeps the states at the sta
 a span at a time, so memory grows with T alone.
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 from attrs import frozen
 
 from ..utils.device import backend
@@ -93,7 +95,7 @@ def _affordable(rule: Rule, chunk: int) -> int:
     rows, _, heads, width = rule.values.shape
     keys = rule.keys.shape[-1]
     vectors = 40 if rule.log_decay.ndim == 4 else 14
-    numbers = 10 * chunk * chunk + chunk * (vectors * keys + 8 * width) + 4 * keys * width
+    numbers = 10 * chunk * chunk + chunk * (vectors * keys + 8 * width) + 4 * keys * width + 2 * keys * keys
     return max(1, SPAN_BYTES[backend()] // (4 * rows * heads * numbers))
 
 
@@ -305,13 +307,28 @@ class _Carried(NamedTuple):
 
 
 def _carried(solved: _Solved, weights: _Weights, state: mx.array) -> tuple[_Carried, mx.array]:
-    """The only loop: two products a chunk. Also returns the state after the last chunk."""
-    states, writes = [], []
-    for c in range(solved.written.shape[0]):
-        states.append(state)
-        writes.append(solved.written[c] - solved.erased[c] @ state.swapaxes(-1, -2))
-        state = state * weights.decay[c] + writes[-1].swapaxes(-1, -2) @ weights.tail[c]
-    return _Carried(mx.stack(states), mx.stack(writes)), state
+    """What the chunks of a span hand on. Also returns the state after the last chunk."""
+    added = solved.written.swapaxes(-1, -2) @ weights.tail
+    states, state = _passed(state, weights.decay, _erasing(solved, weights), added)
+    return _Carried(states, solved.written - solved.erased @ states.swapaxes(-1, -2)), state
+
+
+def _erasing(solved: _Solved, weights: _Weights) -> mx.array:
+    """P = (erased)ᵀ K_T [n, B, Hk, r, Dk, Dk]: a chunk makes S·diag(Γ_C) - S·P + (written)ᵀ K_T of S."""
+    return solved.erased.swapaxes(-1, -2) @ weights.tail
+
+
+def _passed(state: mx.array, decay: mx.array, erasing: mx.array, added: mx.array) -> tuple[mx.array, mx.array]:
+    """S ← S·diag(decay) + added - S·erasing, chunk by chunk: S before each one, and after the last.
+
+    The only loop: one product and one sum a chunk, because every operation of it costs the host time for each chunk. Decays stay
+    outside of the product, which a GPU may round.
+    """
+    states, count = [state[None]], added.shape[0]
+    steps = (mx.split(array, count) for array in (decay, erasing, added))
+    for gamma, removed, more in zip(*steps, strict=True):
+        states.append(states[-1] * gamma + mx.addmm(more, states[-1], removed, alpha=-1))
+    return mx.concatenate(states[:-1]), states[-1][0]
 
 
 def _span_gradients(x: _Span, state: mx.array, dout: mx.array, dstate: mx.array) -> tuple[list[mx.array], mx.array]:
@@ -327,12 +344,11 @@ def _span_gradients(x: _Span, state: mx.array, dout: mx.array, dstate: mx.array)
     solved = _solved(x, weights)
     carried, _ = _carried(solved, weights, state)
     own_writes, own_states = weights.scores.swapaxes(-1, -2) @ dout, dout.swapaxes(-1, -2) @ weights.queries
-    dstates, dwrites = [], []  # of the states after the chunks
-    for c in reversed(range(dout.shape[0])):
-        dstates.append(dstate)
-        dwrites.append(own_writes[c] + weights.tail[c] @ dstate.swapaxes(-1, -2))
-        dstate = dstate * weights.decay[c] + own_states[c] - dwrites[-1].swapaxes(-1, -2) @ solved.erased[c]
-    dafter, dwritten = mx.stack(dstates[::-1]), mx.stack(dwrites[::-1])
+    added = own_states - own_writes.swapaxes(-1, -2) @ solved.erased
+    removed = _erasing(solved, weights).swapaxes(-1, -2)
+    reverse, dstate = _passed(dstate, weights.decay[::-1], removed[::-1], added[::-1])
+    dafter = reverse[::-1]  # of the states after the chunks
+    dwritten = own_writes + weights.tail @ dafter.swapaxes(-1, -2)
     dsolved = solved.inverse.swapaxes(-1, -2) @ dwritten  # of β(V - K_Γ Sᵀ)
     dsystem = -dsolved @ carried.writes.swapaxes(-1, -2)
     residual = x.values - weights.keys @ carried.states.swapaxes(-1, -2)
@@ -374,7 +390,9 @@ def _halves(chunk: int) -> list[int]:
     return [1 << level for level in range(chunk.bit_length() - 1)]
 
 
+@cache
 def _masks(chunk: int) -> _Masks:
-    i, j = mx.arange(chunk)[:, None], mx.arange(chunk)[None]
+    """Made once, because each of them would be several operations in every span."""
+    i, j = np.arange(chunk)[:, None], np.arange(chunk)[None]
     levels = [(i // half == j // half + 1) & (i // half % 2 == 1) for half in _halves(chunk)]
-    return _Masks(j < i, j <= i, tuple(levels))
+    return _Masks(mx.array(j < i), mx.array(j <= i), tuple(map(mx.array, levels)))
