@@ -17,6 +17,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from ..utils.child import Child
+
 _Chunk = TypeVar("_Chunk")
 _Made = TypeVar("_Made")
 
@@ -78,36 +80,28 @@ def _sendable(make: Any) -> bytes | None:
 
 
 class _Worker:
-    """A process that makes something of chunks. Ctrl-C does not reach it; it ends when its input does."""
+    """A process that makes something of chunks. Ctrl-C does not reach it; it ends when its input does, or this process."""
 
     def __init__(self, make: bytes) -> None:
         folders = [str(Path(__file__).resolve().parents[2]), *filter(None, sys.path)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "TOKENIZERS_PARALLELISM": "false"}
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _PROGRAM],
-            stdin=pipe,
-            stdout=pipe,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,
-        )
+        self._child = Child.start(_PROGRAM, "-P", stderr=subprocess.DEVNULL, env=environment)
         self._make: bytes | None = make
 
     def __enter__(self) -> "_Worker":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
+        self._child.kill()
+        self._child.process.wait()
+        for pipe in (self._child.process.stdin, self._child.process.stdout):
             with suppress(OSError):
                 pipe.close()  # type: ignore[union-attr]
 
     def made(self, chunk: Any) -> Any:
         """What the worker made of a chunk; None if it could not."""
-        reader: Any = self._process.stdout
-        writer: Any = self._process.stdin
+        reader: Any = self._child.process.stdout
+        writer: Any = self._child.process.stdin
         try:
             if self._make is not None:
                 pickle.dump(self._make, writer)

@@ -17,6 +17,7 @@ from typing import Any
 from attrs import define, field, frozen
 
 from ..errors import InputError, RunError, described
+from ..utils.child import Child
 from .reward_calls import RewardRaised, Unsent
 from .reward_names import Request
 
@@ -87,16 +88,11 @@ class RewardProcess:
         """Ends the process at once, whatever it does; calls that wait for it raise RewardsEnded."""
         child, self._child = self._child, None
         if child and self._end:
-            child.process.kill()
+            child.child.kill()
             self._end()
 
     def _start(self) -> "_Child":
-        process = subprocess.Popen(
-            [sys.executable, "-c", _SERVE.format(path=sys.path, file=self.file)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C reaches this process alone, which then saves
-        )
+        process = Child.start(_SERVE.format(path=sys.path, file=self.file))
         child = _Child(process, f"--reward-file {self.file}" if self.file else "--rewards")
         self._end = weakref.finalize(self, child.end)
         threading.Thread(target=child.listen, daemon=True, name="mlxlora-rewards").start()
@@ -129,12 +125,16 @@ def _received(value: Any) -> Any:
 class _Child:
     """The running process, and the calls that wait for its answers."""
 
-    process: subprocess.Popen[bytes]
+    child: Child
     name: str
     _waiting: dict[int, Future[dict[str, Any]]] = field(factory=dict)
     _numbers: Iterator[int] = field(factory=count)
     _writing: threading.Lock = field(factory=threading.Lock)
     _gone: bool = False
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        return self.child.process
 
     def ask(self, request: str, arguments: dict[str, Any] | None) -> Any:
         future: Future[dict[str, Any]] = Future()
@@ -162,6 +162,7 @@ class _Child:
                 number, reply = json.loads(line)
                 self._waiting.pop(number).set_result(reply)
         self.process.wait()
+        self.child.kill()  # what it started
         with self._writing:
             self._gone = True
         for future in self._waiting.values():
@@ -174,7 +175,7 @@ class _Child:
                 self.process.stdin.close()  # type: ignore[union-attr]
                 self.process.wait(_PATIENCE)
             self._writing.release()
-        self.process.kill()
+        self.child.kill()
 
     def _ended(self) -> RewardsEnded:
         return RewardsEnded(f"{self.name}: the process of the reward functions ended with exit code {self.process.returncode}")

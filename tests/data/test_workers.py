@@ -35,7 +35,7 @@ def test_killed_workers_lose_nothing() -> None:
     def numbers() -> Iterator[int]:
         for number in range(30):
             if number == 9:
-                os.kill(found[0]._process.pid, signal.SIGKILL)
+                os.kill(found[0]._child.process.pid, signal.SIGKILL)
             yield number
 
     with pytest.MonkeyPatch.context() as patch:
@@ -44,4 +44,4 @@ def test_killed_workers_lose_nothing() -> None:
         unfinished = mapped(str, iter(range(30)), 1 + 1)
         assert next(unfinished) == "0"
         unfinished.close()
-    assert len(found) == 4 and all(worker._process.returncode is not None for worker in found)
+    assert len(found) == 4 and all(worker._child.process.returncode is not None for worker in found)
