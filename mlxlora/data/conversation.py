@@ -8,7 +8,7 @@ from typing import Any
 
 from attrs import define, field, frozen
 
-from ..errors import InputError
+from ..errors import InputError, plain
 from .messages import Message
 from .template_habits import Template, asks_again, shows_beside_calls, turn_end
 from .traced_template import Rendering
@@ -183,7 +183,7 @@ class Conversation:
             return rendering
         message, what = self.messages[lost[0]], lost[1]
         told = f"{self.location}: the model's chat template drops"
-        name = f"message {lost[0] + 1} (role '{message['role']}')"
+        name = f"message {lost[0] + 1} (role '{plain(message['role'])}')"
         if what == "tool_calls":
             raise InputError(f"{told} the calls of {name}, which has content too; make them two messages")
         if not message.get("tool_calls"):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from ..errors import InputError, described, listed
+from ..errors import InputError, described, listed, plain
 from .messages import Message
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers reads each of them
@@ -115,7 +115,7 @@ def _check_side(answer: list[Message], prompt: list[Message], location: str, nam
         raise InputError(f"{location}: '{name}' has no assistant message; roles found: {listed(m['role'] for m in answer)}")
     if not _follows(answer[0], prompt):
         raise InputError(
-            f"{location}: '{name}' begins with a {answer[0]['role']} message that is not the prompt's; "
+            f"{location}: '{name}' begins with a {plain(answer[0]['role'])} message that is not the prompt's; "
             "begin it with the answer, or repeat the prompt exactly"
         )
     check_answers(answer, location, name)

@@ -29,8 +29,10 @@ from mlxlora.utils.trust import announce
 
 ROOT = Path(__file__).resolve().parents[2]
 OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-EVIL = "a\x1b[2J\x1b]0;t\x07\x9b31m\r\u202eb"  # clears, sets a title, a one-byte sequence, back to the start, right to left
+EVIL = "a\n\x1b[2J\x1b]0;t\x07\x9b31m\r\u202eb"  # clears, sets a title, a one-byte sequence, back to the start, right to left
 TEXTS = st.text(st.characters() | st.sampled_from("\x1b\r\n\t\x07\x9b\u202e\u2066\ud800"), max_size=40)
+CHAT = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+FOREIGN = [{"role": EVIL + "\n" + "x" * 4000, "content": "1"}, CHAT[1]]
 QUICK = ("--num-layers", 1, "--iters", 1, "--batch-size", 1, "--val-batches", 0, "--answers", 0)
 
 
@@ -85,7 +87,7 @@ def test_messages_outside_of_a_run(capsys):
     echo(EVIL)
     echo(EVIL, err=True, end="")
     caught = capsys.readouterr()
-    assert caught.err.count("\n") == 3
+    assert caught.err.count("\n") == 4  # echo prints text as it is, with its line ends
     harmless(caught.out + caught.err)
 
 
@@ -150,10 +152,10 @@ def rows(*values):
     Path("rows.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
 
 
-def hostile_template(text):
+def hostile_template(text, messages=CHAT):
     changed(Path("model/tokenizer_config.json"), chat_template=text)
     Path("model/chat_template.jinja").unlink(missing_ok=True)
-    rows({"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]})
+    rows({"messages": messages})
 
 
 def renamed_tensor():
@@ -180,6 +182,11 @@ HOSTILE = {
     "shown rows": (lambda: rows({"text": EVIL}), ("preview", "--model", "model", "--data", "rows.jsonl")),
     "rows as JSON": (lambda: rows({"text": EVIL}), ("preview", "--model", "model", "--data", "rows.jsonl", "--json")),
     "role": (lambda: rows({"messages": [{"role": EVIL, "content": "x"}]}), SFT),
+    "role of an answer": (lambda: rows({"prompt": CHAT[:1], "chosen": FOREIGN, "rejected": CHAT[1:]}), ("dpo", *SFT[1:])),
+    "role that a template drops": (
+        lambda: hostile_template("{% for m in messages if m.role in ['user', 'assistant'] %}{{ m.content }}{% endfor %}", FOREIGN),
+        SFT,
+    ),
     "key of a message": (lambda: rows({"messages": [{EVIL: "user", "content": "x"}]}), SFT),
     "template error": (lambda: hostile_template("{{ raise_exception('" + EVIL + "') }}"), SFT),
     "template": (lambda: hostile_template("{% " + EVIL + " %}"), SFT),
