@@ -177,7 +177,7 @@ def _rows(file: str, content: Content, index: NumpyArrays) -> FileRows:
 def _index(file: str, lines: Iterable[bytes]) -> NumpyArrays:
     """Where the rows are, after every line was parsed, and a digest of the content."""
     starts, stops, numbers, place, digest = array("q"), array("q"), array("q"), 0, hashlib.sha256()
-    for number, line in enumerate(ticking(lines, len), 1):
+    for number, line in enumerate(ticking(lines), 1):
         digest.update(line)
         end = place + len(line)
         if not line.isspace():

@@ -11,6 +11,7 @@ from typing import Any
 from ..config.mlx_lm_keys import HUB
 from ..errors import InputError, described, reason
 from ..utils.paths import not_special
+from ..utils.ticks import ticking
 from .file_rows import FileRows, jsonl_rows, rows_of_bytes
 from .row import Row as Row
 from .row import as_row, parse_json
@@ -63,7 +64,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
     values = parse_json(content, file, 1, remedy) if content.strip() else []
     if not isinstance(values, list):
         raise InputError(f"{path}:1: must be a list of objects, got {described(values)}")
-    for number, value in enumerate(values, 1):
+    for number, value in enumerate(ticking(values), 1):
         yield as_row(value, file, number)
 
 

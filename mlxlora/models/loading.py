@@ -15,6 +15,7 @@ from ..errors import InputError, described, reason
 from ..utils.patches import Slot
 from ..utils.paths import checked_path
 from ..utils.safetensors import check_header
+from ..utils.stages import downloading
 from ..utils.trust import check_model_code
 from .config_check import check_model_config, check_tokenizer_config
 from .quantize import quantize_loaded
@@ -124,15 +125,13 @@ def load_with_config(options: ModelOptions, lazy: bool = False) -> tuple[nn.Modu
 
 def _loaded(options: BaseOptions, read: Callable[[str], Any], patterns: list[str] | None = None) -> Any:
     """The result of `read` on the model's folder, after checks: no code of the model runs without a flag, and headers are sound."""
-    from mlx_lm.utils import _download
-
     if options.model is None:
         raise InputError("--model is missing: a model folder or a hub name such as mlx-community/Qwen3-0.6B-4bit")
     model = str(options.model)
     _check_folder(model)
     flag = f"--model {model}"
     try:
-        folder = _download(model, allow_patterns=patterns)
+        folder = _fetched(model, patterns)
         check_model_code(folder, flag, options.trust_remote_code)
         for name in ("config.json", "generation_config.json"):
             check_model_config(folder / name, flag)
@@ -148,6 +147,17 @@ def _loaded(options: BaseOptions, read: Callable[[str], Any], patterns: list[str
             remedy = "read it, then allow it with --trust-remote-code"
             raise InputError(f"{flag}: its tokenizer runs Python code of the model; {remedy}") from error
         raise InputError(f"{flag}: cannot be loaded: {told}") from error
+
+
+def _fetched(model: str, patterns: list[str] | None) -> Path:
+    """The folder of a model; one of the hub is downloaded, unless that was done before."""
+    if Path(model).exists():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
+
+    with downloading(model) as bars:
+        return Path(snapshot_download(model, allow_patterns=patterns or DEFAULT_ALLOW_PATTERNS, tqdm_class=bars))
 
 
 def _check_folder(model: str) -> None:

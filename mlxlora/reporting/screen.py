@@ -80,7 +80,9 @@ class Screen(Terminal):
         """Shows a bar, or the seconds so far, until it is over."""
         self._counted = (done, total)
         super().stage(text, done, total)
-        if not self.quiet:
+        if not text and self._began is None:
+            self._stop()
+        elif not self.quiet:
             self._refresh()
 
     def overview(self, facts: Values) -> None:
@@ -238,9 +240,12 @@ class Screen(Terminal):
     def _stage_bar(self, what: str, since: float) -> Text:
         (done, total), seconds = self._counted, self._clock() - since
         if not total:
-            return Text(f"{what}  {duration(seconds)}")
+            return Text("  ".join([what, *([f"{done:,}"] if done else []), duration(seconds)]))
         speed = f"  {done / seconds:,.0f}/s" if done and seconds > 0 else ""
         return self._drawn(done, total, f"{what}  {done:,}/{total:,}{speed}")
+
+    def _first_step(self, since: float) -> None:
+        """The bar has said it."""
 
     def _beginning(self) -> str:
         """What takes time before the first step."""

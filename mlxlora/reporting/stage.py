@@ -11,9 +11,16 @@ _OFTEN = 0.1  # seconds between two reports
 
 
 @contextmanager
-def announced(reporter: Reporter, text: str, total: int = 0) -> Iterator[None]:
-    """Reports what goes on within, and how many items of `total` passed `ticking`; 0: unknown."""
-    done, told = 0, time.monotonic()
+def announced(reporter: Reporter, text: str, total: int = 0, *, at_once: bool = True) -> Iterator[None]:
+    """Reports what goes on within, and how many items of `total` passed `ticking`.
+
+    Args:
+        reporter: is told.
+        text: what goes on.
+        total: how many items there are; 0: unknown.
+        at_once: report before the first item; else work without items is not reported.
+    """
+    done, told = 0, time.monotonic() if at_once else 0.0
 
     def seen(count: int) -> None:
         nonlocal done, told
@@ -22,7 +29,8 @@ def announced(reporter: Reporter, text: str, total: int = 0) -> Iterator[None]:
             told = time.monotonic()
             reporter.stage(text, done, total)
 
-    reporter.stage(text, 0, total)
+    if at_once:
+        reporter.stage(text, 0, total)
     try:
         with listening(seen):
             yield

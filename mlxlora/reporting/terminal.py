@@ -80,6 +80,8 @@ class Terminal(Reporter):
         self.step, self.total = step, total
         if self._began is None:
             self._began = (step, self._clock())
+        elif step == self._began[0] + 1:
+            self._first_step(self._began[1])
 
     def note(self, text: str, warning: bool = False) -> None:
         if warning:
@@ -118,6 +120,11 @@ class Terminal(Reporter):
             return None
         first, since = self._began
         return (self._clock() - since) / (self.step - first) * (self.total - self.step)
+
+    def _first_step(self, since: float) -> None:
+        """Says what the first step took if that was long: it compiles."""
+        if not self.quiet and (seconds := self._clock() - since) > 1:
+            self._print(f"first step, compiled once per run: {took(seconds, 0)}")
 
     def _table(self, summary: Values) -> None:
         width = max(map(len, summary), default=0)

@@ -100,10 +100,10 @@ def answer_split(
     Raises:
         InputError: no such split, model or adapters; a row without a prompt or without a column that a reward reads.
     """
-    chosen = {how.split: sources.load_split(source.data, how.split, how.seed)[: how.limit or None]}
-    source.check_rows(chosen)
-    model, tokenizer = load(base_of(model_options, adapter_path) if adapter_path else model_options)
     with listening(lambda _: None):  # answers are counted, not rows
+        chosen = {how.split: sources.load_split(source.data, how.split, how.seed)[: how.limit or None]}
+        source.check_rows(chosen)
+        model, tokenizer = load(base_of(model_options, adapter_path) if adapter_path else model_options)
         splits = sources.tokenize(source, chosen, tokenizer)
     sources.check_tokens(source, splits, {"the model": vocabulary(model)}, tokenizer)
     items = list(splits[how.split].items)

@@ -14,6 +14,8 @@ from ..models.loading import load_tokenizer
 from ..models.logprobs import Scorer
 from ..models.teacher import with_teacher
 from ..objectives.divergences import DIVERGENCES
+from ..reporting.card import portable
+from ..utils.stages import staged
 from .inputs import ReferenceOptions
 from .reference import reference_cache_file
 
@@ -45,7 +47,8 @@ def loader(model: ModelOptions, path: str, flag: str = REFERENCE) -> Callable[[A
     """
 
     def other(tokenizer: Any) -> nn.Module:
-        found, its_tokenizer = load_other(path, model, flag)
+        with staged(f"loading {portable(path)}"):
+            found, its_tokenizer = load_other(path, model, flag)
         if its_tokenizer.get_vocab() != tokenizer.get_vocab():
             raise InputError(f"{flag} {path}: its vocabulary is not that of --model {storable(model.model)}")
         return found

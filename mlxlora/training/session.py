@@ -31,9 +31,10 @@ from ..objectives.objective import Objective
 from ..reporting.callbacks import Callbacks
 from ..reporting.card import CUSTOM, Card, MethodInfo, portable
 from ..reporting.history import StoredMethod
-from ..reporting.reporter import ReporterGroup
+from ..reporting.reporter import Reporter, ReporterGroup
 from ..reporting.reporters import reporters, terminal_for
 from ..reporting.stage import announced
+from ..utils.stages import shown_by
 from .answers import first_questions
 from .dry_run import dry_run
 from .evaluate import make_evaluate
@@ -79,11 +80,11 @@ def train_recipe(recipe: Recipe, groups: Groups) -> RunResult:
         RunError: losses or gradients that are not finite, of five batches in a row; the last good state was saved.
     """
     with _held(recipe, groups[Output]):
-        with current_ranks().together():
-            rows = sources.load_rows(recipe.source.data, groups[Training].seed)
-            recipe.source.check_rows(rows)
-            if current_ranks().leads and isinstance(name := groups[ModelOptions].model, str):
-                terminal_for(recipe.info, quiet=groups[Output].quiet).note(f"loading {portable(name)}")
+        terminal = _terminal(recipe, groups[Output])
+        with current_ranks().together(), shown_by(terminal.stage):
+            rows = _read(recipe.source, groups[Training], terminal)
+            if isinstance(name := groups[ModelOptions].model, str):
+                terminal.note(f"loading {portable(name)}")
             model, tokenizer = model_and_tokenizer(groups[ModelOptions], lazy=groups[Training].fully_shard)
             layers_to_train(model, groups[AdapterOptions])  # fails before the rows are tokenized
         return _run(recipe, model, tokenizer, rows, groups)
@@ -120,7 +121,7 @@ def run(
     files, recipe = Output(**output), Recipe(StoredMethod(None), source, objective)
     with _held(recipe, files):
         with current_ranks().together():
-            rows = sources.load_rows(source.data, training.seed)
+            rows = _read(source, training, _terminal(recipe, files))
         adapter = AdapterOptions(adapter=adapter) if isinstance(adapter, str) else adapter
         groups = {type(group): group for group in (ModelOptions(), source.data, adapter, training, files)}
         return _run(recipe, model, wrapped(tokenizer), rows, groups)
@@ -154,6 +155,19 @@ def _held(recipe: Recipe, output: Output) -> Iterator[None]:
             if ranks.leads:
                 held.enter_context(claimed(output, recipe.method.method, evaluated=recipe.info.evaluated))
         yield
+
+
+def _terminal(recipe: Recipe, output: Output) -> Reporter:
+    """What shows the work before the run has reporters; rank 0 alone does."""
+    return terminal_for(recipe.info, quiet=output.quiet) if current_ranks().leads else ReporterGroup()
+
+
+def _read(source: Source, training: Training, reporter: Reporter) -> dict[str, SplitRows]:
+    """The rows of a run; those of a hub data set have bars of their own."""
+    with announced(reporter, "reading rows", at_once=False):
+        rows = sources.load_rows(source.data, training.seed)
+        source.check_rows(rows)
+    return rows
 
 
 _TRAINED = {
@@ -195,9 +209,10 @@ def _run(recipe: Recipe, model: nn.Module, tokenizer: Any, rows: dict[str, Split
     if is_trained(model) and not output.resume:
         reporter.note(_TRAINED[adapter.adapter])
     introduce(whole, reporter)
-    if output.dry_run:
-        return RunResult(dry_run(whole, reporter))
-    callbacks.results = results = execute_run(whole, reporter, first_questions(whole, rows))
+    with shown_by(reporter.stage):
+        if output.dry_run:
+            return RunResult(dry_run(whole, reporter))
+        callbacks.results = results = execute_run(whole, reporter, first_questions(whole, rows))
     reporter.finish(displayed(results))
     callbacks.settle(ranks.of_rank0)
     if output.keep_best:

@@ -11,7 +11,11 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from mlxlora.config.options import BaseOptions
+from mlxlora.data.rows import read_rows
+from mlxlora.errors import InputError
 from mlxlora.methods import METHODS
+from mlxlora.models.loading import load_tokenizer
 from mlxlora.reporting.card import CUSTOM
 from mlxlora.reporting.columns import GENERAL, TABLE_COLUMNS, Layout, short_number
 from mlxlora.reporting.ending import next_commands
@@ -19,6 +23,7 @@ from mlxlora.reporting.reporters import terminal_for
 from mlxlora.reporting.screen import Screen
 from mlxlora.reporting.stage import announced
 from mlxlora.reporting.terminal import Terminal
+from mlxlora.utils.stages import shown_by
 from mlxlora.utils.ticks import ticking
 
 WIDTHS = (40, 60, 80, 100, 120, 160)
@@ -216,6 +221,45 @@ def test_a_log_gets_one_line_for_work_of_more_than_a_second():
         seen.stage("tokenizing rows", 2, 4)
         seen.stage("tokenizing rows", 3, 4)
         seen.stage("")
+        assert written(seen) == told
+
+
+def test_rows_are_counted_as_they_are_read(monkeypatch, tmp_path):
+    monkeypatch.setattr("mlxlora.reporting.stage.time.monotonic", itertools.count(0, 0.25).__next__)
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n' * 7)
+    seen, silent = screen(80), screen(80)
+    with announced(seen, "reading rows", at_once=False):
+        assert len(read_rows(tmp_path / "rows.jsonl")) == 7
+    assert any(line.startswith("reading rows  7  ") for line in lines(seen)), "as far as it is known"
+    assert any(line.startswith("reading rows: 7 in ") for line in lines(seen)), "when it is over"
+    with announced(silent, "reading rows", at_once=False):
+        pass
+    assert not written(silent), "a hub data set draws bars of its own"
+
+
+def test_a_download_is_shown_in_megabytes(monkeypatch, tmp_path):
+    def download(name, tqdm_class, **_):
+        with tqdm_class(unit="B", name="x.transfer", total=9) as other, tqdm_class(unit="B", total=0, desc="Reconstructing") as bar:
+            other.update(5)
+            bar.total = 5_000_000
+            bar.update(2_000_000)
+            bar.set_description("complete")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    seen = screen(80)
+    with shown_by(seen.stage), pytest.raises(InputError):
+        load_tokenizer(BaseOptions(model="org/name"))  # the folder is empty
+    bars = [line for line in lines(seen) if line.strip()]
+    assert any("downloading org/name, MB  2/5" in line for line in bars) and not any("0/0" in line for line in bars)
+
+
+def test_a_log_says_what_the_first_step_took():
+    for step, told in ((0.4, ""), (60.0, "first step, compiled once per run: 60.0 s\n")):
+        made = Console(file=io.StringIO(), width=80)
+        seen = Terminal(console=made, clock=itertools.count(0, step).__next__)
+        for number in (5, 6, 7):
+            seen.progress(number, 9)
         assert written(seen) == told
 
 

@@ -53,7 +53,8 @@ ALLOWED = {
 }
 """Exceptions, and why."""
 
-LOADERS = {"load", "load_model", "load_tokenizer", "sharded_load", "pipeline_load", "load_adapters", "_download"}
+LOADERS = {"load", "load_model", "load_tokenizer", "sharded_load", "pipeline_load", "load_adapters"}
+LOADERS |= {"_download", "snapshot_download"}
 MAY_LOAD = {
     "mlxlora/models/loading.py": "checks code and headers first",
     "mlxlora/rollouts/judges.py": "checks code and headers first",
