@@ -9,7 +9,7 @@ from attrs import validators as v
 from mlxlora.config.fields import group, option
 from mlxlora.config.options import DataOptions, ModelOptions, PromptData, RewardOptions, SamplingOptions
 from mlxlora.errors import InputError
-from mlxlora.utils.output import echo, json_line
+from mlxlora.utils.output import echo, echo_written, json_line
 
 from .flags import flags
 
@@ -38,6 +38,8 @@ class AnswerRewards:
     temperature: float = option(0.0, "Temperature of sampling; 0 = always the likeliest token.", v.ge(0))
     system: str | None = option(None, "System message for rows that have none.")
     json: bool = option(False, "Print JSON, one object per prompt with its answers and rewards.")
+    output: str | None = option(None, "Keep the answers and their rewards in this JSONL file.")
+    overwrite: bool = option(False, "Replace the file in --output.")
 
 
 _TEXTS = {
@@ -53,6 +55,8 @@ def evaluate(model: ModelOptions, data: DataOptions, evaluation: EvalOptions, an
     if answers.rewards or answers.judge_model:
         _rewarded(model, data, evaluation, answers)
         return
+    if answers.output:
+        raise InputError(f"--output {answers.output} keeps answers: name --rewards or --judge-model too, or leave it out")
     from mlxlora.distributed.ranks import current_ranks
     from mlxlora.training.session import evaluate_split
 
@@ -72,11 +76,33 @@ def evaluate(model: ModelOptions, data: DataOptions, evaluation: EvalOptions, an
 def _rewarded(model: ModelOptions, data: DataOptions, evaluation: EvalOptions, answers: AnswerRewards) -> None:
     if answers.judge_model and not evaluation.adapter_path:
         raise InputError("--judge-model compares answers without and with adapters: name them with --adapter-path")
+    from mlxlora.utils.folders import check_new_file
+
+    file = check_new_file(answers.output, "--output", overwrite=answers.overwrite) if answers.output else None
+    source, judge, how = _answering(model, data, evaluation, answers)
     from mlxlora.reporting.card import CUSTOM
     from mlxlora.reporting.reporters import terminal_for
     from mlxlora.reporting.stage import announced
+    from mlxlora.rollouts.scored_answers import answer_split
+    from mlxlora.utils.files import atomic_file
+
+    with announced(terminal_for(CUSTOM, quiet=answers.json), "answering prompts"):
+        found = answer_split(source, model, evaluation.adapter_path, how, judge)
+    kept = [json_line(row) for row in found.rows()]
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(file) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    for line in kept if answers.json else _table(found):
+        echo(line)
+    if file is not None and not answers.json:
+        echo_written("answers", file)
+
+
+def _answering(model: ModelOptions, data: DataOptions, evaluation: EvalOptions, answers: AnswerRewards) -> tuple[Any, Any, Any]:
+    """The source of prompts with their rewards, the judge, and which rows are answered."""
     from mlxlora.rollouts.from_options import judge_of, rollouts_from
-    from mlxlora.rollouts.scored_answers import AnswerOptions, answer_split
+    from mlxlora.rollouts.scored_answers import AnswerOptions
     from mlxlora.rollouts.source import PromptSource, prompt_fields
 
     common: dict[str, Any] = {f.name: getattr(data, f.name) for f in attrs.fields(PromptData) if hasattr(data, f.name)}
@@ -89,11 +115,7 @@ def _rewarded(model: ModelOptions, data: DataOptions, evaluation: EvalOptions, a
         rollouts = attrs.evolve(rollouts, sampling=attrs.evolve(rollouts.sampling, temperature=0.0))
     source = PromptSource(**prompt_fields(prompts, rollouts), online=True)
     judge = judge_of(answers.judge_model, model) if answers.judge_model else None
-    how = AnswerOptions(evaluation.split, answers.num, evaluation.batch_size, evaluation.seed)
-    with announced(terminal_for(CUSTOM, quiet=answers.json), "answering prompts"):
-        found = answer_split(source, model, evaluation.adapter_path, how, judge)
-    for line in map(json_line, found.rows()) if answers.json else _table(found):
-        echo(line)
+    return source, judge, AnswerOptions(evaluation.split, answers.num, evaluation.batch_size, evaluation.seed)
 
 
 def _given(rewards: Sequence[str] | None) -> dict[str, Any]:

@@ -123,6 +123,18 @@ def supervised_record(row: Row, keys: Mapping[str, str] = KEYS) -> SupervisedRec
     return record
 
 
+def is_text(row: Row, keys: Mapping[str, str] = KEYS) -> bool:
+    """Whether an SFT row is plain text, which has no parts that a chat template could wrap.
+
+    >>> [is_text(Row(fields, "a.jsonl", 1)) for fields in ({"text": "Hi"}, {"prompt": "Hi", "completion": "you"}, {"mine": 1})]
+    [True, False, False]
+    """
+    try:
+        return isinstance(supervised_record(row, keys), TextRecord)
+    except InputError:  # rows of a source of the user's own
+        return False
+
+
 def preference_record(row: Row, keys: Mapping[str, str] = KEYS) -> PairRecord:
     """The record of a preference row: chosen and rejected, and their prompt, a field of its own or their common beginning."""
     names = {**KEYS, **keys}

@@ -208,7 +208,7 @@ def _run(recipe: Recipe, model: nn.Module, tokenizer: Any, rows: dict[str, Split
     whole = Run(model, tokenizer, recipe.objective, source, splits, options, ranks=ranks, callbacks=callbacks, **recipe.extras)
     if is_trained(model) and not output.resume:
         reporter.note(_TRAINED[adapter.adapter])
-    introduce(whole, reporter)
+    introduce(whole, rows["train"][0], reporter)
     with shown_by(reporter.stage):
         if output.dry_run:
             return RunResult(dry_run(whole, reporter))

@@ -12,6 +12,8 @@ import yaml
 from ..adapters.files import CONFIG, WEIGHTS
 from ..config.given import name_of
 from ..config.options import AdapterOptions, Output, Training
+from ..data.formats import field_names, is_text
+from ..data.rows import Row
 from ..data.stop_tokens import never_stops, stops_told
 from ..data.tokenize import Counts
 from ..errors import InputError
@@ -112,8 +114,14 @@ def _check_writable(directory: Path) -> None:
 _ASKED = 100  # rows in which a stop token is looked for
 
 
-def introduce(run: Run, reporter: Reporter) -> None:
-    """Reports what the run trains on: row counts, cut and dropped rows, the first example with its trained tokens marked."""
+def introduce(run: Run, row: Row, reporter: Reporter) -> None:
+    """Reports what the run trains on: row counts, cut and dropped rows, the first example with its trained tokens marked.
+
+    Args:
+        run: its inputs.
+        row: the first of training.
+        reporter: is told.
+    """
     config, data = run.options.config, run.source.data
     if run.options.output.show_config:
         reporter.note(yaml.safe_dump(dict(config), sort_keys=False).rstrip())
@@ -133,7 +141,9 @@ def introduce(run: Run, reporter: Reporter) -> None:
             reporter.note(f"no trained turn ends in a stop token, so answers will not end; {remedy}", warning=True)
     first = run.source.examples(run.splits["train"].items[0])[0]
     text = run.tokenizer.decode(first.tokens.tolist())
-    has_parts = run.source.online or first.prompt is not None or not first.loss_mask[1:].all()  # text rows have none to wrap
+    has_parts = (
+        run.source.online or first.prompt is not None or not first.loss_mask[1:].all() or not is_text(row, field_names(data))
+    )
     may_wrap = run.tokenizer.has_chat_template and not data.use_chat_template and has_parts
     if may_wrap and not is_rendered(text, run.tokenizer):
         reporter.note(

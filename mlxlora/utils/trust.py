@@ -25,7 +25,7 @@ SENDS = {"push_to_hub", "report_to"}
 REPLACES = {"overwrite", "resume"}
 """Options that change an earlier result, which may lie in the default folder of a command."""
 
-PLACES = {"adapter_path", "save_path", "peft", "gguf"}
+PLACES = {"adapter_path", "save_path", "peft", "gguf", "output"}
 """Options that name an output path."""
 
 _MARKERS = ("adapter_config.json", "*.safetensors")

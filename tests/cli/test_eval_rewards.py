@@ -37,11 +37,17 @@ def rows(tmp_path: Path) -> Path:
 def test_rewards_without_and_with_adapters(adapters: Path, rows: Path, tmp_path: Path, mlxlora: Any) -> None:
     (tmp_path / "mine.py").write_text("def short(completions, **_):\n    return [float(len(c)) for c in completions]\n")
     how = ("--adapter-path", adapters, "--data", rows, "--rewards", "short", "--reward-file", tmp_path / "mine.py")
-    done = mlxlora("eval", *how, "--num", 4, "--max-tokens", 6, "--batch-size", 3)
+    how = (*how, "--num", 4, "--max-tokens", 6)
+    done = mlxlora("eval", *how, "--batch-size", 3, "--output", tmp_path / "kept" / "answers.jsonl")
     assert done.code == 0, done.err
-    head, names, line = done.out.splitlines()[-3:]
+    head, names, line, kept = done.out.splitlines()[-4:]
+    assert kept == f"answers  {tmp_path / 'kept' / 'answers.jsonl'}"
     assert head == "4 prompts; mean and 95% interval" and names.split() == ["base", "adapters", "difference"]
-    found = [json.loads(row) for row in mlxlora("eval", *how, "--num", 4, "--max-tokens", 6, "--json").out.splitlines()]
+    printed = mlxlora("eval", *how, "--json").out
+    found = [json.loads(row) for row in printed.splitlines()]
+    assert (tmp_path / "kept" / "answers.jsonl").read_text() == printed
+    again = mlxlora("eval", *how, "--output", tmp_path / "kept" / "answers.jsonl")
+    assert again.code == 2 and "answers.jsonl exists; replace it with --overwrite" in again.err
     assert [row["prompt"] for row in found] == [f"{i} + 1?" for i in range(4)]
     values = {name: np.array([row[name]["rewards"]["short"] for row in found]) for name in ("base", "adapters")}
     assert all(row["base"]["rewards"]["short"] == len(row["base"]["answer"]) for row in found)
@@ -61,6 +67,7 @@ def test_the_model_alone(model_folder: Path, rows: Path, mlxlora: Any) -> None:
         (("--rewards", "accuracy", "--split", "valid"), "no valid split; found train, test"),
         (("--judge-model", "./nowhere"), "--judge-model compares answers without and with adapters"),
         (("--rewards", "nonesuch"), "nonesuch"),
+        (("--output", "answers.jsonl"), "--output answers.jsonl keeps answers: name --rewards or --judge-model too"),
     ],
 )
 def test_mistakes(options: tuple[str, ...], message: str, model_folder: Path, rows: Path, mlxlora: Any) -> None:

@@ -19,6 +19,7 @@ PAIR = {"prompt": "a?", "completion": " b"}
     [
         ({"text": "a b c d"}, (), False, False),  # nothing in it could be wrapped
         (PAIR, ("--mask-prompt",), True, False),  # though it ends in the token that ends a turn of the template
+        (PAIR, (), True, False),  # though every token is trained
         (PAIR, ("--use-chat-template",), False, False),
         ({"text": "word " * 20}, ("--max-seq-length", 8), False, True),
     ],

@@ -30,6 +30,7 @@ ASKED = {
     "save_path": "../..",
     "gguf": "model.gguf",
     "peft": "out",
+    "output": "/elsewhere/answers.jsonl",
 }
 FOLDERS = st.lists(st.sampled_from(["a", "b", "c", "snapshots", "blobs", "configs"]), max_size=4)
 STEPS = st.lists(st.sampled_from(["link to file", "link to folder", "relative link", "move below a link", "way up"]), max_size=4)
