@@ -10,10 +10,10 @@ from typing import Any
 import attrs
 from attrs import field, frozen
 
-from .. import __version__
 from ..config.fields import PATHS
 from ..config.options import AdapterOptions, DataOptions, ModelOptions, Output, PairData, PromptData, Training
 from ..errors import printable
+from ..utils.device import package_version
 from ..utils.files import atomic_file
 from ..utils.paths import checked_exists
 from .columns import GENERAL
@@ -117,7 +117,7 @@ def card(record: Record, info: MethodInfo = CUSTOM, rows: Mapping[str, int] | No
     name, method, kind = config.get("model"), method_of(config), config.get("train_type", "lora")
     what = "weights" if kind == "full" else f"{'DoRA' if kind == 'dora' else 'LoRA'} adapters"
     title = f"{what[0].upper()}{what[1:]} for {name or 'a model'}"
-    trained = f"trained with mlxlora {__version__} by {info.title}"
+    trained = f"trained with mlxlora {package_version("mlxlora")} by {info.title}"
     head = CardHead(["mlxlora", kind, *([method] if method else [])], kind != "full", title)
     parts = [
         front_matter(name, head, evaluated(config, metrics)),
@@ -141,7 +141,7 @@ def fused_card(base: str, config: Values) -> str:
     lines = (
         front_matter(name, CardHead(["mlxlora"], adapter=False, title=f"{name}, fine-tuned")),
         f"# {markdown(name)}, fine-tuned",
-        f"{markdown(name)} with adapters fused into its weights by mlxlora {__version__}; {how}.",
+        f"{markdown(name)} with adapters fused into its weights by mlxlora {package_version("mlxlora")}; {how}.",
         '```bash\nmlx_lm.generate --model . --prompt "Hello"\n```',
     )
     return "\n\n".join(lines) + "\n"

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import mlx.nn as nn
 from attrs import evolve, frozen
 
-from .. import objectives
 from ..adapters.detach import continued, is_trained
 from ..adapters.inject import layers_to_train
 from ..adapters.prepare import CHANGED, base_of, load
@@ -28,6 +27,7 @@ from ..models.loading import ORIGIN, model_and_tokenizer, wrapped
 from ..models.logprobs import scorer
 from ..models.modes import vocabulary
 from ..objectives.objective import Objective
+from ..objectives.supervised import sft
 from ..reporting.callbacks import Callbacks
 from ..reporting.card import CUSTOM, Card, MethodInfo, portable
 from ..reporting.history import StoredMethod
@@ -140,7 +140,7 @@ def evaluate_split(
     model, tokenizer = load(base, adapter_path)
     splits = sources.tokenize(source, {split: rows}, tokenizer)
     sources.check_tokens(source, splits, {"the model": vocabulary(model)}, tokenizer)
-    objective = objectives.sft()
+    objective = sft()
     ranks, schedule = current_ranks(), Schedule(source, splits, Training(batch_size=batch_size))
     make = plain_maker(source, Context(model, tokenizer, seed, validation=True, ranks=ranks))
     return make_evaluate(model, objective, scorer(model), ranks)(batches_of_split(schedule, make, split))
