@@ -11,6 +11,7 @@ from mlxlora.errors import InputError, listed, plain
 from mlxlora.methods import METHODS, commands
 
 _RENAMED: Mapping[str, Mapping[str, str]] = {
+    "eval": {"--test": "--split=test"},
     "fuse": {"--upload-repo": "--push-to-hub", "--de-quantize": "--dequantize"},
     "generate": {
         "--system-prompt": "--system",

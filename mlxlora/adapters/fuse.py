@@ -21,7 +21,8 @@ from ..models.quantize import QUANTIZATIONS, quantization_of, quantize_as, weigh
 from ..reporting.card import CARD, fused_card
 from ..utils.files import atomic_file
 from ..utils.folders import check_new_file, check_vacant, written_folder
-from ..utils.paths import check_links
+from ..utils.marker import mark, marker_of
+from ..utils.paths import check_links, real
 from .lora import base_of_adapter
 from .prepare import attach
 
@@ -198,3 +199,6 @@ def _write_gguf(model: nn.Module, config: dict[str, Any], folder: Path, file: Pa
         ) as error:  # an incomplete configuration, an unknown kind of tokenizer
             raise InputError(f"--gguf {file}: mlx-lm cannot convert {folder} ({error!r}); use llama.cpp's converter") from None
         written.replace(temporary)
+    inside = real(file)
+    if (marker := marker_of(folder)) and inside.is_relative_to(real(folder)):  # it may be replaced with the folder
+        mark(folder, marker.command, marker.files | {inside.relative_to(real(folder)).as_posix()})

@@ -7,8 +7,6 @@ sizes. Without it all scores [R, heads, T, T] are kept; docs/machines.md names t
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from contextvars import ContextVar
 from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -19,15 +17,17 @@ from attrs import frozen
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import base
 
-from ..utils.context import assigned
 from ..utils.device import backend
 from ..utils.patches import python_modules, replace_function
+from .attention_shapes import SHAPES, AttentionShape, attention_way
+from .attention_shapes import using as using
 
 _NAME = "scaled_dot_product_attention"
 _PLAIN = getattr(base, _NAME)
 fused = mx.fast.scaled_dot_product_attention
 
-# By device, as benchmarks/attention.py measured them (metal is a guess; benchmarks/README.md has the numbers).
+# By device, as benchmarks/attention.py measured them (metal is a guess; benchmarks/README.md has the numbers). A run measures its
+# own shapes (`attention_choice`) and uses CHUNKS_PAY_FROM only for those that it did not measure.
 CHUNK = {"cpu": 128, "cuda": 512, "metal": 512}  # queries: smaller chunks launch more kernels, larger ones hold more scores
 CHUNKS_PAY_FROM = {"cpu": 768, "cuda": 8192, "metal": 1024}  # positions of a row: below, recomputing costs more than it saves
 PACKED_CHUNKS_PAY_FROM = CHUNKS_PAY_FROM | {"cuda": 16384}
@@ -40,8 +40,6 @@ KEPT_BYTES = {"cpu": 32 << 20, "cuda": 64 << 20, "metal": 32 << 20}
 SCORE_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20, "metal": 64 << 20}
 
 _Arrays = dict[str, Any]
-_CHOICE: ContextVar[str] = ContextVar("attention", default="auto")
-"""`attend` has mlx-lm's signature, which has no room for an argument of ours."""
 
 
 class Causal(str):
@@ -58,11 +56,6 @@ class Causal(str):
         mask = cls("causal")
         mask.window = window
         return mask
-
-
-def using(choice: str) -> AbstractContextManager[None]:
-    """How rows attend while the context lasts: "fused", "chunked", or "auto", which takes what is faster on this device."""
-    return assigned(_CHOICE, choice)
 
 
 def hook(model: nn.Module) -> int:
@@ -115,25 +108,30 @@ def causal(
     Returns:
         [R, heads, T, d].
     """
-    length = queries.shape[2]
+    (_, heads, length, width), value_width = queries.shape, values.shape[-1]
+    packed, sunk = segments is not None, sinks is not None
+    shape = AttentionShape(heads, keys.shape[1], width, value_width, queries.dtype, window, packed, sunk)
+    if (seen := SHAPES.get()) is not None:
+        seen.add(shape)
     window = window if window is not None and window < length else None
     whole = window is None and segments is None
-    fusible = whole and fused_backward(queries.shape[-1], values.shape[-1], sinks=sinks is not None)
-    if in_chunks(length, fusible, packed=segments is not None):
+    fusible = whole and fused_backward(width, value_width, sinks=sunk)
+    if in_chunks(length, fusible, packed=packed, shape=shape):
         return blockwise(queries, keys, values, Scoring(scale, window, segments, sinks))
     mask = "causal" if whole else visible(range(length), range(length), window, segments)
     return fused(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
 
 
-def in_chunks(length: int, fusible: bool, *, packed: bool = False) -> bool:
-    """Whether rows attend in chunks.
+def in_chunks(length: int, fusible: bool, *, packed: bool = False, shape: AttentionShape | None = None) -> bool:
+    """Whether rows attend in chunks: as asked for, as measured, or as the constants guess.
 
     Args:
         length: positions of a row.
         fusible: MLX has a fused backward pass for these rows.
         packed: with segments.
+        shape: of the layer.
     """
-    choice = _CHOICE.get()
+    choice = attention_way(shape, length)
     if choice != "auto":
         return choice == "chunked"
     return length >= (PACKED_CHUNKS_PAY_FROM if packed else CHUNKS_PAY_FROM)[backend()] and not fusible

@@ -23,15 +23,16 @@ class Callbacks(Reporter):
     Errors wait for `settle`, because in the middle of a step the state of the run could not be saved.
 
     Args:
-        members: functions (step, metrics), objects with any of `EVENTS`, mlx-lm's callbacks, or reporters.
+        members: functions (step, metrics), objects with any of `EVENTS`, mlx-lm's callbacks, or reporters; or one alone.
         clock: current time in seconds, for the speeds that mlx-lm's callbacks get.
 
     Raises:
         InputError: a member is none of these.
     """
 
-    def __init__(self, members: Sequence[Any] = (), clock: Callable[[], float] = time.monotonic) -> None:
-        self._members, self._clock = [_checked(member) for member in members], clock
+    def __init__(self, members: Any = (), clock: Callable[[], float] = time.monotonic) -> None:
+        several = isinstance(members, (list, tuple, set))
+        self._members, self._clock = [_checked(member) for member in (members if several else [members])], clock
         self._stop, self._failure, self._cause = "", "", None
         self._before, self._validated = (0, clock()), clock()
         self.results: Values = {}  # of a run that ended as it should, unrounded

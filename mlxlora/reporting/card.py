@@ -117,7 +117,7 @@ def card(record: Record, info: MethodInfo = CUSTOM, rows: Mapping[str, int] | No
     name, method, kind = config.get("model"), method_of(config), config.get("train_type", "lora")
     what = "weights" if kind == "full" else f"{'DoRA' if kind == 'dora' else 'LoRA'} adapters"
     title = f"{what[0].upper()}{what[1:]} for {name or 'a model'}"
-    trained = f"trained with mlxlora {package_version("mlxlora")} by {info.title}"
+    trained = f"trained with mlxlora {package_version('mlxlora')} by {info.title}"
     head = CardHead(["mlxlora", kind, *([method] if method else [])], kind != "full", title)
     parts = [
         front_matter(name, head, evaluated(config, metrics)),
@@ -141,7 +141,7 @@ def fused_card(base: str, config: Values) -> str:
     lines = (
         front_matter(name, CardHead(["mlxlora"], adapter=False, title=f"{name}, fine-tuned")),
         f"# {markdown(name)}, fine-tuned",
-        f"{markdown(name)} with adapters fused into its weights by mlxlora {package_version("mlxlora")}; {how}.",
+        f"{markdown(name)} with adapters fused into its weights by mlxlora {package_version('mlxlora')}; {how}.",
         '```bash\nmlx_lm.generate --model . --prompt "Hello"\n```',
     )
     return "\n\n".join(lines) + "\n"

@@ -56,7 +56,8 @@ def load_rewards(
         raise InputError(f"--rewards names no reward function; there are {', '.join(sorted(BUILT_IN))}")
     process = RewardProcess(file) if file else None
     functions = [_function(request, process) for request in requests]
-    weighted = zip(_labels(requests), functions, _checked_weights(weights, len(functions)), strict=True)
+    labels = _labels(requests)
+    weighted = zip(labels, functions, _checked_weights(weights, labels), strict=True)
     return tuple(NamedReward(*fields) for fields in weighted)
 
 
@@ -104,11 +105,12 @@ def _labels(requests: Sequence[_Entry]) -> list[str]:
     return labels
 
 
-def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+def _checked_weights(weights: Sequence[float] | None, names: Sequence[str]) -> list[float]:
     if weights is None:
-        return [1.0] * count
-    if len(weights) != count:
-        raise InputError(f"--reward-weights has {len(weights)} numbers for {count} rewards; give one per name in --rewards")
+        return [1.0] * len(names)
+    if len(weights) != len(names):
+        counts = f"{len(weights)} numbers for {len(names)} rewards ({plain(', '.join(names))})"
+        raise InputError(f"--reward-weights has {counts}; give one per name in --rewards")
     for weight in weights:
         if not math.isfinite(weight):
             raise InputError(f"--reward-weights must be finite numbers, got {weight}")

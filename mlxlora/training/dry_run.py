@@ -13,13 +13,12 @@ from mlx_lm.utils import get_total_parameters
 
 from ..data.batching import MicroBatch, Order, bucket
 from ..distributed.sharding import count, is_sharded
-from ..models import attention
-from ..models.recurrences import recurrence_by
 from ..reporting.card import MethodInfo, changed_options
 from ..reporting.reporter import Reporter
 from ..reporting.text import duration
 from ..utils.device import memory_limit, smaller
 from ..utils.integers import ceil_div
+from .choices import by_machine
 from .evaluate import Evaluate
 from .inputs import Run, RunOptions
 from .loop import LoopOptions, train
@@ -90,7 +89,7 @@ def dry_run(run: Run, reporter: Reporter) -> dict[str, Any]:
     options = run.options
     if not options.output.show_config:
         reporter.note(_changed(options.config, options.method))
-    with attention.using(options.training.attention), recurrence_by(options.training.recurrence):
+    with by_machine(run, reporter):
         needs = _measured(run, reporter)
     quantized = any(hasattr(module, "bits") for module in run.model.modules())
     reporter.finish(table(needs, advice(options, quantized=quantized)))

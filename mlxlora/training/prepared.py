@@ -34,6 +34,7 @@ from ..objectives.cross_row import compares_rows
 from ..reporting.reporter import Reporter
 from ..reporting.stage import announced
 from ..utils.device import limit_memory
+from .choices import Choices
 from .evaluate import Evaluate, make_evaluate, mean_measures
 from .inputs import Run, RunOptions
 from .micro_batch import BatchDivider, cost_of_position, fixed_size
@@ -81,13 +82,16 @@ class Prepared:
     digests: Mapping[str, str]
 
 
-def prepare_run(run: Run, reporter: Reporter, only: Mapping[str, Sequence[int]] | None = None) -> Prepared:
+def prepare_run(
+    run: Run, reporter: Reporter, only: Mapping[str, Sequence[int]] | None = None, choices: Choices | None = None
+) -> Prepared:
     """Makes the model of a run trainable, and everything else that its first step needs.
 
     Args:
         run: its inputs.
         reporter: gets notes.
         only: rows of each split that get a reference; None: all that the run uses.
+        choices: what was measured on this machine, for the checkpoint.
 
     Raises:
         InputError: options that do not fit the data or the model.
@@ -131,8 +135,7 @@ def prepare_run(run: Run, reporter: Reporter, only: Mapping[str, Sequence[int]] 
         warn=partial(reporter.note, warning=True),
         vocabularies=score.others | reference_size,
     )
-    divider = BatchDivider(limit, cost, rows, comparing=tuple(comparing))
-    rounding = RunRounding(Signatures(), context.shapes, divider, ranks)
+    rounding = RunRounding(Signatures(), context.shapes, BatchDivider(limit, cost, rows, tuple(comparing)), ranks, choices or {})
     train = plain_maker(schedule.source, context, rounding.batches)
     valid = plain_maker(schedule.source, evolve(context, validation=True, shapes=Signatures()))
     if live:  # validation measures rewards, which need no reference

@@ -12,6 +12,7 @@ from attrs import define, field
 from ..data.batching import MicroBatch
 from ..data.shape_buckets import Signatures
 from ..distributed.ranks import ALONE, Ranks
+from ..models.attention_choice import is_table
 from .micro_batch import BatchDivider
 
 State = Mapping[str, Any]
@@ -26,12 +27,14 @@ class RunRounding:
         measured: the shapes that a source measures while it makes a batch.
         divider: divides batches.
         ranks: all of them are in the checkpoint, which rank 0 writes.
+        choices: what was measured on the machine where the run began; see `choices`.
     """
 
     batches: Signatures
     measured: Signatures
     divider: BatchDivider
     ranks: Ranks = ALONE
+    choices: Mapping[str, Any] = field(factory=dict)
     _told: State | None = field(default=None, init=False)
     _all: list[State] = field(factory=list, init=False)
 
@@ -41,6 +44,7 @@ class RunRounding:
             "batches": self.batches.state(max((micro.shapes for micro in micros), default=0)),
             "measured": self.measured.state(),
             "divider": self.divider.state(),
+            "choices": self.choices,
         }
         changed = own != self._told
         if self.ranks.totals(changed)[0]:
@@ -75,6 +79,17 @@ def check_states(states: Any) -> None:
             raise ValueError("held, cost and largest must be numbers")
         if not isinstance(options, list):
             raise ValueError("the options of the divider must be a list")
+        check_choices(state.get("choices", {}))
+
+
+def check_choices(choices: Any) -> None:
+    """Checks that a value from a checkpoint is what was measured for a run.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(choices, dict) or not is_table(choices.get("attention", {})):
+        raise ValueError("choices must be tables")
 
 
 def _is_size(value: Any) -> bool:

@@ -6,13 +6,12 @@ from functools import partial
 from typing import Any
 
 from ..data.prompts import Question
-from ..models import attention
-from ..models.recurrences import recurrence_by
 from ..reporting.callbacks import Callbacks
 from ..reporting.history import PAGE
 from ..reporting.reporter import Reporter
 from ..utils.integers import round_up
 from .answers import answered
+from .choices import by_machine
 from .evaluate import Evaluate
 from .hooks import CHECKPOINT, REPORT, VALIDATION, Report, Told, Validation
 from .inputs import Run
@@ -47,8 +46,8 @@ def execute_run(run: Run, reporter: Reporter, questions: Sequence[Question] = ()
         InputError: options that do not fit the data, the model or the run to be resumed.
         RunError: losses or gradients that are not finite, of five batches in a row; the last good state was saved.
     """
-    with attention.using(run.options.training.attention), recurrence_by(run.options.training.recurrence):
-        prepared = prepare_run(run, reporter)
+    with by_machine(run, reporter) as choices:
+        prepared = prepare_run(run, reporter, choices=choices)
         with answered(run, reporter, questions) as asking:  # before a checkpoint is read: "before" is the start of training
             return _execute(run, prepared, asking)
 

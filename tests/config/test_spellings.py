@@ -4,6 +4,7 @@ import json
 import shlex
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import yaml
@@ -147,6 +148,110 @@ def test_counts_of_grpo_are_told(typed):
     assert "in `grpo`, `online-dpo` and `gkd` it counts completions there" in out or "per_device_train_batch_size" in out
 
 
+README = r"""
+mlx_lm_lora.train \
+    --model <path_to_model> \
+    --train \
+    --data <path_to_data> \
+    --iters 600
+
+mlx_lm_lora.train \
+    --model <path_to_model> \
+    --train \
+    --data <path_to_data>
+
+mlx_lm_lora.train \
+    --model <path_to_model> \
+    --train \
+    --data <path_to_data> \
+    --use-chat-template True \
+    --mask-prompt
+
+mlx_lm_lora.train \
+ --model <path_to_model> \
+ --train \
+ --train-mode orpo \
+ --data <path_to_data> \
+ --beta 0.1
+
+mlx_lm.lora \
+    --model <path_to_model> \
+    --train \
+    --train-mode dpo \
+    --data <path_to_data> \
+    --beta 0.1
+
+mlx_lm.lora \
+    --model <path_to_model> \
+    --train \
+    --train-mode cpo \
+    --data <path_to_data> \
+    --beta 0.1
+
+mlx_lm.lora \
+    --model <path_to_model> \
+    --train \
+    --data <path_to_data> \
+    --fine-tune-type grpo \
+    --group-size 4
+
+mlx_lm.lora \
+    --model <path_to_model> \
+    --train \
+    --data <path_to_data> \
+    --fine-tune-type grpo \
+    --group-size 4 \
+    --beta 0.1 \
+    --epsilon 1e-4 \
+    --max-completion-length 512 \
+    --reference-model-path <optional_path_to_reference_model> \
+    --temperature 1.0 \
+    --reward-weights 1.0 1.0 \
+    --use-chat-template False \
+    --use-prompt False \
+    --batch-size 4 \
+    --learning-rate 1e-5 \
+    --num-epochs 3
+
+mlx_lm_lora.train \
+    --model <path_to_model> \
+    --adapter-path <path_to_adapters> \
+    --data <path_to_data> \
+    --test
+
+mlx_lm.generate \
+    --model <path_to_model> \
+    --adapter-path <path_to_adapters> \
+    --prompt "<your_model_prompt>"
+
+mlx_lm_lora.fuse \
+    --model <path_to_model> \
+    --export-gguf
+
+mlx_lm_lora.fuse --model <path_to_model>
+
+mlx_lm_lora.train --help
+
+mlx_lm_lora.train --config /path/to/config.yaml
+"""
+"""The command lines of the README of mlx-lm-lora's first release, but for the upload of a fused model."""
+PLACES = {"path_to_model": "m", "path_to_data": "d", "optional_path_to_reference_model": "r", "path_to_adapters": "adapters"}
+
+
+def commands_of_the_readme():
+    """The README's lines with the command's name of mlxlora, and folders for its placeholders."""
+    for text in README.replace("\\\n", "").strip().split("\n\n"):
+        for place, folder in PLACES.items():
+            text = text.replace(f"<{place}>", folder)
+        name, *arguments = shlex.split(text)
+        mode = next((mode for mode in ("orpo", "dpo", "cpo", "grpo") if mode in arguments), "sft")
+        yield (
+            name.partition(".")[2] if name.endswith((".generate", ".fuse")) else "eval" if "--test" in arguments else mode,
+            *arguments,
+        )
+
+
+*TRAINED, EVALUATED, GENERATED, GGUF, FUSED, HELP, FILE = commands_of_the_readme()
 SEED = [
     "sft --model m --train --data d --iters 600",
     "sft --model m --train --data d --fine-tune-type lora --use-chat-template True --mask-prompt",
@@ -175,20 +280,61 @@ ROWS = {
 SHORT = ("--iters", 1, "--batch-size", 2, "--val-batches", 0, "--answers", 0, "--num-layers", 1, "--quiet", "--adapter-path", "out")
 
 
-@pytest.mark.parametrize("line", SEED)
-def test_commands_of_the_seed_train(line, mlxlora, eager, tmp_path, monkeypatch):
-    """For one step; m, r and d are folders."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLXLORA_CACHE", str(tmp_path / "cache"))
-    command, *arguments = shlex.split(line)
-    for name in ("m", "r"):
-        (tmp_path / name).symlink_to(starter.model_path(), target_is_directory=True)
-    (tmp_path / "d").mkdir()
-    (tmp_path / "d" / "train.jsonl").write_text(4 * f"{json.dumps(ROWS[command])}\n")
+@pytest.mark.parametrize(
+    "line", [*TRAINED[2:-1], *(shlex.split(SEED[index]) for index in (2, 4, 6, 7))], ids=lambda line: " ".join(line[:9])
+)
+def test_commands_of_the_seed_train(line, mlxlora, eager, folders):
+    """For one step; m, r and d are folders. The first is trained below."""
+    command, *arguments = line
+    folders(command)
     limit = ("--max-completion-length", 4) if command == "grpo" else ()
     done = mlxlora(command, *arguments, *SHORT, *limit)
     assert done.code == 0, done.err
-    assert (tmp_path / "out" / "adapters.safetensors").is_file()
+    assert Path("out", "adapters.safetensors").is_file()
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Makes m, r and d in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLXLORA_CACHE", str(tmp_path / "cache"))
+
+    def make(command):
+        for name in ("m", "r"):
+            (tmp_path / name).symlink_to(starter.model_path(), target_is_directory=True)
+        (tmp_path / "d").mkdir()
+        for split in ("train", "test"):
+            (tmp_path / "d" / f"{split}.jsonl").write_text(4 * f"{json.dumps(ROWS[command])}\n")
+
+    return make
+
+
+def test_the_readme_of_the_seed_from_training_to_the_fused_model(mlxlora, eager, folders):
+    """The second `fuse` replaces the folder with the GGUF file that the first wrote there."""
+    folders("sft")
+    done = [mlxlora(*TRAINED[0], *SHORT[:-1], "adapters"), mlxlora(*EVALUATED), mlxlora(*GENERATED, "--max-tokens", 2)]
+    done += [mlxlora(*GGUF), mlxlora(*FUSED, "--overwrite")]
+    assert [one.code for one in done] == [0, 0, 0, 0, 0], [one.err for one in done]
+    assert done[1].out.startswith("loss ") and "fused/ggml-model-f16.gguf" in done[3].out
+    assert not Path("fused", "ggml-model-f16.gguf").exists()
+
+
+def test_the_readme_of_the_seed_is_understood(typed, mlxlora, tmp_path):
+    for command, *arguments in TRAINED:
+        assert typed(command, *arguments)[0]["model"] == "m"
+    full = typed(*TRAINED[-1])[0]
+    assert (full["reward_weights"], full["epsilon"], full["epochs"], full["use_prompt"]) == ([1.0, 1.0], 1e-4, 3.0, False)
+    assert mlxlora(*HELP).code == 0
+    (tmp_path / "config.yaml").write_text("model: m\ntrain: true\ntrain_mode: sft\ndata: d\n")
+    assert typed(*FILE[:-1], tmp_path / "config.yaml")[0]["data"] == "d"
+
+
+def test_weights_of_the_readme_need_as_many_rewards(mlxlora, folders):
+    """Its last GRPO line has two weights and names no rewards; with five by default it stops in mlx-lm-lora too."""
+    folders("grpo")
+    done = mlxlora(*TRAINED[-1])
+    message = "--reward-weights has 2 numbers for 1 rewards (accuracy); give one per name in --rewards\n"
+    assert done.code == 2 and done.err == f"mlxlora: error: {message}"
 
 
 def test_values_of_the_seed(typed):

@@ -91,12 +91,13 @@ def test_sft_and_then_dpo_on_the_same_object(model_folder, tmp_path):
     model = ml.load(str(model_folder))
     sft(model, tmp_path / "sft", rank=4, num_layers=1)
     how = {name: value for name, value in FAST.items() if name != "num_layers"}
-    ml.dpo(model=model, data=PAIRS, adapter_path=tmp_path / "dpo", **how)  # takes rank and layers over
+    done = ml.dpo(model=model, data=PAIRS, adapter_path=tmp_path / "dpo", **how)  # takes rank and layers over
     assert read_settings(tmp_path / "dpo" / "config.yaml")["rank"] == 4
     assert losses(tmp_path / "dpo")[0] == pytest.approx(np.log(2), abs=1e-6)
-    start = tmp_path / "sft" / "adapters.safetensors"
-    ml.dpo(model=model_folder, data=PAIRS, adapter_path=tmp_path / "file", rank=4, num_layers=1, resume_adapter_file=start, **how)
+    how |= {"rank": 4, "num_layers": 1, "resume_adapter_file": tmp_path / "sft" / "adapters.safetensors"}
+    again = ml.dpo(model=model_folder, data=PAIRS, adapter_path=tmp_path / "file", **how)
     assert losses(tmp_path / "dpo") == losses(tmp_path / "file")
+    assert again.evaluate(PAIRS)["loss"] == done.evaluate(PAIRS)["loss"] < np.log(2)  # beside the file's adapters too
 
 
 @pytest.mark.parametrize("anew", [False, True])

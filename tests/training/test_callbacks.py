@@ -6,6 +6,7 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 
 import mlxlora as ml
 from mlxlora.errors import InputError, RunError
+from mlxlora.reporting.callbacks import Callbacks
 from mlxlora.reporting.reporter import Reporter
 
 ROWS = {name: [{"prompt": f"add {i}.", "completion": str(i + 2)} for i in range(8)] for name in ("train", "valid")}
@@ -34,6 +35,16 @@ def lines(folder):
     timed = ("tokens_per_second", "peak_memory_gb")
     rows = [orjson.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
     return [{name: value for name, value in row.items() if name not in timed} for row in rows]
+
+
+def test_one_callback_needs_no_list():
+    """As one reward needs none."""
+    steps, everything = [], Everything()
+    for alone in (lambda step, metrics: steps.append(step), everything):
+        Callbacks(alone).step(3, {})
+    assert steps == [3] and ("step", 3, {}) in everything.seen
+    with pytest.raises(InputError, match=r"^callbacks: expected functions \(step, metrics\) or objects .*, got int 3$"):
+        Callbacks(3)
 
 
 def test_every_event(model_folder, tmp_path):

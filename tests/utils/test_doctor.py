@@ -6,7 +6,9 @@ from pathlib import Path
 import orjson
 import pytest
 
+from mlxlora.models import attention_choice
 from mlxlora.utils import doctor
+from mlxlora.utils.measured import Timing
 
 
 def test_it_tells_everything(mlxlora) -> None:
@@ -63,3 +65,14 @@ def test_hub_variables() -> None:
 def test_memory_is_the_devices_where_it_says() -> None:
     assert doctor.memory({"memory_size": 8e9}).value == "8.0 GB"
     assert float(doctor.memory({}).value.split()[0]) > 0
+
+
+def test_it_measures_the_machine(mlxlora, monkeypatch, tmp_path) -> None:
+    """A line for each length and kind of row; a second time anew. Timings are injected."""
+    monkeypatch.setenv("MLXLORA_CACHE", str(tmp_path))
+    for seconds, best in ((1e-3, "fused"), (3e-3, "chunked")):
+        times = {"fused": Timing(seconds, 10), "chunked": Timing(2e-3, 10)}
+        monkeypatch.setattr(attention_choice, "attention_timing", lambda choice, *_, times=times: times[choice])
+        lines = mlxlora("doctor", "--measure").out.splitlines()
+        assert len(lines) == len(set(lines)) >= 9 and all(f": {best} (" in line for line in lines)
+        assert any("window 256" in line for line in lines) and any("packed" in line for line in lines)
