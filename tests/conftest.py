@@ -1,5 +1,6 @@
 """What every test may use: a fast BLAS before MLX is imported, the command line in this process, a model on disk, shared data."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from mlxlora.utils.blas import load_fast_blas
 from tests.support.compiler import precompile_mlx_header
 from tests.support.paths import SHARED, Outcome
 
+os.environ.setdefault("MLXLORA_MEASURE", "off")  # no test depends on a clock; those of choices inject timings
 load_fast_blas()  # before MLX is imported, which then resolves its matrix products
 precompile_mlx_header()
 
