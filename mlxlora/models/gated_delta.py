@@ -28,7 +28,7 @@ from ..utils.integers import ceil_div
 
 DELTA_CHUNK = 64
 # Of the arrays of a span, forward and backward. A GPU wants many chunks in one launch, a CPU wants its cache.
-SPAN_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20, "metal": 128 << 20}
+SPAN_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30, "metal": 128 << 20}
 
 
 @frozen(eq=False)
