@@ -106,7 +106,7 @@ class Table:
 class Section:
     """A part of a page: charts (SVG elements), a table, and a part that is folded under its title; or folded as a whole.
 
-    The charts of the main part are large.
+    The charts of the main part are large. `legend` has the names of the colors in all charts.
     """
 
     title: str
@@ -115,6 +115,7 @@ class Section:
     folded: "Section | None" = None
     is_folded: bool = False
     is_main: bool = False
+    legend: Sequence[str] = ()
 
     def __bool__(self) -> bool:
         return bool(self.charts or (self.table and self.table.lines) or self.folded)
@@ -198,7 +199,7 @@ def comparison_page(records: Sequence[Record]) -> str:
         sections=[
             Section("Options that differ", _columns(names, portable(differences(records)))),
             Section("Results", evolve(_columns(names, found), best=[best_of(name, values) for name, values in found.items()])),
-            Section("Curves", charts=_overlaid(records)),
+            _curves(records),
         ],
     )
 
@@ -248,16 +249,46 @@ def _other_charts(record: Record, method: MethodInfo) -> list[Section]:
     return [*sections, Section("Constant and equal metrics", _pairs(others), is_folded=True)]
 
 
-def _overlaid(records: Sequence[Record]) -> list[str]:
-    """A chart for each metric of each split, with a line per run in the run's color; losses of each method apart."""
+def _curves(records: Sequence[Record]) -> Section:
+    """Losses and rewards, which differ, and below them all other charts, folded."""
+    matters = SECTIONS["Loss and rewards"]
+    shown, folded = [], []
+    for metric, svg, differs in _overlaid(records):
+        (shown if differs and matters(metric) else folded).append(svg)
+    names = _short_names(records)
+    others = Section("Other curves", charts=folded, is_folded=True)
+    return Section("Curves", charts=shown, legend=names if shown or folded else (), folded=others if folded else None)
+
+
+def _short_names(records: Sequence[Record]) -> list[str]:
+    """Names of runs, without the folders that all of them are in."""
+    names = [record.name for record in records]
+    parts = [Path(name).parts for name in names]
+    same = 0
+    while all(len(part) > same + 1 and part[same] == parts[0][same] for part in parts):
+        same += 1
+    return [str(Path(*part[same:])) if part else name for part, name in zip(parts, names, strict=True)]
+
+
+def _overlaid(records: Sequence[Record]) -> list[tuple[str, str, bool]]:
+    """For each metric of each split: the metric, its chart with a line per run in the run's color, and whether any value differs.
+
+    Losses of each method are apart. Rewards come first, because the loss of a sampled run says little, then losses.
+    """
     charts: dict[tuple[str, str], list[Line]] = {}
+    names = _short_names(records)
     for i, (record, label) in enumerate(zip(records, _methods(records), strict=True)):
         for name, splits in record.curves().items():
             for split, points in splits.items():
                 lines = charts.setdefault((name, f"{split} {name}{_apart(name, label)}"), [])
-                lines.append(Line(record.name, points, i % COLORS, dotted=split != "train"))
-    ordered = sorted(charts.items(), key=lambda entry: (entry[0][0] != "loss", entry[0][0] != "reward"))
-    return list(filter(None, (chart(_of_split(title, name), lines, title) for (name, title), lines in ordered)))
+                lines.append(Line(names[i], points, i % COLORS, dotted=split != "train"))
+    ordered = sorted(charts.items(), key=lambda entry: (entry[0][0] != "reward", entry[0][0] != "loss"))
+    drawn = [(name, chart(_of_split(title, name), lines, title), _differs(lines)) for (name, title), lines in ordered]
+    return [entry for entry in drawn if entry[1]]
+
+
+def _differs(lines: Sequence[Line]) -> bool:
+    return len({value for line in lines for _, value in line.points}) > 1
 
 
 def _of_split(title: str, metric: str) -> str:

@@ -3,7 +3,8 @@
 import atexit
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from threading import Event, RLock, Thread
 from typing import Any
 
 from attrs import define, field
@@ -23,6 +24,7 @@ from .text import duration, leading_metric, shorten, sparkline
 from .wrapped import flat, print_pairs
 
 _BAR = 24  # characters of a bar, at most
+_OFTEN = 0.25  # seconds between two drawings of the bar
 _SHOWN = 300  # characters of an answer
 
 
@@ -74,6 +76,8 @@ class Screen(Terminal):
         self._gigabytes: float | None = None
         self._counted = (0, 0)  # of the stage
         self._live: Live | None = None
+        self._ended = Event()  # of the thread that draws the bar again
+        self._drawing = RLock()  # a line and the bar each move the cursor by the height of the last bar, so one waits for the other
         self._unicode = self.console.encoding.startswith("utf")
 
     def stage(self, text: str, done: int = 0, total: int = 0) -> None:
@@ -88,7 +92,7 @@ class Screen(Terminal):
     def overview(self, facts: Values) -> None:
         if not self.quiet:
             self._say("")
-            print_pairs(self.console, facts)
+            self._print_pairs(facts)
             self._say("")
 
     def record(self, row: Values) -> None:
@@ -130,16 +134,16 @@ class Screen(Terminal):
         self._prompt = str(rows[0]["prompt"]) if rows else ""
         for row in rows:
             self._say("")
-            print_pairs(self.console, {name: self._shown(row[name]) for name in answer_names(row)}, styles={"after": "bold"})
+            self._print_pairs({name: self._shown(row[name]) for name in answer_names(row)}, styles={"after": "bold"})
 
     def finish(self, summary: Values) -> None:
         """What improved and where things are, then the next commands."""
         self._stop()
         self._say("")
         if "adapters" not in summary:
-            print_pairs(self.console, summary)
+            self._print_pairs(summary)
             return
-        print_pairs(self.console, self._improvement.facts() | outcome_facts(summary))
+        self._print_pairs(self._improvement.facts() | outcome_facts(summary))
         commands = self._next(summary)
         self._say("\nNext:" if commands else "", "bold")
         for command in commands:
@@ -164,9 +168,14 @@ class Screen(Terminal):
         if self._lines > max(self.console.height - 6, 8):
             self._lines = 0  # the heading left the window
 
+    @property
+    def _shown_columns(self) -> list[str]:
+        """Without those of validation as long as there is none."""
+        return [name for name in self._columns if self._improvement.first or not name.startswith("valid")]
+
     def _fitting(self) -> Layout:
         """The columns for the width of the window as it is now; a new width gets a new heading."""
-        layout = Layout.of(self._columns, self._config, self.console.width)
+        layout = Layout.of(self._shown_columns, self._config, self.console.width)
         if layout != self._layout:
             self._layout, self._lines = layout, 0
         return layout
@@ -184,7 +193,7 @@ class Screen(Terminal):
             return
         shown = {name: text for name, text in (("prompt", prompt), ("answer", answer), ("expected", expected)) if text}
         shown |= {"reward": reward.removeprefix("reward ")} if reward else {}
-        print_pairs(self.console, shown, indent=4, styles=dict.fromkeys(shown, "dim"))
+        self._print_pairs(shown, indent=4, styles=dict.fromkeys(shown, "dim"))
         self._lines += len(shown)
 
     def _shown(self, text: Any) -> str:
@@ -196,11 +205,17 @@ class Screen(Terminal):
 
     def _say(self, text: str, style: str = "") -> None:
         """Prints a text that wraps between words."""
-        self.console.print(Text(printable(text), style=style, overflow="fold"), soft_wrap=False)
+        with self._drawing:
+            self.console.print(Text(printable(text), style=style, overflow="fold"), soft_wrap=False)
         self._lines += bool(self._lines)
 
     def _print_text(self, line: Text) -> None:
-        self.console.print(line, no_wrap=True, overflow="crop", crop=True, soft_wrap=False)
+        with self._drawing:
+            self.console.print(line, no_wrap=True, overflow="crop", crop=True, soft_wrap=False)
+
+    def _print_pairs(self, pairs: Values, indent: int = 1, styles: Mapping[str, str] = {}) -> None:
+        with self._drawing:
+            print_pairs(self.console, pairs, indent=indent, styles=styles)
 
     # --- below the table ----------------------------------------------------------------------
 
@@ -208,18 +223,28 @@ class Screen(Terminal):
         idle = self._began is None and self._stage is None
         if not self.console.is_terminal or self.console.is_dumb_terminal or (idle and self._live is None):
             return
-        if self._live is None:
-            self._live = Live(console=self.console, transient=True, refresh_per_second=4, get_renderable=self._below)
-            self._live.start()
-            atexit.register(self._stop)  # so that an error does not leave the cursor hidden
-        self._live.refresh()
+        with self._drawing:
+            if self._live is None:
+                self._live = Live(console=self.console, transient=True, auto_refresh=False, get_renderable=self._below)
+                self._live.start()
+                self._ended = Event()
+                Thread(target=self._draw_again, args=(self._live, self._ended), daemon=True).start()
+                atexit.register(self._stop)  # so that an error does not leave the cursor hidden
+            self._live.refresh()
+
+    def _draw_again(self, live: Live, ended: Event) -> None:
+        """Keeps the times in the bar up to date."""
+        while not ended.wait(_OFTEN):
+            with self._drawing:
+                if not ended.is_set():
+                    live.refresh()
 
     def _below(self) -> Any:
         """The open row and the bar."""
         width = self.console.width
         lines, records = [self._bar()], self._row.records  # once: another thread draws
         if records:
-            layout = Layout.of(self._columns, self._config, width)
+            layout = Layout.of(self._shown_columns, self._config, width)
             heading = [] if self._lines else [layout.heading()]
             lines = [*heading, layout.line(records, self._above, self._unicode), *lines]
         return Group(*(_cropped(line, width) for line in lines))
@@ -241,7 +266,7 @@ class Screen(Terminal):
         (done, total), seconds = self._counted, self._clock() - since
         if not total:
             return Text("  ".join([what, *([f"{done:,}"] if done else []), duration(seconds)]))
-        speed = f"  {done / seconds:,.0f}/s" if done and seconds > 0 else ""
+        speed = f"  {done / seconds:,.0f}/s" if done > seconds > 0 else ""
         return self._drawn(done, total, f"{what}  {done:,}/{total:,}{speed}")
 
     def _first_step(self, since: float) -> None:
@@ -271,10 +296,12 @@ class Screen(Terminal):
 
     def _stop(self) -> None:
         self._close()
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
-            atexit.unregister(self._stop)
+        with self._drawing:
+            if self._live is not None:
+                self._ended.set()
+                self._live.stop()
+                self._live = None
+                atexit.unregister(self._stop)
 
 
 def _cropped(line: Text, width: int) -> Text:

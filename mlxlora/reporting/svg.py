@@ -51,7 +51,7 @@ def chart(title: str, lines: Sequence[Line], metric: str = "") -> str:
     if not points:
         return ""
     low, high, log = bounds(points)
-    log = log and metric not in _LINEAR
+    log = log and not any(name in _LINEAR for name in metric.split())  # it may follow its split
     across = _Scale.of([x for x, _ in points], LEFT, WIDTH - RIGHT)
     up = _Scale.of([low, high], HEIGHT - BOTTOM, TOP + 6, log=log)
     label = f'aria-label="{escape(title)}" data-metric="{escape(metric or title)}"'

@@ -138,10 +138,11 @@ class Terminal(Reporter):
 def took(seconds: float, done: int) -> str:
     """The time of something that is over, and its speed if it counted.
 
-    >>> took(2.0, 600), took(2.0, 0)
-    ('600 in 2.0 s (300/s)', '2.0 s')
+    >>> took(2.0, 600), took(2.0, 1), took(2.0, 0)
+    ('600 in 2.0 s (300/s)', '1 in 2.0 s', '2.0 s')
     """
-    return f"{done:,} in {seconds:.1f} s ({done / seconds:,.0f}/s)" if done else f"{seconds:.1f} s"
+    speed = f" ({done / seconds:,.0f}/s)" if done > seconds else ""
+    return f"{done:,} in {seconds:.1f} s{speed}" if done else f"{seconds:.1f} s"
 
 
 def telling(rows: Sequence[Values]) -> list[Values]:

@@ -195,13 +195,17 @@ def test_outcome_and_difference():
 def test_losses_of_different_methods_stay_apart():
     """A policy's loss near 0 is no better than a cross entropy; rewards and speed compare."""
     rows = {"step": 1, "split": "train", "tokens_per_second": 5.0}
-    sampled = [rows | {"reward": 0.5, "loss": -0.25}, {"step": 1, "split": "valid", "loss": -0.5}]
+    sampled = [rows | {"step": i, "reward": i / 4, "loss": -0.25} for i in (1, 2)] + [{"step": 1, "split": "valid", "loss": -0.5}]
     runs = [record("a", method="sft"), Record("b", {"method": "grpo"}, sampled), Record("c", {"method": None}, [rows])]
     found = reached(runs)
     assert found["valid loss, best (sft)"] == ["1 (step 3)", "", ""] and found["valid loss (grpo)"] == ["", "-0.5", ""]
     assert found["train tokens_per_second"] == ["", "5", "5"]
     page = comparison_page(runs)
     assert "Loss (sft), train" in page and "Loss (grpo), train" in page and 'data-metric="train tokens_per_second"' in page
+    assert page.index("Reward, mean, train") < page.index("Loss (sft), train") < page.index("Other curves")
+    assert page.index("Other curves") < page.index('data-metric="train tokens_per_second"')
+    legend = page[page.index('<p class="legend">') :].partition("</p>")[0]
+    assert [name in legend for name in ("a</span>", "b</span>", "c</span>")] == [True] * 3, "all runs, however long their names are"
     assert list(reached(runs[:1] * 2)) == ["valid loss, best", "valid loss", "train grad_norm"]
 
 

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -104,6 +105,17 @@ def test_a_validation_goes_into_the_row_of_its_step():
     run(seen, steps=3, valid_every=2)
     rows = [line.split() for line in lines(seen) if line.strip()[:1].isdigit()]
     assert ["2", "↑7.0370", "↑7.0370"] in [row[:3] for row in rows]
+
+
+def test_a_run_without_validation_has_no_column_for_it():
+    seen = screen(80)
+    seen.progress(0, 30)
+    for step, split in ((10, "train"), (20, "train"), (20, "valid"), (30, "train")):
+        seen.progress(step, 30)
+        seen.record({"step": step, "split": split, "loss": 1.0})
+    seen.finish({})
+    headings = [line.split() for line in lines(seen) if line.split()[:2] == ["step", "loss"]]
+    assert "valid" not in headings[0] and "valid" in headings[-1]
 
 
 def test_falls_and_rises_are_marked():
@@ -261,6 +273,26 @@ def test_a_log_says_what_the_first_step_took():
         for number in (5, 6, 7):
             seen.progress(number, 9)
         assert written(seen) == told
+
+
+def test_the_bar_is_not_drawn_while_a_line_is_printed(monkeypatch):
+    seen, order, threads = screen(80), [], []
+    seen.progress(0, 9)
+    printed = seen.console.print
+
+    def slowly(*texts, **how):
+        if not threads:
+            threads.append(Thread(target=lambda: (seen.progress(0, 9), order.append("bar"))))
+            threads[0].start()
+            threads[0].join(0.05)
+            order.append("line")
+        printed(*texts, **how)
+
+    monkeypatch.setattr(seen.console, "print", slowly)
+    seen.note("a line")
+    threads[0].join()
+    seen.finish({})
+    assert order == ["line", "bar"], "else the bar erases a line of the table"
 
 
 def test_the_first_step_says_that_it_compiles():
