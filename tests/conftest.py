@@ -1,20 +1,52 @@
-"""What every test may use: a fast BLAS before MLX is imported, the command line in this process, a model on disk, shared data."""
+"""What every test may use: a fast BLAS before MLX is imported, few rows in the starter, the command line in this process,
+a model on disk, shared data.
+"""
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import orjson
 import pytest
+import typer.main
 
 from mlxlora.utils.blas import load_fast_blas
 from tests.support.compiler import precompile_mlx_header
 from tests.support.paths import SHARED, Outcome
+from tests.support.starter import with_few_rows
+
+
+def pytest_collection_finish() -> None:
+    """What the imports left stays: the collector, which a run calls many times, does not search it again."""
+    gc.collect()
+    gc.freeze()
+
 
 os.environ.setdefault("MLXLORA_MEASURE", "off")  # no test depends on a clock; those of choices inject timings
+
+
+def _commands_built_once() -> None:
+    """Typer builds a command anew for every call, and pydantic what reads each of its options."""
+    build, built = typer.main.get_command, {}
+
+    def get_command(app: typer.Typer) -> Any:
+        key = app.registered_callback, *(command.callback for command in app.registered_commands)
+        if key not in built:
+            built[key] = build(app)
+        return built[key]
+
+    typer.main.get_command = get_command
+
+
 load_fast_blas()  # before MLX is imported, which then resolves its matrix products
 precompile_mlx_header()
+_STARTER = TemporaryDirectory(prefix="starter-")
+with_few_rows(Path(_STARTER.name))
+_commands_built_once()
 
 
 @pytest.fixture
@@ -45,7 +77,7 @@ def mlxlora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     """`mlxlora("sft", "--iters", 3)`: the whole command line, without the price of a new process and of long answers."""
     from mlxlora_cli import main
 
-    monkeypatch.setattr("mlxlora.training.answers.TOKENS", 4)
+    monkeypatch.setattr("mlxlora.training.answers.TOKENS", 2)
 
     def run(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["mlxlora", *map(str, arguments)])

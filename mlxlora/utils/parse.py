@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Mapping
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +89,20 @@ def yaml_mapping(file: Path) -> dict[str, Any]:
         InputError: it is too large or deep, or is no mapping.
         Exception: it is no YAML; PyYAML raises more than its own errors.
     """
-    loader = PlainLoader(yaml_text(within(file), "--resume"))
+    return deepcopy(_mapping(yaml_text(within(file), "--resume"), str(file)))
+
+
+@lru_cache(maxsize=1)
+def _mapping(text: str, named: str) -> dict[str, Any]:
+    """The card and the page of a run read the same file, and PyYAML is slow."""
+    loader = PlainLoader(text)
     node = loader.get_single_node()
-    check_node(node, str(file))
+    check_node(node, named)
     value = {} if node is None else loader.construct_document(node)
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise InputError(f"{file}: damaged: not the options of a run, but {listed([str(value)])}")
+        raise InputError(f"{named}: damaged: not the options of a run, but {listed([str(value)])}")
     return {str(name): _as_json(item) for name, item in value.items()}
 
 

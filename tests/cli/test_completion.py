@@ -18,6 +18,7 @@ from mlxlora.objectives.grpo import grpo
 from mlxlora.objectives.preference import dpo
 from mlxlora.rollouts.reward_functions import BUILT_IN
 from tests.support.loss_types import loss_types
+from tests.support.warm import python
 
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 
@@ -62,6 +63,7 @@ def test_shells_are_answered(shell):
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_can_be_shown(shell, monkeypatch):
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")  # not the shell of the tests, which may have none
     done = subprocess.run([sys.executable, "-m", "mlxlora_cli", "--show-completion", shell], capture_output=True, text=True)
     assert done.returncode == 0 and "_MLXLORA_COMPLETE" in done.stdout
 
@@ -97,5 +99,5 @@ def test_help_ends_with_an_example(name):
     flags = {flag for param in takes.params for flag in param.opts}
     assert {word for word in example.split() if word.startswith("--")} <= flags
     widths = os.environ | {"COLUMNS": "200", "TERM": "dumb"}
-    shown = subprocess.run([sys.executable, "-m", "mlxlora_cli", name, "--help"], capture_output=True, text=True, env=widths).stdout
+    shown = subprocess.run([python(), "-m", "mlxlora_cli", name, "--help"], capture_output=True, text=True, env=widths).stdout
     assert shown.strip().endswith(command.epilog)

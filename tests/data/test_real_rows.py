@@ -3,11 +3,12 @@
 import json
 import os
 import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 
 import pytest
+
+from tests.support.warm import search_path
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 STORIES = SHARED / "models" / "stories260K"
@@ -18,9 +19,8 @@ pytestmark = pytest.mark.skipif(not STORIES.is_dir() or not DATA.is_dir(), reaso
 
 def command(name, *arguments):
     """Output of a console script of this environment, offline; it has to succeed."""
-    program = Path(sys.executable).parent / name
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-    done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, env=environment)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200", "PATH": search_path()}
+    done = subprocess.run(["env", name, *map(str, arguments)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -35,6 +35,7 @@ from tests.support.ranks import (
     to_run,
     wait_for,
 )
+from tests.support.warm import python
 
 pytestmark = pytest.mark.skipif(not mx.distributed.is_available("ring"), reason="this MLX was built without the ring backend")
 
@@ -94,7 +95,7 @@ def test_a_run_goes_on_with_other_numbers_of_ranks(tmp_path, alone):
 @pytest.mark.skipif(not LAUNCHER.exists(), reason="no mlx.launch beside this Python")
 def test_the_launcher_of_mlx_is_enough(tmp_path):
     first, _ = free_ports(2)
-    command = [LAUNCHER, "-n", "2", "--backend", "ring", "--starting-port", first, "--", sys.executable, "-m", "mlxlora_cli"]
+    command = [LAUNCHER, "-n", "2", "--backend", "ring", "--starting-port", first, "--", python(), "-m", "mlxlora_cli"]
     arguments = ["sft", "--iters", "2", *REPORTS.split(), "--adapter-path", tmp_path / "adapters"]
     done = subprocess.run(
         [*map(str, command), *map(str, arguments)],
@@ -141,9 +142,9 @@ def test_the_loss_of_rank_0_is_told_by_another(tmp_path):
 
 def test_a_rank_that_is_not_heard_of_does_not_keep_the_others_waiting(tmp_path):
     run = [*LONG.split(), "--adapter-path", tmp_path / "run"]
-    processes = start(tmp_path, 2, run, interpreter=sys.executable, MLXLORA_RANK_TIMEOUT="6")
+    processes = start(tmp_path, 2, run, MLXLORA_RANK_TIMEOUT="6")
     wait_for(tmp_path / "run/metrics.jsonl", '"step":3', processes)
-    processes[1].send_signal(signal.SIGSTOP)
+    processes[1].send_signal(signal.SIGTSTP)
     code, output = ended(processes[:1])[0]
     processes[1].kill()
     processes[1].communicate()
@@ -295,7 +296,7 @@ def test_terms_that_compare_rows_are_found(objective, terms):
 
 
 def test_a_rank_that_finds_no_others_does_not_train_alone(tmp_path):
-    run = [sys.executable, "-m", "mlxlora_cli", "sft", "--iters", "1", "--adapter-path", tmp_path / "run"]
+    run = [python(), "-m", "mlxlora_cli", "sft", "--iters", "1", "--adapter-path", tmp_path / "run"]
     done = subprocess.run(list(map(str, run)), env=environment(tmp_path) | {"MLX_RANK": "1"}, capture_output=True, text=True)
     assert done.returncode == 1
     assert "finds no others" in done.stderr

@@ -5,7 +5,6 @@ Ranks are processes on this machine's CPU that communicate over MLX's ring backe
 
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -39,6 +38,7 @@ from tests.support.ranks import (
     wait_for,
 )
 from tests.support.tiny import dense, quantized
+from tests.support.warm import python
 
 needs_ring = pytest.mark.skipif(not mx.distributed.is_available("ring"), reason="this MLX was built without the ring backend")
 
@@ -309,7 +309,7 @@ def test_quantized_weights_are_refused():
 
 
 def test_the_command_line_refuses_in_one_line(tmp_path):
-    run = [sys.executable, "-m", "mlxlora_cli", "sft", "--fully-shard", "--quiet", "--adapter-path", tmp_path / "run"]
+    run = [python(), "-m", "mlxlora_cli", "sft", "--fully-shard", "--quiet", "--adapter-path", tmp_path / "run"]
     done = subprocess.run(list(map(str, run)), env=environment(tmp_path), capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "use --train-type full" in done.stderr

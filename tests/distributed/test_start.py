@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 
 import mlx.core as mx
 import pytest
@@ -11,6 +10,7 @@ from mlxlora.distributed.watchdog import TIMEOUT, timeout
 from mlxlora.errors import InputError
 from mlxlora.starter import data_path, model_path
 from tests.support.ranks import LIMIT, ended, environment, free_ports, launched, own_lines
+from tests.support.warm import python
 
 ring = pytest.mark.skipif(not mx.distributed.is_available("ring"), reason="this MLX was built without the ring backend")
 
@@ -65,7 +65,7 @@ def test_ranks_that_differ_do_not_train(tmp_path, teacher):
 def test_a_rank_that_never_comes_is_named(tmp_path):
     first, second = free_ports(2)
     (tmp_path / "hosts.json").write_text(json.dumps([[f"127.0.0.1:{first}"], [f"127.0.0.1:{second}"]]))
-    run = [sys.executable, "-m", "mlxlora_cli", "sft", "--iters", "1", "--adapter-path", str(tmp_path / "run")]
+    run = [python(), "-m", "mlxlora_cli", "sft", "--iters", "1", "--adapter-path", str(tmp_path / "run")]
     more = {"MLX_RANK": "0", "MLX_HOSTFILE": str(tmp_path / "hosts.json"), TIMEOUT: "2"}
     done = subprocess.run(run, env=environment(tmp_path) | more, capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode != 0

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from mlxlora.models.row_layouts import mask_axes, use_windows
 from mlxlora.objectives.supervised import sft
 from tests.support.tiny import LLAMA, VOCABULARY, dense, distance, loss_and_gradient, shaken, softcapped
 from tests.support.tiny import example as random_example
+from tests.support.warm import python
 
 SMALL = LLAMA | {"max_position_embeddings": 512, "rope_theta": 1e4}
 WINDOWED = {"sliding_window": 8, "sliding_window_pattern": 2, "query_pre_attn_scalar": 16.0}
@@ -245,7 +245,7 @@ def test_only_rows_without_a_cache_are_chunked(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_benchmark_writes_its_rows(tmp_path: Path) -> None:
     file, root = tmp_path / "rows.json", Path(__file__).resolve().parents[2]
-    command = [sys.executable, "-m", "benchmarks.attention", "--quick", "--device", "cpu", "--json", str(file)]
+    command = [python(), "-m", "benchmarks.attention", "--quick", "--device", "cpu", "--json", str(file)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     for row in json.loads(file.read_text()):
         assert row["case"] in done.stdout

@@ -6,7 +6,6 @@ logits, [v = y] - π(v), differs by at most 1e-6; the others, π(v) times a fact
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from mlxlora.models.normalize import log_softmax, logsumexp
 from mlxlora.models.teacher import with_teacher
 from mlxlora.objectives.divergences import DIVERGENCES
 from mlxlora.objectives.numerics import row_sums
+from tests.support.warm import python
 
 SIZES = [49_152, 50_257, 151_936, 262_144]  # SmolLM2, GPT-2 (no multiple of a block), Qwen3, Gemma 3
 NAMES = ("entropy", "log_sum_sq_probs")
@@ -258,7 +258,7 @@ def test_sums_of_any_length(size: int) -> None:
 
 def test_the_benchmark_writes_its_rows(tmp_path: Path) -> None:
     file, root = tmp_path / "rows.json", Path(__file__).resolve().parents[2]
-    command = [sys.executable, "-m", "benchmarks.normalization", "--quick", "--device", "cpu", "--json", str(file)]
+    command = [python(), "-m", "benchmarks.normalization", "--quick", "--device", "cpu", "--json", str(file)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     rows = json.loads(file.read_text())
     assert {row["way"] for row in rows} == {"plain", "blocked", "scorer"}

@@ -45,11 +45,11 @@ def environment(folder):
     return alone | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MLXLORA_CACHE": str(folder / "cache")}
 
 
-def launched(folder, ranks, script, *arguments, interpreter=None, **variables):
-    """Processes that run a script, started as mlx.launch does; with an interpreter of their own, signals reach them as they are."""
+def launched(folder, ranks, script, *arguments, **variables):
+    """Processes that run a script, started as mlx.launch does."""
     hosts = folder / f"hosts-{ranks}-{time.monotonic_ns()}.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(ranks)]))
-    command = [interpreter or python(), "-c", script, *map(str, arguments)]
+    command = [python(), "-c", script, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL, "text": True}
     env = environment(folder) | variables | {"MLX_HOSTFILE": str(hosts)}
     return [subprocess.Popen(command, env=env | {"MLX_RANK": str(rank)}, cwd=folder, **pipes) for rank in range(ranks)]

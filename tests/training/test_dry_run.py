@@ -7,6 +7,7 @@ from mlxlora.data.batching import Order
 from mlxlora.errors import InputError
 from mlxlora.methods import METHODS
 from mlxlora.training.dry_run import representative_batches
+from tests.support.starter import FEW
 
 RUNNABLE = [name for name, row in METHODS.items() if row.starter.runs]
 SAMPLED = ("grpo", "online-dpo")
@@ -19,7 +20,7 @@ def tried(monkeypatch, tmp_path, eager):
     monkeypatch.setenv("MLXLORA_CACHE", str(tmp_path / "cache"))
 
     def run(method, **options):
-        small = {"batch_size": 4, "iters": 20, "max_seq_length": 64, "num_layers": 1, "use_chat_template": method != "sft"}
+        small = {"batch_size": 4, "iters": 8, "max_seq_length": 64, "num_layers": 1, "use_chat_template": method != "sft"}
         small |= {"max_completion_length": 4, "group_size": 2, "rewards": ("accuracy",)} if method in SAMPLED else {}
         names = {"model": str(starter.model_path()), "data": str(starter.data_path(method)), "dry_run": True}
         return METHODS[method](**{**small, **names, **options})
@@ -31,8 +32,8 @@ def tried(monkeypatch, tmp_path, eager):
 def test_every_method(method, tried, tmp_path, capsys):
     needs = tried(method)
     out = capsys.readouterr().out
-    rows = {"grpo": 1000, "online-dpo": 1000, "kto": 1200}.get(method, 600)
-    assert (needs["rows"], needs["steps"], needs["steps_per_epoch"]) == (rows, 20, rows // 4)
+    rows = {"kto": 2 * FEW}.get(method, FEW)
+    assert (needs["rows"], needs["steps"], needs["steps_per_epoch"]) == (rows, 8, rows // 4)
     assert 0 < needs["trainable"] < needs["parameters"] and needs["seconds"] > 0 and 0 < needs["peak"] < needs["limit"]
     assert (needs["seconds_reference"] > 0) == (method in ("dpo", "kto"))
     assert (needs["completion_length"] is not None) == (method in SAMPLED)
@@ -64,12 +65,12 @@ def test_what_does_not_fit_comes_with_advice(tried, capsys):
 
 def test_epochs_accumulation_and_packing(tried):
     needs = tried("sft", epochs=2.0, grad_accumulation_steps=2)
-    assert (needs["steps"], needs["steps_per_epoch"]) == (150, 75)
-    assert tried("sft", packing=True)["rows"] < 600
+    assert (needs["steps"], needs["steps_per_epoch"]) == (FEW // 4, FEW // 8)
+    assert tried("sft", packing=True)["rows"] < FEW
 
 
 def test_several_steps_on_one_batch_of_completions(tried):
-    assert tried("grpo", num_iterations=2, epochs=1.0)["steps_per_epoch"] == 500
+    assert tried("grpo", num_iterations=2, epochs=1.0)["steps_per_epoch"] == 2 * FEW // 4
 
 
 def test_all_options_on_request(tried, capsys):
