@@ -7,7 +7,7 @@ from attrs import evolve, frozen
 from mlx.utils import tree_unflatten
 
 from ..config.options import AdapterOptions
-from ..errors import InputError
+from ..errors import InputError, described
 from ..models.loading import ORIGIN, load_with_config
 from ..models.modes import freeze
 from ..utils.patches import restore
@@ -23,8 +23,10 @@ def detach(model: nn.Module) -> nn.Module:
     Weights that full training changed are read again from where the model was loaded.
 
     Raises:
-        InputError: such weights, of a model that `mlxlora.load` did not load; or adapters of the model's own kind.
+        InputError: no model; such weights, of one that `mlxlora.load` did not load; or adapters of the model's own kind.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"detach takes a model, such as the first of what load returns, got {described(model)}")
     if own := unusual(model):
         raise InputError(f"detach: {own[0]} is an adapter of the model's own kind; load the model again")
     origin = ORIGIN.get(model)

@@ -78,6 +78,8 @@ def sweep_over(
     Raises:
         InputError: nothing varies, or options that the method refuses.
     """
+    if not callable(method):
+        raise InputError(f"sweep: the method must be a function such as mlxlora.sft, got {described(method)}")
     for name, values in over.items():
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
             raise InputError(f"sweep: over[{name!r}] must be a list of values, got {described(values)}")

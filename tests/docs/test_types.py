@@ -38,6 +38,15 @@ objective: ml.Objective = ml.preference(ml.log_ratio, ml.hinge(beta=0.1)) + 0.2 
 model, tokenizer = ml.load("m")
 ml.run(model, tokenizer, objective, ml.pairs("pairs.jsonl"), Training(iters=3), adapter_path="adapters")
 ml.run(model, tokenizer, ml.objectives.sft(), ml.rows("rows.jsonl", mask_prompt=True))
+class Mine(ml.Reporter): ...
+ml.sft(model=(model, tokenizer), adapter="fresh", callbacks=[lambda step, metrics: step < 9, Mine()])
+ml.sft(model="m", callbacks=lambda step, metrics: step < 9)
+ml.sft(model="m", chat_template=Path("t.jinja"), chat_template_args={"enable_thinking": False}, project_name="p")
+history: list[dict] = results.history
+reached: float = (results.best or {})["loss"]
+folders: list[str] = [results.save(), results.fuse("fused"), results.adapter_path]
+base = ml.detach(results.model)
+frame = results.to_frame()
 best: dict = ml.sweep(ml.sft, {"rank": [4, 8]}, model="m", data="d").best
 assert ml.METHODS["kto"].title and issubclass(InputError, ValueError)
 """

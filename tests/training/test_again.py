@@ -153,6 +153,11 @@ def test_adapters_that_were_loaded_are_continued(model_folder, tmp_path):
     assert equal(tmp_path / "two", tmp_path / "file")
 
 
+def test_what_is_no_model_has_no_way_back():
+    with pytest.raises(InputError, match=r"^detach takes a model, such as the first of what load returns, got tuple \(1, 2\)$"):
+        ml.detach((1, 2))  # type: ignore[arg-type]
+
+
 def test_run_says_it_too(model_folder, tmp_path):
     model, tokenizer = ml.load(str(model_folder))
     training, how = ml.Training(iters=3, batch_size=2), {"quiet": True, "answers": 0}

@@ -77,6 +77,11 @@ def test_an_interrupted_run_is_resumed(model_folder, tmp_path):
     assert done[0]["steps"] == 2 and weights(done[0]["adapters"]) == weights(tmp_path / "alone")
 
 
+def test_a_name_is_no_method():
+    with pytest.raises(InputError, match=r"^sweep: the method must be a function such as mlxlora.sft, got str 'sft'$"):
+        ml.sweep("sft", {"rank": [2, 4]})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("over", [{}, {"rank": 4}, {"rank": []}, {"optimizer": "adam"}])
 def test_what_does_not_vary(over, tmp_path):
     with pytest.raises(InputError, match=r"^sweep: "):

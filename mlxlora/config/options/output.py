@@ -1,6 +1,6 @@
 """Options of files and reports."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from attrs import validators as v
@@ -38,6 +38,6 @@ class Output:
         EachOf("wandb", "swanlab", "trackio", "tensorboard"),
     )
     project_name: str | None = option(None, "Project of --report-to in wandb, swanlab and trackio; default: mlxlora.")
-    callbacks: Sequence[Any] = python_option(
+    callbacks: Sequence[Any] | Callable[..., Any] = python_option(
         (), "Functions (step, metrics), or objects with on_start, on_step, on_evaluate, on_sample, on_checkpoint or on_end."
     )
