@@ -98,6 +98,10 @@ def main_metrics(columns: Sequence[str], curves: Curves) -> list[str]:
 
 
 def metric_chart(name: str, splits: Mapping[str, Points]) -> str:
-    """The chart of a metric: training as a line, validation and test as points."""
+    """The chart of a metric: training as a line, validation and test as points, unless only training has a course.
+
+    Validation samples one completion a prompt, so all of its groups are without signal, always.
+    """
     lines = [Line(split, splits[split], i, dotted=split != "train") for i, split in enumerate(SPLITS) if split in splits]
-    return chart(in_words(name), lines, name)
+    moving = [line for line in lines if not line.dotted or len(line.points) < 2 or len({value for _, value in line.points}) > 1]
+    return chart(in_words(name), moving or lines, name)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import mlxlora as ml
 from mlxlora import starter
+from mlxlora.reporting.charts import metric_chart
 from mlxlora.reporting.history import Record, compact, curves, differing, outcome, past_run, read_record
 from mlxlora.reporting.html import Page, PageParts, comparison_page, figures, reached, run_page
 from mlxlora.reporting.plot import Plot
@@ -273,6 +274,14 @@ def test_figures_of_a_sampled_run_lead_with_its_reward():
     rows = [{"step": s, "split": "valid", "loss": -r, "reward": r} for s, r in ((0, 0.1), (5, 0.5))]
     told = [what for _, what in figures(Record("run", {"method": "grpo"}, rows))]
     assert told[0] == "best validation, reward (step 5)" and not any("loss" in what for what in told)
+
+
+def test_a_validation_that_never_moves_is_not_drawn_beside_training():
+    train, valid = [(1, 0.5), (2, 0.25)], [(0, 1.0), (2, 1.0)]
+    svg = metric_chart("frac_reward_zero_std", {"train": train, "valid": valid})
+    assert "train 0.25" in svg and "valid" not in svg
+    assert "valid 1" in metric_chart("frac_reward_zero_std", {"train": train, "valid": valid[:1]})
+    assert "valid 1" in metric_chart("frac_reward_zero_std", {"valid": valid}), "all that there is"
 
 
 def test_a_chart_is_drawn_so_that_its_course_is_seen():
