@@ -35,7 +35,7 @@ def _schedule(value: Any) -> Options:
     >>> _schedule("constant_with_warmup")
     {'lr_schedule': 'constant'}
     """
-    name = {"constant_with_warmup": "constant"}.get(value, value)
+    name = {"constant_with_warmup": "constant"}.get(str(value), value)
     if name not in ("constant", "linear", "cosine"):
         raise ValueError(f"lr_scheduler_type {plain(value)} is not offered; there are constant, linear, cosine")
     return {"lr_schedule": name}
@@ -48,7 +48,7 @@ def _optimizer(value: Any) -> Options:
     {'optimizer': 'adamw'}
     """
     known = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "lion_32bit": "lion"}
-    name = known.get(value, value)
+    name = known.get(str(value), value)
     if name not in ("adamw", "sgd", "adafactor", "lion"):
         raise ValueError(f"optim {plain(value)} is not offered; there are adamw_torch, sgd, adafactor, lion_32bit")
     return {"optimizer": name}

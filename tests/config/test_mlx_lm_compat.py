@@ -433,3 +433,8 @@ def write_tables():
 
 if __name__ == "__main__":
     write_tables()
+
+
+@pytest.mark.parametrize("key", ["optim", "lr_scheduler_type"])
+def test_a_mapping_in_place_of_a_name_is_refused(key, tmp_path):
+    assert f"{key} {{'adamw': 1}} is not offered" in refused(f"model: m\n{key}: {{adamw: 1}}\nseed: 0\n", tmp_path)
