@@ -23,11 +23,12 @@ from pathlib import Path
 from attrs import define, field
 
 from tests.robustness import torture_faults
+from tests.robustness.torture_exact import EXACT
 from tests.robustness.torture_faults import GROWTH, LIMIT, MODES, Lab, Skipped, lab_notes
 from tests.robustness.torture_hostile import PLANTED
 
-OTHERS = torture_faults.OTHERS | PLANTED
-FAULTS = torture_faults.FAULTS | {name: trial for name, (trial, _) in PLANTED.items()}
+OTHERS = torture_faults.OTHERS | PLANTED | EXACT
+FAULTS = torture_faults.FAULTS | {name: trial for name, (trial, _) in (PLANTED | EXACT).items()}
 
 
 def counts(points: int) -> dict[str, int]:

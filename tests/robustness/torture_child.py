@@ -4,7 +4,8 @@
 
 The seventh time that something in the folder is about to be written, renamed or removed, the process is killed; with a number
 in place of `kill`, that and all later ones fail with this `errno`. At `"interrupt"` there is a Ctrl-C. `"count"` names a file for
-how many there were, `"clock"` is the seed of a clock that jumps.
+how many there were, `"clock"` is the seed of a clock that jumps, `"validation"` the number of a validation that fails. `"reward"`
+is for torture_reward.py.
 """
 
 import atexit
@@ -54,8 +55,27 @@ def jump(seed: int) -> None:
     time.time_ns = lambda: int(time.time() * 1e9)
 
 
+def fail_validation(at: int) -> None:
+    """Makes this validation fail."""
+    from mlxlora.errors import RunError
+    from mlxlora.training.hooks import Validation
+
+    measured, made = Validation._measured, []
+
+    def measuring(self: Validation, *rest: Any) -> Any:
+        made.append(1)
+        if len(made) == at:
+            raise RunError("no memory")
+        return measured(self, *rest)
+
+    Validation._measured = measuring
+
+
 if __name__ == "__main__":
     fault = json.loads(os.environ.get("TORTURE", "{}"))
+    fault.pop("reward", None)
+    if "validation" in fault:
+        fail_validation(fault.pop("validation"))
     if "clock" in fault:
         jump(fault.pop("clock"))
     if fault:

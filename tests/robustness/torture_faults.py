@@ -34,7 +34,7 @@ from tests.support.ranks import free_ports
 from tests.support.warm import python
 from tests.training.test_resume import reached, records, same_run
 
-CHILD = Path(__file__).with_name("torture_child.py")
+CHILD, REWARD = (Path(__file__).with_name(f"torture_{name}.py") for name in ("child", "reward"))
 SHORT = ("--iters", 12, "--save-every", 3, "--steps-per-report", 1, "--steps-per-eval", 4, "--val-batches", 1)
 SHORT += ("--answers", 0, "--batch-size", 2)
 ONLINE = ("--group-size", 2, "--max-completion-length", 6)
@@ -58,6 +58,7 @@ MODES: dict[str, tuple[Any, ...]] = {
     "kto": ("kto",),
     "grpo": ("grpo", *ONLINE),
     "grpo --num-iterations 2": ("grpo", *ONLINE, "--num-iterations", 2),
+    "grpo --reward-file": ("grpo", *ONLINE, "--reward-file", REWARD, "--rewards", "mine", "--reward-timeout", 5),
     "online-dpo": ("online-dpo", *ONLINE),
     "distill": ("distill", *TAUGHT, "--data", starter.data_path("sft")),
     "gkd": ("gkd", *TAUGHT, "--data", starter.data_path("grpo"), "--max-completion-length", 6),
@@ -66,6 +67,7 @@ MODES: dict[str, tuple[Any, ...]] = {
 }
 """Every way of training, as the beginning of a command line."""
 
+REWARDED = "grpo --reward-file"
 RANKS = {mode: 2 for mode in MODES if mode.endswith("2 ranks")}
 
 
@@ -221,7 +223,7 @@ def same(ours: Path, theirs: Path) -> None:
     check(not left, f"{ours}: left {left}")
 
 
-def wait_for(folder: Path, step: int, process: subprocess.Popen | Several, seconds: float = 60) -> None:
+def wait_for(folder: Path, step: int, process: subprocess.Popen | Several, seconds: float = 100) -> None:
     """Until a run has reported a step, or is over."""
     deadline = time.monotonic() + seconds
     while process.poll() is None and not reached(folder, step) and time.monotonic() < deadline:

@@ -319,7 +319,8 @@ def stop(how: signal.Signals, arguments: tuple[Any, ...], folder: Path, step: in
 
 
 def reached(folder: Path, step: int) -> bool:
-    lines = (folder / "metrics.jsonl").read_bytes().splitlines() if (folder / "metrics.jsonl").exists() else []
+    text = (folder / "metrics.jsonl").read_bytes() if (folder / "metrics.jsonl").exists() else b""
+    lines = text[: text.rfind(b"\n") + 1].splitlines()  # the next may be half written
     return bool(lines) and orjson.loads(lines[-1])["step"] >= step
 
 
