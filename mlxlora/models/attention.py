@@ -19,7 +19,7 @@ from mlx_lm.models import base
 
 from ..utils.device import backend
 from ..utils.patches import python_modules, replace_function
-from .attention_shapes import SHAPES, AttentionShape, attention_way
+from .attention_shapes import SHAPES, AttentionShape, attention_way, measured_size
 from .attention_shapes import using as using
 
 _NAME = "scaled_dot_product_attention"
@@ -117,7 +117,8 @@ def causal(
     whole = window is None and segments is None
     fusible = whole and fused_backward(width, value_width, sinks=sunk)
     if in_chunks(length, fusible, packed=packed, shape=shape):
-        return blockwise(queries, keys, values, Scoring(scale, window, segments, sinks))
+        size = measured_size(attention_way(shape, length))
+        return blockwise(queries, keys, values, Scoring(scale, window, segments, sinks), None, size)
     mask = "causal" if whole else visible(range(length), range(length), window, segments)
     return fused(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
 
@@ -133,7 +134,7 @@ def in_chunks(length: int, fusible: bool, *, packed: bool = False, shape: Attent
     """
     choice = attention_way(shape, length)
     if choice != "auto":
-        return choice == "chunked"
+        return choice != "fused"
     return length >= (PACKED_CHUNKS_PAY_FROM if packed else CHUNKS_PAY_FROM)[backend()] and not fusible
 
 

@@ -15,13 +15,13 @@ from ..batch import Batch
 from ..utils.context import assigned
 from ..utils.device import backend, memory_limit
 from ..utils.measured import Alternatives, Measurement, Measurements, Timing, timing_of
-from .attention import causal, hook
-from .attention_shapes import MEASURED_FROM, SHAPES, AttentionShape, rung, using
+from .attention import CHUNK, causal, hook
+from .attention_shapes import MEASURED_FROM, SHAPES, AttentionShape, is_way, rung, using
 from .modes import evaluating
 from .row_layouts import forward_rows
 
-ENOUGH = 0.5  # seconds of both ways at one length, after which no longer rows are measured: theirs are chosen alike
-_ROWS = 8192  # tokens of the rows that are measured
+ENOUGH = 0.5  # seconds of all ways at one length, after which no longer rows are measured: theirs are chosen alike
+_TOKENS = {"cpu": 2048, "cuda": 8192, "metal": 4096}  # at most, of the rows that are measured
 Tell = Callable[[str], object]
 
 
@@ -48,7 +48,7 @@ def _batch() -> Batch:
 def attention_table(
     shapes: set[AttentionShape], longest: int, rows: int, known: Measurements, tell: Tell
 ) -> dict[str, dict[str, str]]:
-    """What is faster for rows of these shapes up to a length; tells the choice for the longest of them."""
+    """The best way for rows of these shapes up to a length; tells that for the longest of them."""
     table: dict[str, dict[str, str]] = {}
     for shape in sorted(shapes, key=str):
         found = dict(measured_lengths(shape, longest, rows, known))
@@ -63,10 +63,10 @@ def attention_table(
 def measured_lengths(
     shape: AttentionShape, longest: int, rows: int, known: Measurements, *, again: bool = False
 ) -> Iterator[tuple[int, Measurement]]:
-    """Powers of two up to the length, and what both ways take; ends where the scores would not fit or the time is enough."""
+    """Powers of two up to the length, and what the ways take; ends where the scores would not fit or the time is enough."""
     length = MEASURED_FROM
     while length <= rung(longest) and 16 * shape.heads * length * length <= memory_limit() // 4:
-        count = max(1, min(rows, _ROWS // length))
+        count = max(1, min(rows, _TOKENS[backend()] // length))
         found = known.of(f"{shape.name}, {count} x {length}", attention_ways(shape, length, count), again=again)
         if found is None:
             return
@@ -77,11 +77,13 @@ def measured_lengths(
 
 
 def attention_ways(shape: AttentionShape, length: int, rows: int) -> Alternatives:
-    """The two ways, timed on random rows."""
-    return {choice: partial(attention_timing, choice, shape, length, rows) for choice in ("fused", "chunked")}
+    """The fused function, and chunks of half, of once and of twice the usual size, timed on random rows."""
+    usual = CHUNK[backend()]
+    ways = ["fused", *(f"chunked {size}" for size in (usual // 2, usual, 2 * usual) if size < length)]
+    return {way: partial(attention_timing, way, shape, length, rows) for way in ways}
 
 
-def attention_timing(choice: str, shape: AttentionShape, length: int, rows: int) -> Timing:
+def attention_timing(way: str, shape: AttentionShape, length: int, rows: int) -> Timing:
     """What a layer's attention takes, forward and backward, compiled as in a step."""
     widths = (shape.width, shape.width, shape.value_width, shape.value_width)
     heads = (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)
@@ -99,17 +101,14 @@ def attention_timing(choice: str, shape: AttentionShape, length: int, rows: int)
         out, gradients = mx.vjp(attend, [q, k, v], [gradient])
         return [*out, *gradients]
 
-    with using(choice):
+    with using(way):
         return timing_of(lambda: mx.eval(both(*given)))
 
 
 def is_table(value: object) -> bool:
     """Whether a value from a checkpoint is such a table."""
     rows = value.values() if isinstance(value, Mapping) else [None]
-    return all(
-        isinstance(row, Mapping) and row and all(str(k).isdecimal() and v in ("fused", "chunked") for k, v in row.items())
-        for row in rows
-    )
+    return all(isinstance(row, Mapping) and row and all(str(k).isdecimal() and is_way(v) for k, v in row.items()) for row in rows)
 
 
 # --- the table of a machine ---------------------------------------------------------------------------
@@ -118,9 +117,9 @@ _LONGEST = 16384
 
 
 def machine_table(known: Measurements) -> Iterator[str]:
-    """Lines on both ways for usual layers, whole rows, windows and packed rows, measured now and kept for runs of these shapes."""
+    """Lines on the ways for usual layers, whole rows, windows and packed rows, measured now and kept for runs of these shapes."""
     cpu = backend() == "cpu"
     usual = AttentionShape(8, 4, 64, 64, mx.float32) if cpu else AttentionShape(16, 8, 128, 128, mx.bfloat16)
     for shape in (usual, usual._replace(window=256), usual._replace(packed=True)):
-        for length, found in measured_lengths(shape, _LONGEST, _ROWS, known, again=True):
+        for length, found in measured_lengths(shape, _LONGEST, _LONGEST, known, again=True):
             yield f"{shape.name}, rows of {length}: {found.told()}"

@@ -1,6 +1,7 @@
 """Which way rows attend: as asked for, or as measured, by the shape of a layer and the length of its rows."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,7 +14,7 @@ from ..utils.context import assigned
 MEASURED_FROM = 512  # positions: below, no choice matters
 
 AttentionTable = Mapping[str, Mapping[str, str]]
-"""By name of a shape, by length (a power of two): "fused" or "chunked"."""
+"""By name of a shape, by length (a power of two): "fused", or "chunked 256" with the queries of a chunk."""
 
 _CHOICE: ContextVar[str] = ContextVar("attention", default="auto")
 _MEASURED: ContextVar[AttentionTable | None] = ContextVar("measured attention", default=None)
@@ -45,13 +46,18 @@ class AttentionShape(NamedTuple):
 
 @contextmanager
 def using(choice: str, measured: AttentionTable | None = None) -> Iterator[None]:
-    """How rows attend while the context lasts: "fused", "chunked", or "auto", which is as measured, else as constants guess."""
+    """How rows attend while the context lasts.
+
+    Args:
+        choice: "fused", "chunked" (in chunks of the usual size), "chunked 256", or "auto": as measured, else as constants guess.
+        measured: see `attention_choice`.
+    """
     with assigned(_CHOICE, choice), assigned(_MEASURED, measured):
         yield
 
 
 def attention_way(shape: AttentionShape | None, length: int) -> str:
-    """How such rows attend: "fused", "chunked", or "auto" where that was neither asked for nor measured.
+    """How such rows attend, as `using` has it: "auto" where that was neither asked for nor measured.
 
     Rows that are longer than all measured ones attend as the longest of these.
     """
@@ -59,6 +65,21 @@ def attention_way(shape: AttentionShape | None, length: int) -> str:
     if choice != "auto" or not known or rung(length) < MEASURED_FROM:
         return choice
     return known[str(min(rung(length), max(map(int, known))))]
+
+
+def measured_size(way: str) -> int | None:
+    """Queries of a chunk; None: the usual number.
+
+    >>> measured_size("chunked 256"), measured_size("chunked")
+    (256, None)
+    """
+    size = way.partition(" ")[2]
+    return int(size) if size else None
+
+
+def is_way(value: object) -> bool:
+    """Whether a value is an entry of a table."""
+    return isinstance(value, str) and re.fullmatch(r"fused|chunked [1-9]\d{0,5}", value) is not None
 
 
 def rung(length: int) -> int:

@@ -19,16 +19,16 @@ pytestmark = pytest.mark.usefixtures("eager")
 
 
 def timed(monkeypatch: pytest.MonkeyPatch, chunked: float, took: list[Any]) -> None:
-    """Fused takes 1 ms, chunks take `chunked` ms."""
+    """Fused takes 1 ms, chunks of 64 take `chunked` ms, larger ones twice that."""
 
-    def timing(choice: str, shape: AttentionShape, length: int, rows: int) -> Timing:
-        took.append((choice, length, rows))
-        return Timing(1e-3 * (chunked if choice == "chunked" else 1.0), 1000)
+    def timing(way: str, shape: AttentionShape, length: int, rows: int) -> Timing:
+        took.append((way, length, rows))
+        return Timing(1e-3 * {"fused": 1.0, "chunked 64": chunked}.get(way, 2 * chunked), 1000)
 
     monkeypatch.setattr(attention_choice, "attention_timing", timing)
 
 
-@pytest.mark.parametrize(("chunked", "way"), [(0.5, "chunked"), (2.0, "fused")])
+@pytest.mark.parametrize(("chunked", "way"), [(0.5, "chunked 64"), (2.0, "fused")])
 def test_rows_attend_as_measured(chunked: float, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At lengths from 512 on; those beyond the longest attend as it does. Other shapes and shorter rows use the constants."""
     took: list[Any] = []
@@ -36,10 +36,10 @@ def test_rows_attend_as_measured(chunked: float, way: str, tmp_path: Path, monke
     told: list[str] = []
     table = attention_table({SHAPE}, 2048, 8, Measurements(tmp_path / "file.json", {}), told.append)
     assert table == {SHAPE.name: {"512": way, "1024": way, "2048": way}} and is_table(table)
-    assert [(length, rows) for _, length, rows in took[::2]] == [(512, 8), (1024, 8), (2048, 4)]
+    assert [(length, rows) for _, length, rows in took[::4]] == [(512, 4), (1024, 2), (2048, 1)]
     assert len(told) == 1 and f"rows of 2048: {way} (" in told[0] and "--attention" in told[0]
     with using("auto", table):
-        assert all(attention.in_chunks(n, False, shape=SHAPE) == (way == "chunked") for n in (400, 1280, 1 << 20))
+        assert all(attention.in_chunks(n, False, shape=SHAPE) == (way != "fused") for n in (400, 1280, 1 << 20))
         assert not attention.in_chunks(300, False, shape=SHAPE)
         assert attention.in_chunks(2048, False, shape=SHAPE._replace(window=9)) and not attention.in_chunks(640, False)
     with using("chunked", table):
@@ -72,21 +72,21 @@ def test_a_run_keeps_its_choice(mlxlora: Any, model_folder: Path, tmp_path: Path
     monkeypatch.setenv("MLXLORA_CACHE", str(tmp_path / "cache"))
     used: list[str] = []
     chunks, took = attention.blockwise, []
-    monkeypatch.setattr(attention, "blockwise", lambda *given: used.append("chunked") or chunks(*given))
+    monkeypatch.setattr(attention, "blockwise", lambda *given: used.append(given[5]) or chunks(*given))
     (tmp_path / "rows").mkdir()
     data = text_rows(tmp_path / "rows", longest=500, train=2, valid=1)
     command = ("sft", "--model", model_folder, "--data", data, "--batch-size", 1, "--val-batches", 0, "--answers", 0)
     command += ("--save-every", 1, "--max-seq-length", 512, "--adapter-path", tmp_path / "run", "--num-layers", 1)
     timed(monkeypatch, 0.5, took)
     outcome = mlxlora(*command, "--iters", 1)
-    assert outcome.code == 0 and "chunked (0.5 ms, 0 MB; fused 1.0 ms" in outcome.out + outcome.err
-    assert took and used
+    assert outcome.code == 0 and "chunked 64 (0.5 ms, 0 MB; fused 1.0 ms" in outcome.out + outcome.err
+    assert took and set(used) == {64}
     state = orjson.loads((tmp_path / "run/checkpoints/0000001/state.json").read_bytes())
-    assert [set(rows.values()) for rows in state["rounding"][0]["choices"]["attention"].values()] == [{"chunked"}]
+    assert [set(rows.values()) for rows in state["rounding"][0]["choices"]["attention"].values()] == [{"chunked 64"}]
     took.clear(), used.clear()
     monkeypatch.setenv("MLXLORA_CACHE", str(tmp_path / "another"))
     timed(monkeypatch, 2.0, took)
     assert mlxlora(*command, "--iters", 2, "--resume").code == 0
-    assert used and not took
+    assert set(used) == {64} and not took
     again = orjson.loads((tmp_path / "run/checkpoints/0000002/state.json").read_bytes())
     assert again["rounding"][0]["choices"] == state["rounding"][0]["choices"]

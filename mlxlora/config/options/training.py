@@ -53,7 +53,7 @@ class Training:
     attention: Literal["auto", "fused", "chunked"] = option(
         "auto",
         "Attention in training: MLX's function (fused), chunks of queries that are recomputed (chunked), or the faster of the "
-        "two on this device (auto).",
+        "two, measured once on this machine (auto).",
     )
     recurrence: Literal["auto", "loop", "chunked", "kernel"] = option(
         "auto",
