@@ -199,6 +199,7 @@ def test_the_reference_is_not_rounded() -> None:
         assert mx.array_equal(model(TOKENS), dense()(TOKENS))
 
 
+STEPS = 22
 OBJECTIVES = {"sft": sft(), "dpo": dpo(beta=0.3), "orpo": orpo(beta=0.3)}
 
 
@@ -215,8 +216,8 @@ def _quantized_loss(objective: Objective, kind: str, form: str | None) -> float:
     batch = collate([example(i, reference=True) for i in range(8)])
     chosen = AdapterOptions(train_type=kind, num_layers=-1, rank=8, scale=4.0, qat=form)  # type: ignore[arg-type]
     model = prepare(dense(), chosen).train()
-    step = make_step(model, make_optimizer(Training(learning_rate=3e-3), 40), objective)
-    for _ in range(40):
+    step = make_step(model, make_optimizer(Training(learning_rate=3e-3), STEPS), objective)
+    for _ in range(STEPS):
         step(batch)
     whole, *_ = merged(model.eval(), {}, quantize="4")
     with evaluating(whole):
