@@ -20,8 +20,8 @@ from .attention_shapes import MEASURED_FROM, SHAPES, AttentionShape, is_way, run
 from .modes import evaluating
 from .row_layouts import forward_rows
 
-ENOUGH = 0.5  # seconds of all ways at one length, after which no longer rows are measured: theirs are chosen alike
-_TOKENS = {"cpu": 2048, "cuda": 8192, "metal": 4096}  # at most, of the rows that are measured
+ENOUGH = 0.1  # seconds of all ways at one length, after which no longer rows are measured: twice as long, they take over a second
+_TOKENS = {"cpu": 512, "cuda": 8192, "metal": 4096}  # at most, of the rows that are measured
 Tell = Callable[[str], object]
 
 

@@ -59,12 +59,15 @@ def using(choice: str, measured: AttentionTable | None = None) -> Iterator[None]
 def attention_way(shape: AttentionShape | None, length: int) -> str:
     """How such rows attend, as `using` has it: "auto" where that was neither asked for nor measured.
 
-    Rows that are longer than all measured ones attend as the longest of these.
+    Rows longer than all measured ones attend in chunks if the longest of these do; chunks gain with length.
     """
     choice, known = _CHOICE.get(), (_MEASURED.get() or {}).get(shape.name if shape else "")
     if choice != "auto" or not known or rung(length) < MEASURED_FROM:
         return choice
-    return known[str(min(rung(length), max(map(int, known))))]
+    if found := known.get(str(rung(length))):
+        return found
+    longest = known[str(max(map(int, known)))]
+    return "auto" if longest == "fused" else longest
 
 
 def measured_size(way: str) -> int | None:

@@ -165,6 +165,7 @@ class Lab:
         environment = os.environ | {
             "TORTURE": json.dumps(fault or {}),
             "MLXLORA_CACHE": str(popen.pop("cache", self.root / "cache")),
+            "STARTER": str(starter.data_path("sft").parent),
         }
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "cwd": self.root}
         if mode not in RANKS:

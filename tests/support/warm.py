@@ -74,6 +74,20 @@ def search_path() -> str:
     return os.pathsep.join([*([str(programs())] if WARM else []), str(Path(sys.executable).parent), os.environ["PATH"]])
 
 
+def ended(process: subprocess.Popen[bytes], seconds: int) -> int:
+    """The exit code of a process with a pipe at its standard input, once nobody reads that any more.
+
+    A process whose stand-in was killed ends a little after it.
+    """
+    code = process.wait(seconds)
+    assert process.stdin is not None
+    with process.stdin:
+        poll = select.poll()
+        poll.register(process.stdin, 0)  # for errors alone
+        poll.poll(1000 * seconds)
+    return code
+
+
 def _commands() -> dict[str, str]:
     """Names of commands and the functions that they call."""
     return {

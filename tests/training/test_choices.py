@@ -30,16 +30,18 @@ def timed(monkeypatch: pytest.MonkeyPatch, chunked: float, took: list[Any]) -> N
 
 @pytest.mark.parametrize(("chunked", "way"), [(0.5, "chunked 64"), (2.0, "fused")])
 def test_rows_attend_as_measured(chunked: float, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At lengths from 512 on; those beyond the longest attend as it does. Other shapes and shorter rows use the constants."""
+    """At lengths from 512 on, and beyond in chunks if the longest does. Other shapes and rows use the constants."""
     took: list[Any] = []
     timed(monkeypatch, chunked, took)
     told: list[str] = []
     table = attention_table({SHAPE}, 2048, 8, Measurements(tmp_path / "file.json", {}), told.append)
     assert table == {SHAPE.name: {"512": way, "1024": way, "2048": way}} and is_table(table)
-    assert [(length, rows) for _, length, rows in took[::4]] == [(512, 4), (1024, 2), (2048, 1)]
+    assert [(length, rows) for _, length, rows in took[::4]] == [(512, 1), (1024, 1), (2048, 1)]
     assert len(told) == 1 and f"rows of 2048: {way} (" in told[0] and "--attention" in told[0]
     with using("auto", table):
-        assert all(attention.in_chunks(n, False, shape=SHAPE) == (way != "fused") for n in (400, 1280, 1 << 20))
+        assert all(attention.in_chunks(n, False, shape=SHAPE) == (way != "fused") for n in (400, 1280))
+        assert attention.in_chunks(1 << 20, False, shape=SHAPE)
+        assert attention.in_chunks(1 << 20, True, shape=SHAPE) == (way != "fused")
         assert not attention.in_chunks(300, False, shape=SHAPE)
         assert attention.in_chunks(2048, False, shape=SHAPE._replace(window=9)) and not attention.in_chunks(640, False)
     with using("chunked", table):

@@ -22,7 +22,7 @@ from mlxlora.objectives.supervised import sft
 from mlxlora.training.checkpoint import save_checkpoint
 from mlxlora.training.interrupt import Abandoned, Interruptible
 from tests.support.tiny import text_rows
-from tests.support.warm import python
+from tests.support.warm import ended, python
 
 TIMED = re.compile(r"seconds.*|.*_per_second|peak_memory_gb")
 LENGTHS = ("--iters", 24, "--steps-per-report", 2, "--steps-per-eval", 5, "--save-every", 3)
@@ -309,13 +309,13 @@ def stop(how: signal.Signals, arguments: tuple[Any, ...], folder: Path, step: in
     """Exit code of a process that is sent a signal `delay` seconds after it reported `step`."""
     with (log or folder.with_name("ignored")).open("wb") as output:
         line = [python(), "-m", "mlxlora_cli", *map(str, arguments)]
-        process = subprocess.Popen(line, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline and not reached(folder, step):
             time.sleep(0.002)
         time.sleep(delay)
         process.send_signal(how)
-        return process.wait(60)
+        return ended(process, 60)
 
 
 def reached(folder: Path, step: int) -> bool:

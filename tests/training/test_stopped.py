@@ -1,6 +1,7 @@
 """A run that a signal, a reward or a validation stopped leaves a checkpoint, from which it ends as if nothing had been."""
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,14 @@ from tests.support.tiny import text_rows
 from tests.training.test_resume import records, same_run
 
 HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """`nohup pytest` ignores this signal, and what is ignored stays ignored."""
+    before = signal.signal(HANGUP, signal.SIG_DFL)
+    yield
+    signal.signal(HANGUP, before)
 
 
 @pytest.fixture
