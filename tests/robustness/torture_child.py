@@ -80,8 +80,9 @@ if __name__ == "__main__":
         jump(fault.pop("clock"))
     if fault:
         watch(**fault)
-    from mlxlora import starter
     from mlxlora_cli import main
+
+    from mlxlora import starter
 
     named = starter.data_path
     starter.data_path = lambda method: Path(os.environ["STARTER"]) / named(method).name
