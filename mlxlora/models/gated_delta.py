@@ -395,4 +395,5 @@ def _masks(chunk: int) -> _Masks:
     """Made once, because each of them would be several operations in every span."""
     i, j = np.arange(chunk)[:, None], np.arange(chunk)[None]
     levels = [(i // half == j // half + 1) & (i // half % 2 == 1) for half in _halves(chunk)]
-    return _Masks(mx.array(j < i), mx.array(j <= i), tuple(map(mx.array, levels)))
+    below, reached, *apart = map(mx.array, [j < i, j <= i, *levels])
+    return _Masks(below, reached, tuple(apart))
