@@ -394,6 +394,6 @@ def _halves(chunk: int) -> list[int]:
 def _masks(chunk: int) -> _Masks:
     """Made once, because each of them would be several operations in every span."""
     i, j = np.arange(chunk)[:, None], np.arange(chunk)[None]
-    levels = [(i // half == j // half + 1) & (i // half % 2 == 1) for half in _halves(chunk)]
-    below, reached, *apart = map(mx.array, [j < i, j <= i, *levels])
+    masks: list[Any] = [j < i, j <= i, *((i // half == j // half + 1) & (i // half % 2 == 1) for half in _halves(chunk))]
+    below, reached, *apart = map(mx.array, masks)
     return _Masks(below, reached, tuple(apart))
