@@ -1,9 +1,7 @@
 """`mlxlora fuse`."""
 
-from typing import Literal
-
 from mlxlora.config.fields import group, option
-from mlxlora.config.options import BaseOptions
+from mlxlora.config.options import BaseOptions, Quantization
 from mlxlora.utils.output import echo, echo_written, say
 
 from .flags import flags
@@ -17,9 +15,7 @@ class FuseOptions:
     adapter_path: str = option("adapters", "Folder of adapters.")
     save_path: str = option("fused", "Model folder to write.")
     dequantize: bool = option(False, "Write full-precision weights; default: quantize a quantized model again.")
-    quantize: Literal["2", "3", "4", "5", "6", "8", "mxfp4", "mxfp8", "nvfp4"] | None = option(
-        None, "Quantize the result to this many bits, or to a format."
-    )
+    quantize: Quantization | None = option(None, "Quantize the result to this many bits, or to a format.")
     gguf: str | None = option(None, "Also write this GGUF file (llama, mistral, mixtral; float16).")
     overwrite: bool = option(False, "Replace a model folder in --save-path.")
 

@@ -47,7 +47,7 @@ from tests.support.tiny import (
 )
 
 TOKENS = mx.array([[5, 3, 9, 1, 7, 2]])
-FORMATS = ("4", "6", "8", "mxfp4")
+FORMATS = tuple(QUANTIZATIONS)
 
 
 def weights(model: nn.Module) -> dict[str, mx.array]:
@@ -131,8 +131,8 @@ def test_what_cannot_be_quantized(model_folder: Path, tmp_path: Path) -> None:
     convert(str(model_folder), str(tmp_path / "converted"), quantize=True, q_bits=8)
     with pytest.raises(InputError, match=r"--quantize 4: the model is quantized already \(8 bits\); leave --quantize out"):
         ml.load(ModelOptions(model=str(tmp_path / "converted"), quantize="4"))
-    with pytest.raises(InputError, match="--quantize must be one of 4, 6, 8, mxfp4, got '5'"):
-        ModelOptions(model="x", quantize="5")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="--quantize must be one of 2, 3, 4, 5, 6, 8, mxfp4, mxfp8, nvfp4, got '7'"):
+        ModelOptions(model="x", quantize="7")  # type: ignore[arg-type]
 
 
 # --- in training --------------------------------------------------------------------------------

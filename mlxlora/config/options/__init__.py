@@ -8,6 +8,7 @@ from .data import RowOptions as RowOptions
 from .model import AdapterOptions as AdapterOptions
 from .model import BaseOptions as BaseOptions
 from .model import ModelOptions as ModelOptions
+from .model import Quantization as Quantization
 from .objective import CPOOptions as CPOOptions
 from .objective import DistillOptions as DistillOptions
 from .objective import DPOOptions as DPOOptions

@@ -8,6 +8,9 @@ from attrs import validators as v
 from ..fields import AllOrCount, Pattern, Start, group, option, python_option
 from ..given import Model, PathOrName
 
+Quantization = Literal["2", "3", "4", "5", "6", "8", "mxfp4", "mxfp8", "nvfp4"]
+"""Bits, or a format; see `mlxlora.models.quantize`."""
+
 
 @group("Model")
 class BaseOptions:
@@ -29,9 +32,7 @@ class BaseOptions:
 class ModelOptions(BaseOptions):
     """Which model, and in which format its weights are loaded."""
 
-    quantize: Literal["4", "6", "8", "mxfp4"] | None = option(
-        None, "Quantize the weights while loading, to 4, 6 or 8 bits or to mxfp4."
-    )
+    quantize: Quantization | None = option(None, "Quantize the weights while loading: 2 to 8 bits, or mxfp4, mxfp8, nvfp4.")
 
 
 @group("Adapter")
@@ -66,7 +67,7 @@ class AdapterOptions:
         "Modules to adapt: paths in a block (self_attn.q_proj), last names (q_proj, embed_tokens, lm_head) or all-linear; "
         "default: all-linear.",
     )
-    qat: Literal["4", "6", "8", "mxfp4"] | None = option(
+    qat: Quantization | None = option(
         None, "Quantization-aware training: compute with weights rounded to this format, train the exact ones."
     )
     adapter_dtype: Literal["float32", "bfloat16"] = option(
