@@ -189,7 +189,7 @@ def test_rewards_are_listed(typed):
         (("sft", "--judge"), "--judge needs a value; see `mlxlora sft --help`"),
         (("sft", "--judge", "--fuse"), "--judge needs a value; see `mlxlora sft --help`"),
         (("sft", "--fuse=no"), "--fuse takes no value; see `mlxlora sft --help`"),
-        (("sft", "--qat-bits=5", "--qat-enable"), "--qat-bits: qat must be one of 4, 6, 8, mxfp4, got '5'"),
+        (("sft", "--qat-bits=7", "--qat-enable"), "--qat-bits: qat must be one of 2, 3, 4, 5, 6, 8, mxfp4, mxfp8, nvfp4, got '7'"),
         (("sft", "--fine-tune-type", "dpo"),
          "--fine-tune-type must be one of lora, dora, full, got 'dpo'; that is a command: `mlxlora dpo`"),
         (("sft", "--train-type", "xpo"),

@@ -200,7 +200,10 @@ def test_keys_of_the_other_methods(tmp_path, command, text, options):
          "peer.yaml:1: hf_dataset takes one data set, {path: org/name, ...}; join several into one train.jsonl"),
         ("hf_dataset: {path: a, chosen_feature: good}",
          "peer.yaml:1: hf_dataset.chosen_feature is not offered; write such rows to train.jsonl and name its folder with data"),
-        ("qat_enable: true\nqat_bits: 5", "peer.yaml:2: qat_bits: qat must be one of 4, 6, 8, mxfp4, got '5'"),
+        (
+            "qat_enable: true\nqat_bits: 7",
+            "peer.yaml:2: qat_bits: qat must be one of 2, 3, 4, 5, 6, 8, mxfp4, mxfp8, nvfp4, got '7'",
+        ),
         ("train_mode: sft\ngradient_accumulation_step: 2",
          "peer.yaml:2: unknown key gradient_accumulation_step; did you mean gradient_accumulation_steps?"),
         ("group_size: 4", "peer.yaml:1: unknown key group_size; see --help for the options of this command"),

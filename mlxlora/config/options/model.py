@@ -32,7 +32,7 @@ class BaseOptions:
 class ModelOptions(BaseOptions):
     """Which model, and in which format its weights are loaded."""
 
-    quantize: Quantization | None = option(None, "Quantize the weights while loading: 2 to 8 bits, or mxfp4, mxfp8, nvfp4.")
+    quantize: Quantization | None = option(None, "Quantize the weights while loading, to bits or a format.")
 
 
 @group("Adapter")
